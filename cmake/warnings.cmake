@@ -1,0 +1,7 @@
+# Interface target tailor::warnings: what every file of ours is compiled with.
+add_library(tailor_warnings INTERFACE)
+add_library(tailor::warnings ALIAS tailor_warnings)
+target_compile_options(tailor_warnings INTERFACE
+  -Wno-restrict  # GCC 12 bug 105651: false alarms in std::string::insert
+  -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wnon-virtual-dtor -Wold-style-cast
+  $<$<BOOL:${TAILOR_WERROR}>:-Werror>)
