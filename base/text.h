@@ -14,7 +14,7 @@ std::string bytes_text(std::int64_t bytes);
 /// "0.8 s", "12 s", "3 min 05 s", "2 h 07 min", "3 d 04 h".
 std::string seconds_text(double seconds);
 
-/// Micro-dollars as "$0.000123", "$0.0123", "$1.19", "$1,234.50": at least two significant digits.
+/// Micro-dollars as "$0.00012", "$0.012", "$1.19", "$1,234.50": at least two significant digits.
 std::string usd_text(std::int64_t usd_micros);
 
 /// Thousands separated: "1,234,567".

@@ -27,7 +27,7 @@ TEST(Text, small_money_keeps_two_digits) {
   EXPECT_EQ(usd_text(1'234'500'000), "$1,234.50");
   EXPECT_EQ(usd_text(12'300), "$0.012");
   EXPECT_EQ(usd_text(0), "$0.00");
-  EXPECT_EQ(usd_text(123), "$0.000123");
+  EXPECT_EQ(usd_text(123), "$0.00012");
 }
 
 TEST(Text, nearest_name_forgives_typing_but_not_other_words) {
