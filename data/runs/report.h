@@ -1,0 +1,37 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "base/json.h"
+#include "data/runs/ledger.h"
+#include "data/runs/metrics.h"
+
+namespace tailor {
+
+/// All a report is made from. Read it with read_report().
+struct RunReport {
+  RunRecord record;
+  RunTotals totals;
+  RunStatus status = RunStatus::created;  ///< seen at the time of reading
+  Metrics metrics;                        ///< empty where the folder is gone
+  Json plan;                              ///< plan.json of the folder, or null
+};
+
+/// From the ledger and the run's folder, as far as it is still there.
+RunReport read_report(const Ledger& ledger, const std::string& run);
+
+/// The table at the end of a run: device-hours, USD and share by phase, what was kept, planned
+/// beside measured.
+std::string report_text(const RunReport& report);
+/// The document summary.json: plain unrounded numbers; usd null with `usd_null_reason`.
+Json summary_json(const RunReport& report);
+/// One self-contained page: figures, loss, speed and cost curves as inline SVG; no script.
+std::string report_html(const RunReport& report);
+
+/// Writes summary.json and report.html into the run's folder, each atomically. Call after the
+/// attempt is closed, so that the figures are final.
+RunReport write_report(const Ledger& ledger, const std::string& run);
+
+}  // namespace tailor

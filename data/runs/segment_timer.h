@@ -1,0 +1,97 @@
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "data/runs/ledger.h"
+
+namespace tailor {
+
+/// Books an attempt's time: from construction to finish() every millisecond belongs to exactly one
+/// phase. Writes to the ledger at least every 15 s (a thread sees to it when the caller is busy),
+/// when a checkpoint begins or ends, and at the end. Thread-safe.
+///
+///   SegmentTimer timer(ledger, attempt, Phase::load);
+///   ... load ...
+///   timer.switch_to(Phase::train);
+///   timer.step_done({.step = 1, .tokens = 4096, .trained_tokens = 900, .stall_seconds = 0.2});
+///   timer.switch_to(Phase::checkpoint); ... timer.switch_to(Phase::train); ...
+///   timer.finish(RunStatus::succeeded, 0, "");
+///
+/// Where the process dies without finish(), the next attempt closes this one.
+class SegmentTimer {
+ public:
+  enum class Heartbeats { thread, by_hand };
+  struct StepDone {
+    std::int64_t step = 0;
+    std::int64_t tokens = 0;
+    std::int64_t trained_tokens = 0;
+    double stall_seconds = 0;  ///< of the step's time, booked as Phase::stall
+  };
+  /// The run so far, all attempts, including time not yet written down.
+  struct Spent {
+    std::int64_t device_ms = 0;
+    std::optional<std::int64_t> usd_micros;
+    double gpu_hours() const { return static_cast<double>(device_ms) / 3.6e6; }
+    std::optional<double> usd() const;
+  };
+
+  /// `ledger` must outlive the timer. `begun_steady_ms`: when the program began, if that was before
+  /// now (ledger.clock().steady_ms()), so that its start-up is booked on `phase`.
+  SegmentTimer(Ledger& ledger, AttemptId attempt, Phase phase,
+               Heartbeats heartbeats = Heartbeats::thread,
+               std::optional<std::int64_t> begun_steady_ms = std::nullopt);
+  SegmentTimer(const SegmentTimer&) = delete;
+  SegmentTimer& operator=(const SegmentTimer&) = delete;
+  /// Writes what is left, ignoring failures; the attempt stays open unless finish() was called.
+  ~SegmentTimer();
+
+  /// Time since the last switch goes to the phase before; returns that phase.
+  Phase switch_to(Phase phase);
+  void step_done(const StepDone& done);
+  /// Writes down what has passed when the last time was 15 s ago or more. Rethrows an error the
+  /// heartbeat thread met, as do all other calls.
+  void tick();
+  /// Writes everything down now.
+  void flush();
+  /// Writes everything down and closes the attempt. Later calls do nothing.
+  void finish(RunStatus status, int exit_code, const std::string& reason);
+
+  Spent spent() const;
+  const AttemptId& attempt() const noexcept { return attempt_; }
+
+ private:
+  void account();
+  void write();
+  void rethrow();
+  void beat();
+
+  Ledger& ledger_;
+  const AttemptId attempt_;
+  mutable std::mutex mutex_;
+  std::condition_variable wake_;
+  Phase phase_;
+  std::int64_t since_ms_ = 0;        ///< steady time up to which all is in pending_
+  std::int64_t written_at_ms_ = 0;
+  std::vector<SegmentFacts> pending_;
+  std::int64_t step_ = 0;
+  std::int64_t stall_ms_ = 0;
+  double stall_carry_ms_ = 0;
+  std::int64_t own_ms_ = 0;          ///< of this attempt, pending included
+  int devices_ = 1;
+  std::optional<std::int64_t> rate_;
+  std::int64_t prior_device_ms_ = 0;
+  std::optional<std::int64_t> prior_usd_micros_;
+  bool finished_ = false;
+  bool stopping_ = false;
+  std::exception_ptr error_;
+  std::thread thread_;
+};
+
+}  // namespace tailor
