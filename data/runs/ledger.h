@@ -16,14 +16,14 @@ namespace tailor {
 
 /// What device time was spent on. The values are stored by name; see phase_name().
 enum class Phase {
-  start,       ///< held before the program ran: prolog of the scheduler, container start
-  load,        ///< reading and packing weights, building the model
-  train,       ///< steps
-  stall,       ///< inside steps, waiting for weights
+  start,  ///< held before the program ran: prolog of the scheduler, container start
+  load,   ///< reading and packing weights, building the model
+  train,  ///< steps
+  stall,  ///< inside steps, waiting for weights
   evaluate,
   checkpoint,
-  idle,        ///< held without work
-  lost,        ///< steps redone after a failure, and the unaccounted tail of a killed attempt
+  idle,  ///< held without work
+  lost,  ///< steps redone after a failure, and the unaccounted tail of a killed attempt
 };
 constexpr std::array kPhases = {Phase::start,    Phase::load,       Phase::train, Phase::stall,
                                 Phase::evaluate, Phase::checkpoint, Phase::idle,  Phase::lost};
@@ -31,28 +31,28 @@ std::string_view phase_name(Phase phase);
 
 /// How an attempt, and by its last attempt a run, stands.
 enum class RunStatus {
-  created,          ///< no attempt yet (runs only)
+  created,  ///< no attempt yet (runs only)
   running,
   succeeded,
   failed,
-  preempted,        ///< interrupted from outside, resumable
+  preempted,  ///< interrupted from outside, resumable
   stopped_user,
   stopped_budget,
-  lost,             ///< vanished without a word: killed, or the machine went down
+  lost,  ///< vanished without a word: killed, or the machine went down
 };
 std::string_view status_name(RunStatus status);
 
 /// What a run is, fixed when it begins.
 struct RunFacts {
-  std::string run;            ///< identifier to use (RunFolder makes one); empty: a new one
+  std::string run;  ///< identifier to use (RunFolder makes one); empty: a new one
   std::string name;
-  std::string project;        ///< costs are added up by it; may be empty
-  std::string output_dir;     ///< absolute path of the run's folder
+  std::string project;     ///< costs are added up by it; may be empty
+  std::string output_dir;  ///< absolute path of the run's folder
   std::string base_model;
-  std::string base_sha256;    ///< empty where not known
+  std::string base_sha256;  ///< empty where not known
   std::string dataset_sha256;
   std::string recipe_sha256;
-  std::string recipe_text;    ///< resolved recipe without secrets
+  std::string recipe_text;  ///< resolved recipe without secrets
   std::string code_version;
   std::int64_t seed = 0;
   std::optional<std::int64_t> usd_micros_limit;  ///< the recipe's own budget
@@ -65,7 +65,7 @@ struct AttemptFacts {
   std::string launcher_job;        ///< SLURM_JOB_ID, pod uid, ...; may be empty
   int world_size = 1;
   int nodes = 1;
-  int devices = 1;                 ///< allocated, that is billed; on the CPU one for each rank
+  int devices = 1;  ///< allocated, that is billed; on the CPU one for each rank
   std::string host;
   std::string device_kind = "cpu";  ///< cpu or cuda
   std::string sku;                  ///< "h100-80gb-sxm", "cpu"
@@ -79,7 +79,7 @@ struct AttemptFacts {
   std::string price_source;  ///< where it was read and when
 
   std::int64_t resumed_from_step = 0;  ///< 0: from the beginning
-  std::int64_t held_ms_before = 0;     ///< device time held before this call, booked as Phase::start
+  std::int64_t held_ms_before = 0;  ///< device time held before this call, booked as Phase::start
 };
 
 struct AttemptId {
@@ -108,7 +108,8 @@ struct ArtifactFacts {
   std::string sha256;
 };
 
-// --- what comes back ------------------------------------------------------------------------------
+// --- what comes back
+// ------------------------------------------------------------------------------
 
 struct SegmentRecord {
   int attempt = 0;
@@ -116,7 +117,7 @@ struct SegmentRecord {
   std::int64_t from_ms = 0;    ///< since the attempt began, on the steady clock
   std::int64_t device_ms = 0;  ///< ms * devices
   std::optional<std::int64_t> usd_micros;
-  bool estimated = false;      ///< not measured: the tail of an attempt found dead
+  bool estimated = false;  ///< not measured: the tail of an attempt found dead
 };
 
 struct AttemptRecord {
@@ -170,8 +171,8 @@ struct RunTotals {
   std::int64_t device_ms = 0;
   std::optional<std::int64_t> usd_micros;  ///< null when any attempt has no price
   std::string usd_null_reason;
-  std::array<PhaseTotals, kPhases.size()> phases{};  ///< add up to the totals exactly
-  std::int64_t steps = 0, tokens = 0, trained_tokens = 0;                       ///< all work done
+  std::array<PhaseTotals, kPhases.size()> phases{};        ///< add up to the totals exactly
+  std::int64_t steps = 0, tokens = 0, trained_tokens = 0;  ///< all work done
   std::int64_t useful_steps = 0, useful_tokens = 0, useful_trained_tokens = 0;  ///< kept
   std::optional<std::int64_t> busy_device_ms, energy_mj;
   bool estimated = false;  ///< some attempt's end is an estimate

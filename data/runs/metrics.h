@@ -15,7 +15,7 @@ struct StepMetrics {
   std::int64_t step = 0;  ///< from 1
   double loss = 0;        ///< mean over the step's loss-carrying tokens
   double learning_rate = 0;
-  double grad_norm = 0;   ///< before clipping
+  double grad_norm = 0;  ///< before clipping
   std::int64_t tokens = 0;
   std::int64_t trained_tokens = 0;  ///< those that carry loss
   double seconds = 0;
@@ -39,8 +39,8 @@ struct EvalMetrics {
 std::string to_line(const StepMetrics& metrics);
 std::string to_line(const EvalMetrics& metrics);
 
-/// Writes metrics.jsonl: one line a step or evaluation, handed to the kernel before write() returns,
-/// so that kill -9 loses none.
+/// Writes metrics.jsonl: one line a step or evaluation, handed to the kernel before write()
+/// returns, so that kill -9 loses none.
 class MetricsWriter {
  public:
   /// A new file; one that exists is replaced.

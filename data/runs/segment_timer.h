@@ -67,27 +67,36 @@ class SegmentTimer {
   const AttemptId& attempt() const noexcept { return attempt_; }
 
  private:
+  /// A stretch not yet written; `stall_ms` of its time will be booked as Phase::stall.
+  struct Open {
+    SegmentFacts facts;
+    std::int64_t stall_ms = 0;
+  };
+
   void account();
   void write();
+  void write_or_keep();
   void rethrow();
+  void stop_thread();
   void beat();
 
   Ledger& ledger_;
   const AttemptId attempt_;
+  int devices_ = 1;
+  std::optional<std::int64_t> rate_;  ///< micro-dollars per device and hour
+  std::int64_t prior_device_ms_ = 0;  ///< of earlier attempts
+  std::optional<std::int64_t> prior_usd_micros_;
+
+  std::mutex write_mutex_;  ///< held while writing to the ledger; taken before mutex_
   mutable std::mutex mutex_;
   std::condition_variable wake_;
   Phase phase_;
-  std::int64_t since_ms_ = 0;        ///< steady time up to which all is in pending_
-  std::int64_t written_at_ms_ = 0;
-  std::vector<SegmentFacts> pending_;
   std::int64_t step_ = 0;
-  std::int64_t stall_ms_ = 0;
+  std::int64_t since_ms_ = 0;  ///< steady time up to which all is in pending_ or written
+  std::int64_t written_at_ms_ = 0;
+  std::int64_t own_ms_ = 0;  ///< of this attempt, pending_ included
+  std::vector<Open> pending_;
   double stall_carry_ms_ = 0;
-  std::int64_t own_ms_ = 0;          ///< of this attempt, pending included
-  int devices_ = 1;
-  std::optional<std::int64_t> rate_;
-  std::int64_t prior_device_ms_ = 0;
-  std::optional<std::int64_t> prior_usd_micros_;
   bool finished_ = false;
   bool stopping_ = false;
   std::exception_ptr error_;

@@ -16,8 +16,7 @@ class TensorboardWriter {
  public:
   /// Makes <folder>/events.out.tfevents.<seconds>.<host>.<pid>.<number>. With `resumed_from_step`
   /// TensorBoard is told to forget what older files of the folder say of later steps.
-  TensorboardWriter(const fs::path& folder, const Clock& clock,
-                    std::int64_t resumed_from_step = 0);
+  TensorboardWriter(const fs::path& folder, const Clock& clock, std::int64_t resumed_from_step = 0);
 
   void scalar(std::string_view tag, double value, std::int64_t step);
   /// Shown as Markdown on the Text page.
