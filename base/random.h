@@ -8,7 +8,8 @@ namespace tailor {
 /// Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
 /// SC 2011): four 32-bit words that depend on counter and key alone, so that a number can be asked
 /// for by name (seed, stream, index) in any order, on any thread, on any rank.
-constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter,
+/// Always inlined: it is also used by files compiled for one instruction-set level only.
+[[gnu::always_inline]] constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter,
                                               std::array<std::uint32_t, 2> key) {
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t a = std::uint64_t{0xD2511F53U} * counter[0];

@@ -1,0 +1,61 @@
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "data/checkpoint/safetensors.h"
+
+namespace tailor {
+
+/// The folder of a model: `base_model` itself when it is a folder, else the newest snapshot of that
+/// repository in the local Hugging Face cache ($HF_HUB_CACHE, $HF_HOME/hub,
+/// ~/.cache/huggingface/hub). Throws Error{usage} with the download command when it is in neither
+/// place.
+fs::path find_model_folder(const std::string& base_model);
+
+/// Tensors of a Hugging Face checkpoint by their published names, over one or many safetensors
+/// shards. Opening reads the headers only; bytes are memory-mapped and read when touched.
+///
+/// Names are as in the text model: a `language_model.` prefix of a multimodal wrapper is taken off,
+/// and tensors of other towers are not listed.
+class Checkpoint {
+ public:
+  struct Tensor {
+    TensorInfo info;
+    std::size_t shard;
+    std::string stored_name;  ///< with the wrapper's prefix, as in the file
+  };
+
+  /// Throws Error{bad_file}: no safetensors file, a shard named by the index is missing, an index
+  /// that names other tensors than the shards hold, pickle files only (with the conversion hint).
+  static Checkpoint open(const fs::path& folder);
+
+  const fs::path& folder() const noexcept { return folder_; }
+  const std::string& prefix() const noexcept { return prefix_; }  ///< "" or "language_model."
+  bool has(std::string_view name) const { return tensors_.find(name) != tensors_.end(); }
+  /// Throws Error{bad_file} when the tensor is missing, naming the nearest one there is.
+  const Tensor& find(std::string_view name) const;
+  /// As find, and the shape must be `shape`.
+  const Tensor& find(std::string_view name, std::span<const std::int64_t> shape) const;
+  std::span<const std::byte> bytes(const Tensor& tensor) const;
+  /// "model-00001-of-00002.safetensors, tensor model.norm.weight", for messages.
+  std::string where(const Tensor& tensor) const;
+  /// Lets the kernel reuse the memory behind a tensor's pages after it was copied.
+  void drop(const Tensor& tensor) const;
+  const std::map<std::string, Tensor, std::less<>>& tensors() const noexcept { return tensors_; }
+  std::int64_t total_bytes() const noexcept { return total_bytes_; }
+
+ private:
+  fs::path folder_;
+  std::string prefix_;
+  std::vector<MappedFile> shards_;
+  std::map<std::string, Tensor, std::less<>> tensors_;
+  std::int64_t total_bytes_ = 0;
+};
+
+}  // namespace tailor

@@ -1,0 +1,191 @@
+#pragma once
+// Softmax attention over segments, in blocks, without ever holding a whole score matrix: the
+// online softmax of Milakov and Gimelshein (arXiv 1805.02867) forward, and backward from the kept
+// log-sum-exp as in FlashAttention-2 (Dao, arXiv 2307.08691, algorithm 2). All sums in A.
+
+#include "trainer/kernels/cpu/tile.h"
+
+namespace tailor {
+namespace {
+
+constexpr std::int64_t kBlock = 64;  // queries and keys of one score block
+
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+/// Scores of queries [i0, i0 + I) on keys [j0, j0 + J): scale * q k^T, -inf where causality forbids.
+/// q [I, d] rows `q_m` apart, k_dJ transposed keys, s [I, kBlock].
+template <class A>
+inline void scores(std::int64_t I, std::int64_t J, std::int64_t dim, const A* q, std::int64_t q_m,
+                   const A* k_dJ, A scale, std::int64_t first_visible_end, A* s) {
+  multiply<A>(I, kBlock, dim, q, q_m, 1, k_dJ, kBlock, s, kBlock, false);
+  for (std::int64_t i = 0; i < I; ++i) {
+    const std::int64_t visible = smaller(J, first_visible_end + i);
+    std::int64_t j = 0;
+    for (; j < visible; ++j) s[i * kBlock + j] *= scale;
+    for (; j < kBlock; ++j) s[i * kBlock + j] = -INFINITY;
+  }
+}
+
+template <class S>
+void attention(std::int64_t task_begin, std::int64_t task_end, const AttentionSegment* segments,
+               const AttentionShape& shape, const S* q, const S* k, const S* v, S* o,
+               AccumOf<S>* lse) {
+  using A = AccumOf<S>;
+  const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
+  const std::int64_t width = pad_to_lanes<A>(dim);
+  for (std::int64_t task = task_begin; task < task_end; ++task) {
+    const AttentionSegment& segment = segments[task / shape.kv_heads];
+    const std::int64_t kv_head = task % shape.kv_heads, keys = segment.keys;
+    const std::int64_t blocks = (keys + kBlock - 1) / kBlock;
+    const Scratch<A> k_rows(kBlock * width), k_blocks(blocks * dim * kBlock), v_rows(keys * width);
+    std::memset(k_blocks.get(), 0, static_cast<std::size_t>(blocks * dim * kBlock) * sizeof(A));
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      const std::int64_t J = smaller(kBlock, keys - b * kBlock);
+      widen(J, dim, k + (segment.key_begin + b * kBlock) * shape.k_stride + kv_head * dim,
+            shape.k_stride, k_rows.get(), width);
+      transpose(J, dim, k_rows.get(), width, k_blocks.get() + b * dim * kBlock, kBlock);
+    }
+    widen(keys, dim, v + segment.key_begin * shape.v_stride + kv_head * dim, shape.v_stride,
+          v_rows.get(), width);
+    const Scratch<A> q_block(kBlock * width), s(kBlock * kBlock), out(kBlock * width);
+    A top[kBlock], total[kBlock];
+    const std::int64_t offset = keys - segment.queries;  // query i sees keys 0 .. i + offset
+    for (std::int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+      for (std::int64_t i0 = 0; i0 < segment.queries; i0 += kBlock) {
+        const std::int64_t I = smaller(kBlock, segment.queries - i0);
+        const std::int64_t token = segment.query_begin + i0;
+        widen(I, dim, q + token * shape.q_stride + h * dim, shape.q_stride, q_block.get(), width);
+        std::memset(out.get(), 0, static_cast<std::size_t>(I * width) * sizeof(A));
+        for (std::int64_t i = 0; i < I; ++i) {
+          top[i] = -INFINITY;
+          total[i] = 0;
+        }
+        for (std::int64_t j0 = 0; j0 <= i0 + I - 1 + offset && j0 < keys; j0 += kBlock) {
+          const std::int64_t J = smaller(kBlock, keys - j0);
+          scores<A>(I, J, dim, q_block.get(), width, k_blocks.get() + j0 * dim,
+                    static_cast<A>(shape.scale), i0 + offset + 1 - j0, s.get());
+          for (std::int64_t i = 0; i < I; ++i) {
+            A* row = s.get() + i * kBlock;
+            Vec<A> tops = splat(top[i]);
+            for (std::int64_t j = 0; j < kBlock; j += kLanes<A>) {
+              const Vec<A> z = load(row + j);
+              tops = z > tops ? z : tops;
+            }
+            const A now = max_lanes<A>(tops);
+            Vec<A> part{};
+            for (std::int64_t j = 0; j < kBlock; j += kLanes<A>) {
+              const Vec<A> e = exp_vec(load(row + j) - now);
+              store(row + j, e);
+              part += e;
+            }
+            const A shrink = std::exp(top[i] - now);
+            total[i] = total[i] * shrink + sum_lanes<A>(part);
+            top[i] = now;
+            if (shrink != A{1}) {
+              A* o_row = out.get() + i * width;
+              for (std::int64_t c = 0; c < width; c += kLanes<A>) {
+                store(o_row + c, load(o_row + c) * shrink);
+              }
+            }
+          }
+          multiply<A>(I, width, J, s.get(), kBlock, 1, v_rows.get() + j0 * width, width, out.get(),
+                      width, true);
+        }
+        for (std::int64_t i = 0; i < I; ++i) {
+          S* to = o + (token + i) * shape.o_stride + h * dim;
+          const A inverse = A{1} / total[i];
+          for (std::int64_t c = 0; c < dim; c += kLanes<A>) {
+            store_up_to(to + c, load(out.get() + i * width + c) * inverse, dim - c);
+          }
+          if (lse != nullptr) lse[(token + i) * shape.heads + h] = top[i] + std::log(total[i]);
+        }
+      }
+    }
+  }
+}
+
+// With P = exp(S - lse): dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(dO O)), dQ = dS K scale,
+// dK = dS^T Q scale.
+template <class S>
+void attention_backward(std::int64_t task_begin, std::int64_t task_end,
+                        const AttentionSegment* segments, const AttentionShape& shape, const S* q,
+                        const S* k, const S* v, const S* o, const AccumOf<S>* lse, const S* d_o,
+                        S* dq, S* dk, S* dv) {
+  using A = AccumOf<S>;
+  const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
+  const std::int64_t width = pad_to_lanes<A>(dim);
+  const auto scale = static_cast<A>(shape.scale);
+  for (std::int64_t task = task_begin; task < task_end; ++task) {
+    const AttentionSegment& segment = segments[task / shape.kv_heads];
+    const std::int64_t kv_head = task % shape.kv_heads, n = segment.keys;
+    const std::int64_t first = segment.key_begin;
+    const Scratch<A> q_rows(n * width), k_rows(n * width), v_rows(n * width), do_rows(n * width);
+    const Scratch<A> dq_rows(n * width), dk_rows(n * width), dv_rows(n * width), delta(n);
+    const Scratch<A> k_dJ(dim * kBlock), v_dJ(dim * kBlock), p(kBlock * kBlock), ds(kBlock * kBlock);
+    widen(n, dim, k + first * shape.k_stride + kv_head * dim, shape.k_stride, k_rows.get(), width);
+    widen(n, dim, v + first * shape.v_stride + kv_head * dim, shape.v_stride, v_rows.get(), width);
+    std::memset(dk_rows.get(), 0, static_cast<std::size_t>(n * width) * sizeof(A));
+    std::memset(dv_rows.get(), 0, static_cast<std::size_t>(n * width) * sizeof(A));
+    for (std::int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+      widen(n, dim, q + first * shape.q_stride + h * dim, shape.q_stride, q_rows.get(), width);
+      widen(n, dim, d_o + first * shape.o_stride + h * dim, shape.o_stride, do_rows.get(), width);
+      std::memset(dq_rows.get(), 0, static_cast<std::size_t>(n * width) * sizeof(A));
+      for (std::int64_t i = 0; i < n; ++i) {
+        const S* o_row = o + (first + i) * shape.o_stride + h * dim;
+        Vec<A> product{};
+        for (std::int64_t c = 0; c < dim; c += kLanes<A>) {
+          product += load(do_rows.get() + i * width + c) * load_up_to(o_row + c, dim - c);
+        }
+        delta.get()[i] = sum_lanes<A>(product);
+      }
+      for (std::int64_t j0 = 0; j0 < n; j0 += kBlock) {
+        const std::int64_t J = smaller(kBlock, n - j0);
+        std::memset(k_dJ.get(), 0, static_cast<std::size_t>(dim * kBlock) * sizeof(A));
+        std::memset(v_dJ.get(), 0, static_cast<std::size_t>(dim * kBlock) * sizeof(A));
+        transpose(J, dim, k_rows.get() + j0 * width, width, k_dJ.get(), kBlock);
+        transpose(J, dim, v_rows.get() + j0 * width, width, v_dJ.get(), kBlock);
+        for (std::int64_t i0 = j0; i0 < n; i0 += kBlock) {
+          const std::int64_t I = smaller(kBlock, n - i0);
+          const A* q_block = q_rows.get() + i0 * width;
+          const A* do_block = do_rows.get() + i0 * width;
+          scores<A>(I, J, dim, q_block, width, k_dJ.get(), scale, i0 + 1 - j0, p.get());
+          multiply<A>(I, kBlock, dim, do_block, width, 1, v_dJ.get(), kBlock, ds.get(), kBlock,
+                      false);
+          for (std::int64_t i = 0; i < I; ++i) {
+            const A log_sum = lse[(first + i0 + i) * shape.heads + h];
+            const A centre = delta.get()[i0 + i];
+            for (std::int64_t j = 0; j < kBlock; j += kLanes<A>) {
+              const std::int64_t at = i * kBlock + j;
+              const Vec<A> probability = exp_vec(load(p.get() + at) - log_sum);
+              store(p.get() + at, probability);
+              store(ds.get() + at, probability * (load(ds.get() + at) - centre) * scale);
+            }
+          }
+          multiply<A>(J, width, I, p.get(), 1, kBlock, do_block, width, dv_rows.get() + j0 * width,
+                      width, true);
+          multiply<A>(J, width, I, ds.get(), 1, kBlock, q_block, width, dk_rows.get() + j0 * width,
+                      width, true);
+          multiply<A>(I, width, J, ds.get(), kBlock, 1, k_rows.get() + j0 * width, width,
+                      dq_rows.get() + i0 * width, width, true);
+        }
+      }
+      for (std::int64_t i = 0; i < n; ++i) {
+        S* to = dq + (first + i) * shape.q_stride + h * dim;
+        for (std::int64_t c = 0; c < dim; c += kLanes<A>) {
+          store_up_to(to + c, load(dq_rows.get() + i * width + c), dim - c);
+        }
+      }
+    }
+    for (std::int64_t i = 0; i < n; ++i) {
+      S* to_k = dk + (first + i) * shape.k_stride + kv_head * dim;
+      S* to_v = dv + (first + i) * shape.v_stride + kv_head * dim;
+      for (std::int64_t c = 0; c < dim; c += kLanes<A>) {
+        store_up_to(to_k + c, load(dk_rows.get() + i * width + c), dim - c);
+        store_up_to(to_v + c, load(dv_rows.get() + i * width + c), dim - c);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tailor

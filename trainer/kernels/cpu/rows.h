@@ -1,0 +1,296 @@
+#pragma once
+// Row-wise kernels: norms, rotary embedding, SwiGLU, routing copies, cross-entropy, dropout.
+
+#include "base/random.h"
+#include "trainer/kernels/simd.h"
+
+namespace tailor {
+namespace {
+
+template <class S, class A = AccumOf<S>>
+A sum_of_squares(const S* x, std::int64_t D) {
+  Vec<A> total{};
+  for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+    const Vec<A> v = load_up_to(x + i, D - i);
+    total += v * v;
+  }
+  return sum_lanes<A>(total);
+}
+
+template <class S>
+void rms_norm(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x, const S* w,
+              double eps, S* y) {
+  using A = AccumOf<S>;
+  for (std::int64_t t = begin; t < end; ++t) {
+    const S* row = x + t * D;
+    const A mean = sum_of_squares(row, D) / static_cast<A>(D);
+    const A rstd = A{1} / std::sqrt(mean + static_cast<A>(eps));
+    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+      const std::int64_t n = D - i;
+      store_up_to(y + t * D + i, load_up_to(row + i, n) * rstd * load_up_to(w + i, n), n);
+    }
+  }
+}
+
+// y_i = w_i x_i r with r = (mean x^2 + eps)^-1/2, so
+// dx_i = r (w_i dy_i - x_i r^2 mean_j(w_j dy_j x_j)).
+template <class S>
+void rms_norm_backward(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,
+                       const S* w, const S* dy, const S* dres, double eps, S* dx) {
+  using A = AccumOf<S>;
+  for (std::int64_t t = begin; t < end; ++t) {
+    const S* row = x + t * D;
+    const S* grad = dy + t * D;
+    Vec<A> squares{}, products{};
+    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+      const std::int64_t n = D - i;
+      const Vec<A> v = load_up_to(row + i, n);
+      squares += v * v;
+      products += v * load_up_to(w + i, n) * load_up_to(grad + i, n);
+    }
+    const A rstd =
+        A{1} / std::sqrt(sum_lanes<A>(squares) / static_cast<A>(D) + static_cast<A>(eps));
+    const A pull = rstd * rstd * (sum_lanes<A>(products) / static_cast<A>(D));
+    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+      const std::int64_t n = D - i;
+      const Vec<A> inner = load_up_to(w + i, n) * load_up_to(grad + i, n) - load_up_to(row + i, n) * pull;
+      store_up_to(dx + t * D + i, load_up_to(dres + t * D + i, n) + inner * rstd, n);
+    }
+  }
+}
+
+template <class S>
+void rotate(S* head, std::int64_t dim, bool pairs, const AccumOf<S>* cos, const AccumOf<S>* sin,
+            AccumOf<S> direction) {
+  using A = AccumOf<S>;
+  const std::int64_t half = dim / 2;
+  for (std::int64_t i = 0; i < half; ++i) {
+    S* first = pairs ? head + 2 * i : head + i;
+    S* second = pairs ? first + 1 : head + i + half;
+    const A a = scalar(*first), b = scalar(*second), s = sin[i] * direction;
+    put(first, a * cos[i] - b * s);
+    put(second, b * cos[i] + a * s);
+  }
+}
+
+template <class S>
+void qk_prepare(std::int64_t begin, std::int64_t end, const QkShape& shape, S* qk,
+                const std::int32_t* position, const AccumOf<S>* cos, const AccumOf<S>* sin,
+                const AccumOf<S>* q_scale, AccumOf<S>* rstd) {
+  using A = AccumOf<S>;
+  const std::int64_t dim = shape.head_dim;
+  for (std::int64_t t = begin; t < end; ++t) {
+    const std::int64_t table = std::int64_t{position[t]} * (dim / 2);
+    for (std::int64_t h = 0; h < shape.heads; ++h) {
+      S* head = qk + t * shape.stride + h * dim;
+      if (shape.rotate) rotate(head, dim, shape.pairs, cos + table, sin + table, A{1});
+      if (shape.norm) {
+        const A r = A{1} / std::sqrt(sum_of_squares(head, dim) / static_cast<A>(dim) +
+                                     static_cast<A>(shape.eps));
+        rstd[t * shape.heads + h] = r;
+        for (std::int64_t i = 0; i < dim; ++i) put(head + i, scalar(head[i]) * r);
+      }
+      if (q_scale != nullptr && h < shape.query_heads) {
+        for (std::int64_t i = 0; i < dim; ++i) put(head + i, scalar(head[i]) * q_scale[t]);
+      }
+    }
+  }
+}
+
+template <class S>
+void qk_prepare_backward(std::int64_t begin, std::int64_t end, const QkShape& shape, const S* qk,
+                         S* dqk, const std::int32_t* position, const AccumOf<S>* cos,
+                         const AccumOf<S>* sin, const AccumOf<S>* q_scale,
+                         const AccumOf<S>* rstd) {
+  using A = AccumOf<S>;
+  const std::int64_t dim = shape.head_dim;
+  for (std::int64_t t = begin; t < end; ++t) {
+    const std::int64_t table = std::int64_t{position[t]} * (dim / 2);
+    for (std::int64_t h = 0; h < shape.heads; ++h) {
+      S* head = dqk + t * shape.stride + h * dim;
+      const S* out = qk + t * shape.stride + h * dim;
+      if (q_scale != nullptr && h < shape.query_heads) {
+        for (std::int64_t i = 0; i < dim; ++i) put(head + i, scalar(head[i]) * q_scale[t]);
+      }
+      if (shape.norm) {  // y = x r: dx = r (dy - y mean(dy y)), exact with eps
+        A product = 0;
+        for (std::int64_t i = 0; i < dim; ++i) product += scalar(head[i]) * scalar(out[i]);
+        const A r = rstd[t * shape.heads + h];
+        const A mean = product / static_cast<A>(dim);
+        for (std::int64_t i = 0; i < dim; ++i) {
+          put(head + i, r * (scalar(head[i]) - scalar(out[i]) * mean));
+        }
+      }
+      if (shape.rotate) rotate(head, dim, shape.pairs, cos + table, sin + table, A{-1});
+    }
+  }
+}
+
+template <class A>
+Vec<A> sigmoid(Vec<A> x) {  // through exp of a non-positive number, so it cannot overflow
+  const auto negative = x < Vec<A>{};
+  const Vec<A> e = exp_vec(negative ? x : -x);
+  return (negative ? e : splat(A{1})) / (splat(A{1}) + e);
+}
+
+template <class S>
+void swiglu(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up, S* m) {
+  using A = AccumOf<S>;
+  for (std::int64_t t = begin; t < end; ++t) {
+    const S* gate = gate_up + t * 2 * F;
+    for (std::int64_t i = 0; i < F; i += kLanes<A>) {
+      const std::int64_t n = F - i;
+      const Vec<A> g = load_up_to(gate + i, n);
+      store_up_to(m + t * F + i, g * sigmoid<A>(g) * load_up_to(gate + F + i, n), n);
+    }
+  }
+}
+
+// m = g s(g) u: dg = dm u s (1 + g (1 - s)), du = dm g s.
+template <class S>
+void swiglu_backward(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up,
+                     const S* dm, S* d_gate_up, S* m) {
+  using A = AccumOf<S>;
+  for (std::int64_t t = begin; t < end; ++t) {
+    const S* gate = gate_up + t * 2 * F;
+    S* d_gate = d_gate_up + t * 2 * F;
+    for (std::int64_t i = 0; i < F; i += kLanes<A>) {
+      const std::int64_t n = F - i;
+      const Vec<A> g = load_up_to(gate + i, n), u = load_up_to(gate + F + i, n);
+      const Vec<A> d = load_up_to(dm + t * F + i, n);
+      const Vec<A> s = sigmoid<A>(g), silu = g * s;
+      store_up_to(d_gate + i, d * u * s * (splat(A{1}) + g * (splat(A{1}) - s)), n);
+      store_up_to(d_gate + F + i, d * silu, n);
+      if (m != nullptr) store_up_to(m + t * F + i, silu * u, n);
+    }
+  }
+}
+
+template <class S>
+void gather_rows(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,
+                 const std::int32_t* token, const AccumOf<S>* scale, S* out) {
+  using A = AccumOf<S>;
+  for (std::int64_t row = begin; row < end; ++row) {
+    const S* from = x + std::int64_t{token[row]} * D;
+    if (scale == nullptr) {
+      std::memcpy(out + row * D, from, static_cast<std::size_t>(D) * sizeof(S));
+      continue;
+    }
+    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+      store_up_to(out + row * D + i, load_up_to(from + i, D - i) * scale[row], D - i);
+    }
+  }
+}
+
+template <class S>
+void combine_rows(std::int64_t begin, std::int64_t end, std::int64_t D, std::int64_t K, const S* y,
+                  const std::int32_t* slot_of, const AccumOf<S>* scale, S* out) {
+  using A = AccumOf<S>;
+  for (std::int64_t t = begin; t < end; ++t) {
+    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+      Vec<A> total = load_up_to(out + t * D + i, D - i);
+      for (std::int64_t k = 0; k < K; ++k) {
+        const std::int64_t slot = slot_of[t * K + k];
+        const Vec<A> v = load_up_to(y + slot * D + i, D - i);
+        total += scale == nullptr ? v : v * scale[slot];
+      }
+      store_up_to(out + t * D + i, total, D - i);
+    }
+  }
+}
+
+template <class S>
+void gate_gradient(std::int64_t begin, std::int64_t end, std::int64_t D, const S* dxs, const S* x,
+                   const std::int32_t* token, AccumOf<S>* dot) {
+  using A = AccumOf<S>;
+  for (std::int64_t row = begin; row < end; ++row) {
+    const S* from = x + std::int64_t{token[row]} * D;
+    Vec<A> total{};
+    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+      total += load_up_to(dxs + row * D + i, D - i) * load_up_to(from + i, D - i);
+    }
+    dot[row] = sum_lanes<A>(total);
+  }
+}
+
+template <class S>
+void cross_entropy(std::int64_t begin, std::int64_t end, std::int64_t V, S* logits,
+                   const std::int32_t* target, double gradient_scale, double* loss,
+                   std::int32_t* best) {
+  using A = AccumOf<S>;
+  for (std::int64_t row = begin; row < end; ++row) {
+    S* z = logits + row * V;
+    const std::int64_t whole = V / kLanes<A> * kLanes<A>;
+    A top = scalar(z[0]);
+    Vec<A> tops = splat(top);
+    for (std::int64_t i = 0; i < whole; i += kLanes<A>) {
+      const Vec<A> v = load(z + i);
+      tops = v > tops ? v : tops;
+    }
+    top = max_lanes<A>(tops);
+    for (std::int64_t i = whole; i < V; ++i) top = scalar(z[i]) > top ? scalar(z[i]) : top;
+    std::int64_t at = 0;
+    while (at + 1 < V && !(scalar(z[at]) == top)) ++at;  // stops at the end when top is NaN
+    best[row] = static_cast<std::int32_t>(at);
+    // Sums of blocks in A, blocks in double: V is 200,000 in the models this is for.
+    constexpr std::int64_t kPart = 1024;
+    double total = 0;
+    for (std::int64_t block = 0; block < V; block += kPart) {
+      const std::int64_t stop = block + kPart < V ? block + kPart : V;
+      Vec<A> part{};
+      for (std::int64_t i = block; i < stop; i += kLanes<A>) {
+        Vec<A> e = exp_vec(load_up_to(z + i, stop - i) - top);
+        if (stop - i < kLanes<A>) {  // the padding lanes are not logits
+          A lanes[kLanes<A>];
+          store(lanes, e);
+          for (std::int64_t j = stop - i; j < kLanes<A>; ++j) lanes[j] = 0;
+          e = load(lanes);
+        }
+        part += e;
+      }
+      total += static_cast<double>(sum_lanes<A>(part));
+    }
+    const double log_sum = std::log(total) + static_cast<double>(top);
+    loss[row] = log_sum - static_cast<double>(scalar(z[target[row]]));
+    if (gradient_scale == 0) continue;
+    const A target_probability =
+        static_cast<A>(std::exp(-loss[row]));
+    const A scale_each = static_cast<A>(gradient_scale / total);
+    for (std::int64_t i = 0; i < V; i += kLanes<A>) {
+      store_up_to(z + i, exp_vec(load_up_to(z + i, V - i) - top) * scale_each, V - i);
+    }
+    put(z + target[row], (target_probability - A{1}) * static_cast<A>(gradient_scale));
+  }
+}
+
+template <class S>
+void dropout(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,
+             std::int64_t x_stride, double probability, std::uint64_t key,
+             const std::uint64_t* token_id, S* out, std::int64_t out_stride) {
+  using A = AccumOf<S>;
+  const auto threshold = static_cast<std::uint32_t>(probability * 4294967296.0);
+  const A scale = static_cast<A>(1.0 / (1.0 - probability));
+  for (std::int64_t t = begin; t < end; ++t) {
+    for (std::int64_t i = 0; i < D; i += 4) {
+      const auto words = philox({static_cast<std::uint32_t>(token_id[t]),
+                                 static_cast<std::uint32_t>(token_id[t] >> 32U),
+                                 static_cast<std::uint32_t>(i), 0xD30FU},
+                                {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32U)});
+      for (std::int64_t j = 0; j < 4 && i + j < D; ++j) {
+        const bool keep = words[static_cast<std::size_t>(j)] >= threshold;
+        put(out + t * out_stride + i + j, keep ? scalar(x[t * x_stride + i + j]) * scale : A{0});
+      }
+    }
+  }
+}
+
+template <class S>
+void add(std::int64_t begin, std::int64_t end, const S* x, S* out) {
+  using A = AccumOf<S>;
+  for (std::int64_t i = begin; i < end; i += kLanes<A>) {
+    store_up_to(out + i, load_up_to(x + i, end - i) + load_up_to(out + i, end - i), end - i);
+  }
+}
+
+}  // namespace
+}  // namespace tailor

@@ -1,0 +1,121 @@
+#pragma once
+// The register-blocked inner product all thin and blocked multiplications here are made of.
+
+#include "trainer/kernels/simd.h"
+
+// Registers decide the tile: 32 of 512 bits on AVX-512; 16 of 256 bits on AVX2, where one Vec is two.
+#if defined(__AVX512F__)
+#define TAILOR_TILE_ROWS 6
+#define TAILOR_TILE_VECS 4
+#else
+#define TAILOR_TILE_ROWS 4
+#define TAILOR_TILE_VECS 1
+#endif
+
+namespace tailor {
+namespace {
+
+/// acc[m][v] += sum over k of a[m * a_m + k * a_k] * b[k * b_k + v * lanes ...].
+template <int MR, int NV, class A, class B>
+inline __attribute__((always_inline)) void tile_multiply(std::int64_t K, const A* a,
+                                                         std::int64_t a_m, std::int64_t a_k,
+                                                         const B* b, std::int64_t b_k,
+                                                         Vec<A> (&acc)[MR][NV]) {
+  for (std::int64_t k = 0; k < K; ++k) {
+    Vec<A> column[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) column[v] = load(b + k * b_k + v * kLanes<A>);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      const A factor = a[m * a_m + k * a_k];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[m][v] += column[v] * factor;
+    }
+  }
+}
+
+template <int MR, int NV, class A>
+inline __attribute__((always_inline)) void tile_block(std::int64_t K, const A* a, std::int64_t a_m,
+                                                      std::int64_t a_k, const A* b,
+                                                      std::int64_t b_k, A* c, std::int64_t c_m,
+                                                      bool accumulate) {
+  Vec<A> acc[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      acc[m][v] = accumulate ? load(c + m * c_m + v * kLanes<A>) : Vec<A>{};
+    }
+  }
+  tile_multiply<MR, NV, A>(K, a, a_m, a_k, b, b_k, acc);
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(c + m * c_m + v * kLanes<A>, acc[m][v]);
+  }
+}
+
+template <int NV, class A>
+inline void column_block(std::int64_t M, std::int64_t K, const A* a, std::int64_t a_m,
+                         std::int64_t a_k, const A* b, std::int64_t b_k, A* c, std::int64_t c_m,
+                         bool accumulate) {
+  constexpr int MR = TAILOR_TILE_ROWS;
+  std::int64_t m = 0;
+  for (; m + MR <= M; m += MR) {
+    tile_block<MR, NV, A>(K, a + m * a_m, a_m, a_k, b, b_k, c + m * c_m, c_m, accumulate);
+  }
+  for (; m < M; ++m) {
+    tile_block<1, NV, A>(K, a + m * a_m, a_m, a_k, b, b_k, c + m * c_m, c_m, accumulate);
+  }
+}
+
+/// c[M, N] (+)= a[M, K] b[K, N]; a has any strides, b and c are row-major, N a multiple of the
+/// lanes of A. The sum over k runs in order, in one accumulator, for every element.
+template <class A>
+inline void multiply(std::int64_t M, std::int64_t N, std::int64_t K, const A* a, std::int64_t a_m,
+                     std::int64_t a_k, const A* b, std::int64_t b_k, A* c, std::int64_t c_m,
+                     bool accumulate) {
+  constexpr std::int64_t kWide = TAILOR_TILE_VECS * kLanes<A>;
+  std::int64_t n = 0;
+  for (; n + kWide <= N; n += kWide) {
+    column_block<TAILOR_TILE_VECS, A>(M, K, a, a_m, a_k, b + n, b_k, c + n, c_m, accumulate);
+  }
+  for (; n < N; n += kLanes<A>) {
+    column_block<1, A>(M, K, a, a_m, a_k, b + n, b_k, c + n, c_m, accumulate);
+  }
+}
+
+template <class A>
+constexpr std::int64_t pad_to_lanes(std::int64_t n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+/// rows x columns of S, `stride` apart, as A with rows `padded` apart; the padding is zero.
+template <class S, class A>
+inline void widen(std::int64_t rows, std::int64_t columns, const S* from, std::int64_t stride,
+                  A* to, std::int64_t padded) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    std::int64_t i = 0;
+    for (; i < columns; i += kLanes<A>) {
+      store(to + r * padded + i, load_up_to(from + r * stride + i, columns - i));
+    }
+    for (; i < padded; i += kLanes<A>) store(to + r * padded + i, Vec<A>{});
+  }
+}
+
+/// The transpose of rows x columns of A: to[c * to_stride + r].
+template <class A>
+inline void transpose(std::int64_t rows, std::int64_t columns, const A* from,
+                      std::int64_t from_stride, A* to, std::int64_t to_stride) {
+  constexpr std::int64_t kBlock = 16;
+  for (std::int64_t r0 = 0; r0 < rows; r0 += kBlock) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      for (std::int64_t r = r0; r < rows && r < r0 + kBlock; ++r) {
+        to[c * to_stride + r] = from[r * from_stride + c];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tailor

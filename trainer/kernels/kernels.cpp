@@ -1,0 +1,38 @@
+#include "trainer/kernels/kernels.h"
+
+#include "trainer/kernels/levels.h"
+
+namespace tailor {
+namespace {
+
+const NamedLevel& chosen_level() {
+  static const NamedLevel level = runnable_levels().levels[0];
+  return level;
+}
+
+}  // namespace
+
+LevelList runnable_levels() {
+  LevelList list{};
+  if (__builtin_cpu_supports("x86-64-v4")) list.levels[list.count++] = {"x86-64-v4", &kLevelV4};
+  if (__builtin_cpu_supports("x86-64-v3")) list.levels[list.count++] = {"x86-64-v3", &kLevelV3};
+  list.levels[list.count++] = {"x86-64", &kLevelBase};
+  return list;
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  return *chosen_level().tables->f64;
+}
+template <>
+const Kernels<float>& kernels<float>() {
+  return *chosen_level().tables->f32;
+}
+template <>
+const Kernels<Bf16>& kernels<Bf16>() {
+  return *chosen_level().tables->bf16;
+}
+
+const char* kernel_level() { return chosen_level().name; }
+
+}  // namespace tailor

@@ -1,0 +1,143 @@
+#pragma once
+
+#include <cstdint>
+
+namespace tailor {
+
+/// The CPU kernels: raw pointers and sizes only, no ATen, no threads. Each works on a range of rows
+/// or tasks; the wrappers in trainer/ops.h split that range over threads. Every row is computed the
+/// same way whichever range it falls in, so results do not depend on the number of threads.
+///
+/// S is how numbers are stored: double, float or Bf16. Arithmetic is in AccumOf<S>: double for
+/// double, else float, and a result is rounded to S once, when it is written.
+///
+/// The files in cpu/ are compiled three times, for x86-64-v4 (AVX-512), v3 (AVX2) and plain x86-64;
+/// kernels<S>() picks the best this machine has. Plain loops that serve as the truth stand in
+/// tests/support/reference_kernels.h.
+struct Bf16 {
+  std::uint16_t bits;
+};
+
+template <class S>
+struct AccumType {
+  using type = float;
+};
+template <>
+struct AccumType<double> {
+  using type = double;
+};
+template <class S>
+using AccumOf = typename AccumType<S>::type;
+
+/// Queries and keys that see each other: query i of the segment sees keys 0 .. i + keys - queries
+/// (causal, aligned at the end). A packed row is one segment a document; chunked attention cuts
+/// documents into further segments. While training, queries == keys.
+struct AttentionSegment {
+  std::int64_t query_begin;  ///< first token in q, o, lse
+  std::int64_t queries;
+  std::int64_t key_begin;  ///< first token in k, v
+  std::int64_t keys;
+};
+
+/// Where heads lie in memory. Strides are in elements between consecutive tokens.
+struct AttentionShape {
+  std::int64_t heads, kv_heads, head_dim;
+  std::int64_t q_stride, k_stride, v_stride, o_stride;
+  double scale;  ///< on q k^T
+};
+
+/// What happens to q and k between projection and attention: rotary embedding, then the weight-less
+/// RMS norm of Llama 4 Scout, then Llama 4's temperature on layers without rotary embedding.
+struct QkShape {
+  std::int64_t heads;   ///< query and key heads together, side by side from the row's start
+  std::int64_t query_heads;
+  std::int64_t head_dim;
+  std::int64_t stride;  ///< elements between tokens
+  bool rotate;
+  bool pairs;           ///< rotate (2i, 2i+1) as Llama 4 does; else (i, i + head_dim/2)
+  bool norm;
+  double eps;
+};
+
+template <class S>
+struct Kernels {
+  using A = AccumOf<S>;
+
+  /// y = w * x / sqrt(mean(x^2) + eps), rows [begin, end) of [T, D].
+  void (*rms_norm)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x, const S* w,
+                   double eps, S* y);
+  /// dx = dres + d(rms_norm)/dx^T dy. dx may be dres.
+  void (*rms_norm_backward)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,
+                            const S* w, const S* dy, const S* dres, double eps, S* dx);
+
+  /// In place on rows of q and k. cos, sin: [positions, head_dim/2]; position: [T];
+  /// q_scale [T] or null (temperature); rstd [T, heads] is written when norm is set.
+  void (*qk_prepare)(std::int64_t begin, std::int64_t end, const QkShape& shape, S* qk,
+                     const std::int32_t* position, const A* cos, const A* sin, const A* q_scale,
+                     A* rstd);
+  /// Its transpose, in place on the gradients; qk holds the forward's output.
+  void (*qk_prepare_backward)(std::int64_t begin, std::int64_t end, const QkShape& shape,
+                              const S* qk, S* dqk, const std::int32_t* position, const A* cos,
+                              const A* sin, const A* q_scale, const A* rstd);
+
+  /// Softmax attention, one task per (segment, kv head): task = segment * kv_heads + kv_head.
+  /// o [T, heads * head_dim]; lse [T, heads] natural-log sum of exponentials (may be null).
+  void (*attention)(std::int64_t task_begin, std::int64_t task_end,
+                    const AttentionSegment* segments, const AttentionShape& shape, const S* q,
+                    const S* k, const S* v, S* o, A* lse);
+  /// dq, dk, dv have the strides of q, k, v and are overwritten. Needs queries == keys.
+  void (*attention_backward)(std::int64_t task_begin, std::int64_t task_end,
+                             const AttentionSegment* segments, const AttentionShape& shape,
+                             const S* q, const S* k, const S* v, const S* o, const A* lse,
+                             const S* d_o, S* dq, S* dk, S* dv);
+
+  /// m = silu(gate) * up; gate_up [T, 2F] holds gate then up; m [T, F].
+  void (*swiglu)(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up, S* m);
+  /// d_gate_up from dm; may be written over gate_up's own copy. m, if not null, is recomputed too.
+  void (*swiglu_backward)(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up,
+                          const S* dm, S* d_gate_up, S* m);
+
+  /// LoRA's three thin products, r small. xa[T, R] = x[T, D] a[R, D]^T.
+  void (*lora_down)(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_t D,
+                    const S* x, std::int64_t x_stride, const S* a, S* xa, std::int64_t xa_stride,
+                    double scale);
+  /// y[T, N] += xa[T, R] b[R, N].
+  void (*lora_up)(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_t N,
+                  const S* xa, std::int64_t xa_stride, const S* b, S* y, std::int64_t y_stride);
+  /// g[R, N] += u[T, R]^T v[T, N] for columns [begin, end) of N; sums over t in order.
+  void (*lora_gradient)(std::int64_t begin, std::int64_t end, std::int64_t T, std::int64_t R,
+                        std::int64_t N, const S* u, std::int64_t u_stride, const S* v,
+                        std::int64_t v_stride, A* g);
+
+  /// out[row] = scale[row] * x[token[row]] (scale may be null).
+  void (*gather_rows)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,
+                      const std::int32_t* token, const A* scale, S* out);
+  /// out[t] += sum over k in order of scale[slot] * y[slot], slot = slot_of[t * K + k].
+  /// scale [rows] in slot order, may be null.
+  void (*combine_rows)(std::int64_t begin, std::int64_t end, std::int64_t D, std::int64_t K,
+                       const S* y, const std::int32_t* slot_of, const A* scale, S* out);
+  /// dot[row] = <dxs[row], x[token[row]]>, the gradient of the gate that scales an expert's input.
+  void (*gate_gradient)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* dxs,
+                        const S* x, const std::int32_t* token, A* dot);
+
+  /// Softmax cross-entropy over rows of logits [n, V]: loss[row] = lse - logit[target], best[row] =
+  /// arg max (lowest index on ties). With gradient_scale != 0, logits become their gradient.
+  void (*cross_entropy)(std::int64_t begin, std::int64_t end, std::int64_t V, S* logits,
+                        const std::int32_t* target, double gradient_scale, double* loss,
+                        std::int32_t* best);
+
+  /// out = x * keep / (1 - p), keep from Philox of (key, token id, feature).
+  void (*dropout)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,
+                  std::int64_t x_stride, double probability, std::uint64_t key,
+                  const std::uint64_t* token_id, S* out, std::int64_t out_stride);
+  /// out += x
+  void (*add)(std::int64_t begin, std::int64_t end, const S* x, S* out);
+};
+
+template <class S>
+const Kernels<S>& kernels();
+
+/// "x86-64-v4", "x86-64-v3" or "x86-64": what kernels() chose.
+const char* kernel_level();
+
+}  // namespace tailor
