@@ -75,10 +75,12 @@ std::optional<double> RunTotals::usd() const {
   return static_cast<double>(*usd_micros) / static_cast<double>(kMicrosPerUsd);
 }
 
-RunTotals total(const RunRecord& record) {
-  RunTotals totals;
-  totals.attempts = static_cast<int>(record.attempts.size());
+namespace {
 
+/// Sums over the attempts that `counts` names.
+template <class Counts>
+RunTotals fold(const RunRecord& record, const Counts& counts) {
+  RunTotals totals;
   std::vector<std::int64_t> kept(record.attempts.size());  // by attempt - 1
   std::int64_t kept_by_later = std::numeric_limits<std::int64_t>::max();
   for (std::size_t i = record.attempts.size(); i-- > 0;) {
@@ -86,9 +88,10 @@ RunTotals total(const RunRecord& record) {
     kept_by_later = std::min(kept_by_later, record.attempts[i].facts.resumed_from_step);
   }
 
-  bool priced = !record.attempts.empty();
-  if (!priced) totals.usd_null_reason = "the run has no attempt yet";
+  bool priced = true;
   for (const AttemptRecord& attempt : record.attempts) {
+    if (!counts(attempt.attempt)) continue;
+    totals.attempts += 1;
     totals.estimated |= attempt.estimated;
     if (attempt.facts.usd_micros_per_device_hour.has_value() || !priced) continue;
     priced = false;
@@ -98,6 +101,11 @@ RunTotals total(const RunRecord& record) {
             : attempt.facts.no_price_reason;
   }
 
+  if (totals.attempts == 0) {
+    priced = false;
+    totals.usd_null_reason = "the run has no attempt yet";
+  }
+
   std::int64_t usd_micros = 0;
   std::array<std::int64_t, kPhases.size()> usd_by_phase{};
   const auto book = [&](Phase phase, std::int64_t device_ms, std::int64_t usd) {
@@ -105,6 +113,7 @@ RunTotals total(const RunRecord& record) {
     usd_by_phase[static_cast<std::size_t>(phase)] += usd;
   };
   for (const SegmentRecord& segment : record.segments) {
+    if (!counts(segment.attempt)) continue;
     const SegmentFacts& facts = segment.facts;
     const auto index = static_cast<std::size_t>(segment.attempt - 1);
     TAILOR_CHECK(index < kept.size());
@@ -130,6 +139,16 @@ RunTotals total(const RunRecord& record) {
     for (std::size_t i = 0; i < kPhases.size(); ++i) totals.phases[i].usd_micros = usd_by_phase[i];
   }
   return totals;
+}
+
+}  // namespace
+
+RunTotals total(const RunRecord& record) {
+  return fold(record, [](int) { return true; });
+}
+
+RunTotals total(const RunRecord& record, int attempt) {
+  return fold(record, [attempt](int other) { return other == attempt; });
 }
 
 std::string new_ulid(std::int64_t unix_ms) {

@@ -184,6 +184,8 @@ struct RunTotals {
 
 /// The sums of a record. Work counts as lost when a later attempt resumed from before it.
 RunTotals total(const RunRecord& record);
+/// The same of one attempt; `attempts` is then 1, and USD is null only where this one has no price.
+RunTotals total(const RunRecord& record, int attempt);
 
 /// How often time is written down at least; what a kill -9 can leave unaccounted.
 constexpr std::int64_t kHeartbeatMs = 15'000;

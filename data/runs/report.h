@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "base/json.h"
 #include "data/runs/ledger.h"
@@ -21,6 +22,16 @@ struct RunReport {
 
 /// From the ledger and the run's folder, as far as it is still there.
 RunReport read_report(const Ledger& ledger, const std::string& run);
+
+/// A figure of plan.json beside what the run gave; either may be unknown.
+struct PlannedFigure {
+  std::string label, key;
+  std::optional<double> planned, measured;
+};
+std::vector<PlannedFigure> planned_and_measured(const RunReport& report);
+
+/// Time all attempts together took, in seconds.
+double ran_seconds(const RunReport& report);
 
 /// The table at the end of a run: device-hours, USD and share by phase, what was kept, planned
 /// beside measured.

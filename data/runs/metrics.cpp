@@ -1,0 +1,173 @@
+#include "data/runs/metrics.h"
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <string_view>
+#include <utility>
+
+#include "base/error.h"
+#include "base/json.h"
+
+namespace tailor {
+namespace {
+
+/// Builds {"key": value, ...} in the order of calls; floats with 9 significant digits.
+class Line {
+ public:
+  Line& add(std::string_view key, std::int64_t value) { return raw(key, std::to_string(value)); }
+  Line& add(std::string_view key, double value) {
+    if (!std::isfinite(value)) return raw(key, "null");
+    std::array<char, 32> buffer{};
+    std::snprintf(buffer.data(), buffer.size(), "%.9g", value);
+    return raw(key, buffer.data());
+  }
+  Line& add(std::string_view key, const std::optional<double>& value) {
+    return value.has_value() ? add(key, *value) : raw(key, "null");
+  }
+  std::string text() const { return text_ + "}"; }
+
+ private:
+  Line& raw(std::string_view key, std::string_view value) {
+    text_ += text_.empty() ? "{\"" : ", \"";
+    text_ += key;
+    text_ += "\": ";
+    text_ += value;
+    return *this;
+  }
+  std::string text_;
+};
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+std::optional<double> number_or_null(const JsonReader& reader, std::string_view key) {
+  if (!reader.has(key)) return std::nullopt;
+  return reader.number(key);
+}
+
+StepMetrics step_from(const JsonReader& reader) {
+  return {.step = reader.integer("step"),
+          .loss = reader.number("loss", kNan),
+          .learning_rate = reader.number("learning_rate", kNan),
+          .grad_norm = reader.number("grad_norm", kNan),
+          .tokens = reader.integer("tokens", 0),
+          .trained_tokens = reader.integer("trained_tokens", 0),
+          .seconds = reader.number("seconds", kNan),
+          .tokens_per_second = reader.number("tokens_per_second", kNan),
+          .stream_bytes = reader.integer("stream_bytes", 0),
+          .stall_seconds = reader.number("stall_seconds", 0),
+          .gpu_hours = reader.number("gpu_hours", kNan),
+          .usd = number_or_null(reader, "usd")};
+}
+
+EvalMetrics eval_from(const JsonReader& reader) {
+  return {.step = reader.integer("step"),
+          .eval_loss = reader.number("eval_loss", kNan),
+          .tokens = reader.integer("eval_tokens", 0),
+          .seconds = reader.number("eval_seconds", kNan),
+          .gpu_hours = reader.number("gpu_hours", kNan),
+          .usd = number_or_null(reader, "usd")};
+}
+
+/// Calls `use(line, object)` for every line that is a whole JSON object with a step; returns the
+/// number of other lines.
+template <class Use>
+int for_each_line(std::string_view text, const Use& use) {
+  int broken = 0;
+  while (!text.empty()) {
+    const std::size_t end = text.find('\n');
+    const std::string_view line = text.substr(0, end);
+    const bool whole = end != std::string_view::npos;
+    text = whole ? text.substr(end + 1) : std::string_view();
+    if (line.empty() && whole) continue;
+    // The newline is written with the line: without it the line may be cut inside a number.
+    const Json object = whole ? Json::parse(line, nullptr, false) : Json();
+    if (object.is_object() && object.contains("step") && object["step"].is_number_integer()) {
+      use(line, object);
+    } else {
+      ++broken;
+    }
+  }
+  return broken;
+}
+
+}  // namespace
+
+std::string to_line(const StepMetrics& metrics) {
+  return Line()
+      .add("step", metrics.step)
+      .add("loss", metrics.loss)
+      .add("learning_rate", metrics.learning_rate)
+      .add("grad_norm", metrics.grad_norm)
+      .add("tokens", metrics.tokens)
+      .add("trained_tokens", metrics.trained_tokens)
+      .add("seconds", metrics.seconds)
+      .add("tokens_per_second", metrics.tokens_per_second)
+      .add("stream_bytes", metrics.stream_bytes)
+      .add("stall_seconds", metrics.stall_seconds)
+      .add("gpu_hours", metrics.gpu_hours)
+      .add("usd", metrics.usd)
+      .text();
+}
+
+std::string to_line(const EvalMetrics& metrics) {
+  return Line()
+      .add("step", metrics.step)
+      .add("eval_loss", metrics.eval_loss)
+      .add("eval_tokens", metrics.tokens)
+      .add("eval_seconds", metrics.seconds)
+      .add("gpu_hours", metrics.gpu_hours)
+      .add("usd", metrics.usd)
+      .text();
+}
+
+MetricsWriter::MetricsWriter(const fs::path& path)
+    : path_(path), file_(std::make_unique<FileWriter>(path, /*append=*/true)) {}
+
+MetricsWriter MetricsWriter::create(const fs::path& path) {
+  write_atomically(path, "");
+  return MetricsWriter(path);
+}
+
+MetricsWriter MetricsWriter::resume(const fs::path& path, std::int64_t step) {
+  if (step <= 0 || !fs::exists(path)) return create(path);
+  std::string kept;
+  const std::string text = read_text(path);
+  for_each_line(text, [&](std::string_view line, const Json& object) {
+    if (object["step"].get<std::int64_t>() > step) return;
+    kept += line;
+    kept += '\n';
+  });
+  if (kept != text) write_atomically(path, kept);
+  return MetricsWriter(path);
+}
+
+void MetricsWriter::write(const StepMetrics& metrics) {
+  file_->write(to_line(metrics) + "\n");
+  file_->flush();
+}
+
+void MetricsWriter::write(const EvalMetrics& metrics) {
+  file_->write(to_line(metrics) + "\n");
+  file_->flush();
+}
+
+void MetricsWriter::sync() {
+  file_->flush();
+  sync_path(path_);
+}
+
+Metrics read_metrics(const fs::path& path) {
+  Metrics metrics;
+  if (!fs::exists(path)) return metrics;
+  const std::string where = path.string();
+  metrics.broken_lines = for_each_line(read_text(path), [&](std::string_view, const Json& object) {
+    const JsonReader reader(object, where);
+    if (object.contains("loss")) metrics.steps.push_back(step_from(reader));
+    if (object.contains("eval_loss")) metrics.evals.push_back(eval_from(reader));
+  });
+  return metrics;
+}
+
+}  // namespace tailor

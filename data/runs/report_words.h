@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "data/runs/report.h"
+
+namespace tailor {
+
+/// The report without what only the run's folder knows: folders may be gone, or on another machine.
+RunReport ledger_report(const Ledger& ledger, const std::string& run);
+/// Of all runs, newest first.
+std::vector<RunReport> ledger_reports(const Ledger* ledger);
+
+// How the text report, the page and the listings put things into words.
+
+std::string status_words(RunStatus status);             ///< "stopped by budget"
+std::string phase_words(Phase phase);                   ///< "wait for weights"
+std::string attempts_words(const RunReport& report);    ///< "2 attempts (1 lost)"
+std::string hardware_words(const AttemptFacts& facts);  ///< "4 x h100 on n1, $2.69 per GPU-hour"
+std::string hours_heading(const RunReport& report);     ///< "GPU-hours", "device-hours"
+std::string tokens_words(const RunTotals& totals);      ///< "47 useful tokens of 48, ..."
+std::string percent_text(std::int64_t part, std::int64_t whole);
+/// A figure of planned_and_measured() in its unit.
+std::string figure_text(const std::optional<double>& value, const std::string& key);
+/// Cost per token, budget use, what is unknown or estimated: a sentence each.
+std::vector<std::string> closing_words(const RunReport& report);
+
+}  // namespace tailor
