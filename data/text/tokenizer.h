@@ -41,7 +41,7 @@ class Tokenizer {
                                    std::span<const ByteRange> protected_ranges) const;
 
   /// Bytes of the ids with ill-formed UTF-8 replaced by U+FFFD. `skip_special` leaves out tokens
-  /// marked special. Throws Error{bad_file} for an id outside the vocabulary.
+  /// marked special. Ids without a token (a model's vocabulary is often padded) give nothing.
   std::string decode(std::span<const std::int32_t> ids, bool skip_special) const;
   /// The bytes of one token; a token may end inside a UTF-8 character.
   std::string_view bytes_of(std::int32_t id) const;
