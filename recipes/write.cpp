@@ -1,0 +1,65 @@
+#include "recipes/write.h"
+
+#include <algorithm>
+
+#include "recipes/schema.h"
+
+namespace tailor {
+
+std::string without_password(const std::string& address) {
+  const std::size_t scheme = address.find("://");
+  if (scheme == std::string::npos) return address;
+  const std::size_t begin = scheme + 3;
+  const std::size_t end = std::min(address.find_first_of("/?#", begin), address.size());
+  const std::size_t at = address.rfind('@', end);
+  std::string out = address;
+  if (at != std::string::npos && at >= begin && at < end) {
+    const std::size_t colon = address.find(':', begin);
+    if (colon < at) out.replace(colon + 1, at - colon - 1, "***");
+  }
+  for (const std::string field : {"password=", "sslpassword="}) {
+    for (std::size_t found = out.find(field); found != std::string::npos;) {
+      const std::size_t value = found + field.size();
+      const std::size_t stop = std::min(out.find_first_of("&#", value), out.size());
+      out.replace(value, stop - value, "***");
+      found = out.find(field, value);
+    }
+  }
+  return out;
+}
+
+std::string resolved_text(const RecipeFile& file) {
+  Recipe shown = file.recipe;
+  if (shown.cost.ledger) shown.cost.ledger = without_password(*shown.cost.ledger);
+  if (shown.logging.mlflow) shown.logging.mlflow = without_password(*shown.logging.mlflow);
+
+  std::string out = "# Every key of the recipe with its value and where the value comes from.\n";
+  std::string section;
+  constexpr std::size_t kCommentColumn = 44;
+  for (const RecipeKey& key : recipe_keys()) {
+    const std::size_t dot = key.path.find('.');
+    std::string line;
+    if (dot != std::string::npos) {
+      if (const std::string own = key.path.substr(0, dot); own != section) {
+        section = own;
+        out += "\n" + section + ":\n";
+      }
+      line = "  " + key.path.substr(dot + 1);
+    } else {
+      line = key.path;
+    }
+    line += ": " + key.write(shown);
+    const auto origin = file.origins.find(key.path);
+    std::string comment = origin == file.origins.end() ? "default" : origin->second.text;
+    if (key.path == "cost.ledger") comment = without_password(comment);
+    std::replace_if(
+        comment.begin(), comment.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20; },
+        ' ');
+    line.append(std::max<std::size_t>(2, kCommentColumn - std::min(kCommentColumn, line.size())),
+                ' ');
+    out += line + "# " + comment + "\n";
+  }
+  return out;
+}
+
+}  // namespace tailor
