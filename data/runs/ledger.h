@@ -44,46 +44,46 @@ std::string_view status_name(RunStatus status);
 
 /// What a run is, fixed when it begins.
 struct RunFacts {
-  std::string run;  ///< identifier to use (RunFolder makes one); empty: a new one
-  std::string name;
-  std::string project;     ///< costs are added up by it; may be empty
-  std::string output_dir;  ///< absolute path of the run's folder
-  std::string base_model;
-  std::string base_sha256;  ///< empty where not known
-  std::string dataset_sha256;
-  std::string recipe_sha256;
-  std::string recipe_text;  ///< resolved recipe without secrets
-  std::string code_version;
+  std::string run{};  ///< identifier to use (RunFolder makes one); empty: a new one
+  std::string name{};
+  std::string project{};     ///< costs are added up by it; may be empty
+  std::string output_dir{};  ///< absolute path of the run's folder
+  std::string base_model{};
+  std::string base_sha256{};  ///< empty where not known
+  std::string dataset_sha256{};
+  std::string recipe_sha256{};
+  std::string recipe_text{};  ///< resolved recipe without secrets
+  std::string code_version{};
   std::int64_t seed = 0;
-  std::optional<std::int64_t> usd_micros_limit;  ///< the recipe's own budget
-  std::optional<std::int64_t> device_ms_limit;
+  std::optional<std::int64_t> usd_micros_limit{};  ///< the recipe's own budget
+  std::optional<std::int64_t> device_ms_limit{};
 };
 
 /// One process group from start to end: what it holds and at which price.
 struct AttemptFacts {
   std::string launcher = "local";  ///< local, torchrun, slurm, kubernetes, skypilot, other
-  std::string launcher_job;        ///< SLURM_JOB_ID, pod uid, ...; may be empty
+  std::string launcher_job{};      ///< SLURM_JOB_ID, pod uid, ...; may be empty
   int world_size = 1;
   int nodes = 1;
   int devices = 1;  ///< allocated, that is billed; on the CPU one for each rank
-  std::string host;
+  std::string host{};
   std::string device_kind = "cpu";  ///< cpu or cuda
-  std::string sku;                  ///< "h100-80gb-sxm", "cpu"
+  std::string sku{};                ///< "h100-80gb-sxm", "cpu"
 
   /// Price of one device for one hour, frozen here. Null: not known; then costs are null too, with
   /// this reason ("no price for sku 'cpu' in the price book").
-  std::optional<std::int64_t> usd_micros_per_device_hour;
-  std::string no_price_reason;
-  std::string price_id;      ///< "runpod/h100-80gb-sxm/on-demand/2025-04-01"
-  std::string price_kind;    ///< on-demand, spot, reserved, owned, recipe
-  std::string price_source;  ///< where it was read and when
+  std::optional<std::int64_t> usd_micros_per_device_hour{};
+  std::string no_price_reason{};
+  std::string price_id{};      ///< "runpod/h100-80gb-sxm/on-demand/2025-04-01"
+  std::string price_kind{};    ///< on-demand, spot, reserved, owned, recipe
+  std::string price_source{};  ///< where it was read and when
 
   std::int64_t resumed_from_step = 0;  ///< 0: from the beginning
   std::int64_t held_ms_before = 0;  ///< device time held before this call, booked as Phase::start
 };
 
 struct AttemptId {
-  std::string run;
+  std::string run{};
   int attempt = 0;  ///< from 1
   bool operator==(const AttemptId&) const = default;
 };
@@ -101,11 +101,11 @@ struct SegmentFacts {
 };
 
 struct ArtifactFacts {
-  std::string kind;  ///< checkpoint, adapter, merged, report, log
-  std::string path;
+  std::string kind{};  ///< checkpoint, adapter, merged, report, log
+  std::string path{};
   std::int64_t step = 0;
   std::int64_t bytes = 0;
-  std::string sha256;
+  std::string sha256{};
 };
 
 // --- what comes back
@@ -116,7 +116,7 @@ struct SegmentRecord {
   SegmentFacts facts;
   std::int64_t from_ms = 0;    ///< since the attempt began, on the steady clock
   std::int64_t device_ms = 0;  ///< ms * devices
-  std::optional<std::int64_t> usd_micros;
+  std::optional<std::int64_t> usd_micros{};
   bool estimated = false;  ///< not measured: the tail of an attempt found dead
 };
 
@@ -126,9 +126,9 @@ struct AttemptRecord {
   RunStatus status = RunStatus::running;
   std::int64_t began_unix_ms = 0;
   std::int64_t heartbeat_unix_ms = 0;
-  std::optional<std::int64_t> ended_unix_ms;
-  std::optional<int> exit_code;
-  std::string reason;
+  std::optional<std::int64_t> ended_unix_ms{};
+  std::optional<int> exit_code{};
+  std::string reason{};
   bool estimated = false;  ///< its end was set by a later attempt, at the last heartbeat
 };
 
@@ -140,10 +140,10 @@ struct ArtifactRecord {
 };
 
 struct EventRecord {
-  std::optional<int> attempt;
+  std::optional<int> attempt{};
   std::int64_t unix_ms = 0;
-  std::optional<std::int64_t> step;
-  std::string kind, text;
+  std::optional<std::int64_t> step{};
+  std::string kind{}, text{};
 };
 
 struct RunRecord {
@@ -162,19 +162,19 @@ struct RunRecord {
 
 struct PhaseTotals {
   std::int64_t device_ms = 0;
-  std::optional<std::int64_t> usd_micros;
+  std::optional<std::int64_t> usd_micros{};
 };
 
 /// A run's sums over all attempts, failed ones included.
 struct RunTotals {
   int attempts = 0;
   std::int64_t device_ms = 0;
-  std::optional<std::int64_t> usd_micros;  ///< null when any attempt has no price
-  std::string usd_null_reason;
+  std::optional<std::int64_t> usd_micros{};  ///< null when any attempt has no price
+  std::string usd_null_reason{};
   std::array<PhaseTotals, kPhases.size()> phases{};        ///< add up to the totals exactly
   std::int64_t steps = 0, tokens = 0, trained_tokens = 0;  ///< all work done
   std::int64_t useful_steps = 0, useful_tokens = 0, useful_trained_tokens = 0;  ///< kept
-  std::optional<std::int64_t> busy_device_ms, energy_mj;
+  std::optional<std::int64_t> busy_device_ms{}, energy_mj{};
   bool estimated = false;  ///< some attempt's end is an estimate
 
   const PhaseTotals& of(Phase phase) const { return phases[static_cast<std::size_t>(phase)]; }

@@ -22,8 +22,8 @@ struct StepMetrics {
   double tokens_per_second = 0;
   std::int64_t stream_bytes = 0;
   double stall_seconds = 0;
-  double gpu_hours = 0;       ///< the run so far, all attempts
-  std::optional<double> usd;  ///< the run so far; null where no price is known
+  double gpu_hours = 0;         ///< the run so far, all attempts
+  std::optional<double> usd{};  ///< the run so far; null where no price is known
 };
 
 struct EvalMetrics {
@@ -32,7 +32,7 @@ struct EvalMetrics {
   std::int64_t tokens = 0;
   double seconds = 0;
   double gpu_hours = 0;
-  std::optional<double> usd;
+  std::optional<double> usd{};
 };
 
 /// One line without its newline: JSON, floats with 9 significant digits, null where not finite.
