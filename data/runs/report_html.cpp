@@ -32,12 +32,13 @@ svg { display: block; width: 100%; height: auto; margin: 1.25rem 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid #e3e3e3;
-  vertical-align: top; overflow-wrap: anywhere; }
+  vertical-align: top; }
 th { font-weight: 600; border-bottom-color: #999; }
 .n { text-align: right; white-space: nowrap; }
+.t { white-space: nowrap; }
 tr.sum td { font-weight: 600; border-top: 1px solid #999; }
 .bar { display: inline-block; height: .7rem; background: #1f5fa8; border-radius: 2px; }
-code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace; }
+code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 @media print { body { padding: 0; } }
 )css";
 
@@ -171,7 +172,7 @@ std::string costs(const RunReport& report) {
   }
   add("total", {totals.device_ms, totals.usd_micros}, true);
   std::string out = table({"", ">" + hours_heading(report), ">USD", ">share", ""}, rows);
-  out += element("p", escape_html(tokens_words(totals)) + ".", "quiet") + "\n";
+  out += element("p", escape_html(tokens_words(totals)), "quiet") + "\n";
   for (const std::string& line : closing_words(report)) {
     out += element("p", escape_html(line), "quiet") + "\n";
   }
@@ -199,12 +200,12 @@ std::string attempts(const RunReport& report) {
     const RunTotals totals = total(report.record, attempt.attempt);
     rows += row(number_cell(std::to_string(attempt.attempt)) +
                 cell(status_words(attempt.status) + (attempt.estimated ? " (end estimated)" : "")) +
-                cell(minute_text(attempt.began_unix_ms)) +
+                element("td", minute_text(attempt.began_unix_ms), "t") +
                 number_cell(count_text(attempt.facts.resumed_from_step)) +
                 number_cell(count_text(totals.steps)) +
                 number_cell(number_text(totals.gpu_hours(), 4)) +
-                number_cell(usd_or_unknown(totals.usd_micros)) +
-                cell(hardware_words(attempt.facts)) + cell(attempt.reason));
+                number_cell(usd_or_unknown(totals.usd_micros)) + cell(device_words(attempt.facts)) +
+                cell(attempt.reason));
   }
   return element("h2", "Attempts") + "\n" +
          table({">no.", "status", "began (UTC)", ">from step", ">steps",
@@ -229,7 +230,7 @@ std::string files(const RunReport& report) {
 std::string events(const RunReport& report) {
   std::string rows;
   for (const EventRecord& event : report.record.events) {
-    rows += row(cell(minute_text(event.unix_ms)) +
+    rows += row(element("td", minute_text(event.unix_ms), "t") +
                 number_cell(event.step.has_value() ? count_text(*event.step) : "") +
                 cell(event.kind) + cell(event.text));
   }

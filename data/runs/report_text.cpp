@@ -50,12 +50,17 @@ std::string phase_words(Phase phase) {
   }
 }
 
-std::string hardware_words(const AttemptFacts& facts) {
-  const bool cpu = facts.device_kind == "cpu";
+std::string device_words(const AttemptFacts& facts) {
   std::string out =
       std::to_string(facts.devices) + " x " + (facts.sku.empty() ? facts.device_kind : facts.sku);
   if (!facts.host.empty()) out += " on " + facts.host;
   if (facts.nodes > 1) out += " and " + counted(facts.nodes - 1, "more host");
+  return out;
+}
+
+std::string hardware_words(const AttemptFacts& facts) {
+  const bool cpu = facts.device_kind == "cpu";
+  std::string out = device_words(facts);
   if (facts.usd_micros_per_device_hour.has_value()) {
     out += ", " + usd_text(*facts.usd_micros_per_device_hour) +
            (cpu ? " per device-hour" : " per GPU-hour");

@@ -19,7 +19,8 @@ std::vector<RunReport> ledger_reports(const Ledger* ledger);
 std::string status_words(RunStatus status);             ///< "stopped by budget"
 std::string phase_words(Phase phase);                   ///< "wait for weights"
 std::string attempts_words(const RunReport& report);    ///< "2 attempts (1 lost)"
-std::string hardware_words(const AttemptFacts& facts);  ///< "4 x h100 on n1, $2.69 per GPU-hour"
+std::string device_words(const AttemptFacts& facts);    ///< "4 x h100-80gb-sxm on n1"
+std::string hardware_words(const AttemptFacts& facts);  ///< as before, with the price
 std::string hours_heading(const RunReport& report);     ///< "GPU-hours", "device-hours"
 std::string tokens_words(const RunTotals& totals);      ///< "47 useful tokens of 48, ..."
 std::string percent_text(std::int64_t part, std::int64_t whole);
