@@ -1,0 +1,168 @@
+#include "recipes/model_facts.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "base/json.h"
+#include "base/text.h"
+#include "base/units.h"
+#include "data/checkpoint/checkpoint.h"
+
+namespace tailor {
+namespace {
+
+bool names_module(const Recipe& recipe, const std::string& name) {
+  const auto& modules = recipe.lora.targets.modules;
+  return std::find(modules.begin(), modules.end(), name) != modules.end();
+}
+
+/// r * (in + out) of gate, up and down, those that the recipe targets.
+std::int64_t mlp_lora(const Recipe& recipe, bool whole_group, std::int64_t hidden,
+                      std::int64_t width, std::int64_t rank) {
+  std::int64_t matrices = 0;
+  for (const char* name : {"gate_proj", "up_proj", "down_proj"}) {
+    if (whole_group || names_module(recipe, name)) ++matrices;
+  }
+  return matrices * rank * (hidden + width);
+}
+
+/// What config.json says of the stored form.
+void read_published_form(const Json& config, ModelFacts& facts) {
+  const Json* text = config.contains("text_config") ? &config.at("text_config") : &config;
+  for (const Json* part : {text, &config}) {
+    for (const char* key : {"dtype", "torch_dtype"}) {
+      if (part->contains(key) && part->at(key) == "float32") facts.published_bytes = 4;
+      if (part->contains(key)) break;
+    }
+    if (part->contains("quantization_config") && part->at("quantization_config").is_object()) {
+      const Json& quant = part->at("quantization_config");
+      if (quant.contains("quant_method") && quant.at("quant_method") == "fp8") {
+        facts.published = BaseFormat::fp8;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+std::int64_t ModelFacts::attention_parameters() const {
+  std::int64_t total = 0;
+  for (const MatrixShape& shape : attention) total += shape.parameters();
+  return total;
+}
+
+std::int64_t ModelFacts::other_parameters() const {
+  return layers * attention_parameters() + dense_layers * dense_mlp_parameters() +
+         moe_layers * (shared_experts * expert_parameters() + hidden * experts);
+}
+
+std::int64_t ModelFacts::total_parameters() const {
+  return routed_parameters() + other_parameters() + head_parameters() * (tied_head ? 1 : 2);
+}
+
+std::int64_t ModelFacts::active_parameters() const {
+  return other_parameters() + moe_layers * top_k * expert_parameters() + head_parameters();
+}
+
+LoraCounts count_lora(const Recipe& recipe, const ModelFacts& model) {
+  const LoraTargets& targets = recipe.lora.targets;
+  const std::int64_t rank = recipe.lora.rank;
+  LoraCounts counts;
+  for (std::size_t i = 0; i < model.attention.size(); ++i) {
+    if (!targets.attention && !names_module(recipe, model.attention_names[i])) continue;
+    counts.attention += model.layers * rank * (model.attention[i].in + model.attention[i].out);
+  }
+  counts.dense_mlp = model.dense_layers *
+                     mlp_lora(recipe, targets.dense_mlp, model.hidden, model.dense_width, rank);
+  counts.shared_expert =
+      model.moe_layers * model.shared_experts *
+      mlp_lora(recipe, targets.shared_expert, model.hidden, model.expert_width, rank);
+  if (targets.router || names_module(recipe, "router")) {
+    counts.router = model.moe_layers * rank * (model.hidden + model.experts);
+  }
+  if (model.experts > 0) {
+    TAILOR_CHECK(recipe.lora.expert_rank.has_value(), "resolve() the recipe first");
+    counts.per_expert = mlp_lora(recipe, targets.experts, model.hidden, model.expert_width,
+                                 *recipe.lora.expert_rank);
+    counts.experts = model.moe_layers * model.experts * counts.per_expert;
+  }
+  return counts;
+}
+
+double matrix_bytes(const ModelFacts& model, const MatrixShape& shape, BaseFormat format,
+                    std::optional<int> group_size) {
+  if (format == BaseFormat::as_is) format = model.published;
+  const double parameters = static_cast<double>(shape.parameters());
+  switch (format) {
+    case BaseFormat::as_is:
+    case BaseFormat::bf16:
+      return parameters * (format == model.published ? model.published_bytes : 2.0);
+    case BaseFormat::fp8:
+      return parameters +
+             4.0 * static_cast<double>(div_ceil(shape.out, 128) * div_ceil(shape.in, 128));
+    case BaseFormat::nf4: {
+      constexpr double kBits = 4 + 8.0 / 64 + 32.0 / (64 * 256);
+      return parameters * kBits / 8;
+    }
+    case BaseFormat::int4:
+      break;
+  }
+  std::int64_t group = group_size.value_or(0);
+  if (group == 0) {
+    for (const std::int64_t size :
+         {std::int64_t{128}, std::int64_t{64}, std::int64_t{32}, shape.in}) {
+      group = size;
+      if (shape.in % size == 0) break;
+    }
+  }
+  return static_cast<double>(shape.out *
+                             (align_up(shape.in, 8) / 2 + 2 * div_ceil(shape.in, group)));
+}
+
+ModelFacts model_facts(const ModelSpec& spec, const std::string& name) {
+  ModelFacts facts;
+  facts.name = name;
+  facts.layers = spec.layer_count();
+  facts.hidden = spec.hidden;
+  facts.vocab = spec.vocab;
+  facts.heads = spec.heads;
+  facts.qk_dim = facts.v_dim = spec.head_dim;
+  facts.attention = {{spec.query_width(), spec.hidden},
+                     {spec.kv_width(), spec.hidden},
+                     {spec.kv_width(), spec.hidden},
+                     {spec.hidden, spec.query_width()}};
+  facts.attention_names = {"q_proj", "k_proj", "v_proj", "o_proj"};
+  facts.moe_layers = spec.moe_layer_count();
+  facts.dense_layers = facts.layers - facts.moe_layers;
+  facts.dense_width = spec.dense_width;
+  facts.tied_head = spec.tied_head;
+  if (facts.moe_layers > 0) {
+    facts.experts = spec.experts;
+    facts.top_k = spec.experts_per_token;
+    facts.expert_width = spec.expert_width;
+    facts.shared_experts = 1;  // llama4: one, as wide as a routed expert
+  }
+  return facts;
+}
+
+ModelFacts read_model_facts(const std::string& base_model, const fs::path& models_folder) {
+  std::error_code error;
+  std::string file = base_model;
+  for (std::size_t at = file.find('/'); at != std::string::npos; at = file.find('/', at + 2)) {
+    file.replace(at, 1, "--");
+  }
+  const fs::path published = models_folder / (file + ".json");
+  fs::path config_path;
+  try {
+    config_path = find_model_folder(base_model) / "config.json";
+  } catch (const Error&) {
+    if (!fs::is_regular_file(published, error)) throw;
+    config_path = published;
+  }
+  const Json config = read_json(config_path);
+  ModelFacts facts = model_facts(model_spec_from_config(config, config_path.string()), base_model);
+  read_published_form(config, facts);
+  return facts;
+}
+
+}  // namespace tailor

@@ -1,0 +1,72 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/file.h"
+#include "data/checkpoint/model_spec.h"
+#include "recipes/recipe.h"
+
+namespace tailor {
+
+/// A linear layer's weight: [out, in].
+struct MatrixShape {
+  std::int64_t out = 0, in = 0;
+  std::int64_t parameters() const { return out * in; }
+};
+
+/// What the plan knows of a model: counts and widths, no weights. Norms are left out; they are
+/// below a millionth of the whole.
+struct ModelFacts {
+  std::string name;
+  std::int64_t layers = 0, hidden = 0, vocab = 0, heads = 0;
+  std::int64_t qk_dim = 0, v_dim = 0;        ///< a head's width in scores and in values
+  std::vector<MatrixShape> attention;        ///< projections of one layer
+  std::vector<std::string> attention_names;  ///< q_proj, ... as long as `attention`
+  std::int64_t moe_layers = 0, experts = 0, top_k = 0, expert_width = 0;
+  std::int64_t shared_experts = 0;  ///< a MoE layer, each of expert_width
+  std::int64_t dense_layers = 0, dense_width = 0;
+  bool tied_head = false;
+  BaseFormat published =
+      BaseFormat::bf16;        ///< what as_is means; float32 checkpoints count as bf16 x 2
+  double published_bytes = 2;  ///< a parameter, when `published` is bf16: 2, or 4
+
+  ModelTraits traits() const { return {static_cast<int>(experts), static_cast<int>(top_k)}; }
+  std::int64_t attention_parameters() const;  ///< one layer
+  std::int64_t expert_parameters() const { return 3 * hidden * expert_width; }
+  std::int64_t dense_mlp_parameters() const { return 3 * hidden * dense_width; }
+  std::int64_t routed_parameters() const { return moe_layers * experts * expert_parameters(); }
+  std::int64_t head_parameters() const { return vocab * hidden; }
+  /// All but routed experts, embedding and head.
+  std::int64_t other_parameters() const;
+  std::int64_t total_parameters() const;
+  /// Matrix parameters a token meets, the head included, the embedding's lookup not.
+  std::int64_t active_parameters() const;
+};
+
+/// Trainable parameters of a recipe's factors; by where they live. expert_rank must be resolved.
+struct LoraCounts {
+  std::int64_t attention = 0, dense_mlp = 0, shared_expert = 0, router = 0;
+  std::int64_t per_expert = 0;  ///< one routed expert
+  std::int64_t experts = 0;     ///< all routed experts
+  std::int64_t other() const { return attention + dense_mlp + shared_expert + router; }
+  std::int64_t total() const { return other() + experts; }
+};
+LoraCounts count_lora(const Recipe& recipe, const ModelFacts& model);
+
+/// Bytes of one matrix in `format`; as_is is the model's published form. int4: 4-bit codes padded
+/// to eight a row and a bf16 scale a group. nf4: as bitsandbytes writes it, blocks of 64, double
+/// quantised. fp8: e4m3 and a float scale a block of 128 x 128.
+double matrix_bytes(const ModelFacts& model, const MatrixShape& shape, BaseFormat format,
+                    std::optional<int> group_size);
+
+ModelFacts model_facts(const ModelSpec& spec, const std::string& name);
+
+/// Facts from the config.json of `base_model`: a folder or a repository in the local Hugging Face
+/// cache, else a published config shipped in `models_folder` (recipes/models), where "a/b" is
+/// a--b.json. Throws Error{usage} when it is in none of them.
+ModelFacts read_model_facts(const std::string& base_model, const fs::path& models_folder);
+
+}  // namespace tailor
