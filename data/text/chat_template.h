@@ -34,8 +34,8 @@ struct Conversation {
 class ChatTemplate {
  public:
   /// `choice`: "model" (chat_template.jinja, tokenizer_config.json or chat_template.json of the
-  /// model's folder), the name of one of the model's several templates, or the path of a .jinja
-  /// file. Throws Error{bad_file} when there is none or it does not parse.
+  /// model's folder), the name of one of the model's several templates, "chatml", or the path of a
+  /// .jinja file. Throws Error{bad_file} when there is none or it does not parse.
   static ChatTemplate load(const Tokenizer& tokenizer, const std::string& choice);
   /// From the text itself; `where` names it in errors.
   static ChatTemplate from_text(const Tokenizer& tokenizer, std::string source, std::string where);
@@ -45,8 +45,10 @@ class ChatTemplate {
     std::vector<ByteRange> contents;  ///< bytes that came from messages: sorted, disjoint
   };
   static constexpr std::size_t kAll = static_cast<std::size_t>(-1);
+  static constexpr std::size_t kAssistants = static_cast<std::size_t>(-2);
 
-  /// The text of the first `count` messages. With `marked`, only that message counts as contents.
+  /// The text of the first `count` messages. `marked` says which count as contents: all, the
+  /// assistant's, or one by its index.
   /// Throws Error{bad_file} with the conversation's place when the template raises an exception.
   Rendered render(const Conversation& conversation, bool add_generation_prompt,
                   std::size_t count = kAll, std::size_t marked = kAll) const;
