@@ -187,6 +187,9 @@ def summarise(steps, untimed):
         "timed_steps": len(timed),
         "tokens_per_second": total("tokens") / total("seconds"),
         "tokens_per_cpu_second": total("tokens") / total("cpu_seconds"),
+        # Nearest to a quiet machine's speed when others come and go.
+        "fastest_step_tokens_per_second": max(s["tokens"] / s["seconds"] for s in timed),
+        "cores_used": total("cpu_seconds") / total("seconds"),
         "median_step_seconds": statistics.median(step["seconds"] for step in timed),
         "tokens": total("tokens", steps),
         "label_tokens": total("label_tokens", steps),
