@@ -1,0 +1,106 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "base/json.h"
+#include "recipes/machine.h"
+#include "recipes/model_facts.h"
+#include "recipes/price_book.h"
+#include "recipes/recipe.h"
+
+namespace tailor {
+
+/// One predicted number and the sum it came from: {350155230105.6, "bytes", "2 passes x ..."}.
+/// Without a value `working` is the reason.
+struct Figure {
+  std::optional<double> value;
+  std::string unit;  ///< bytes, tokens, steps, seconds, hours, tokens/s, usd, ...
+  std::string working;
+};
+
+/// What holds the step back.
+enum class Bound { compute, link, disk, network };
+std::string_view bound_name(Bound bound);
+
+/// One thing that takes memory while training, on one rank's device, on the host, or on disk.
+struct MemoryItem {
+  enum class Home { device, host, disk };
+  Home home;
+  std::string name;
+  double bytes = 0;
+  std::string working;
+};
+
+/// What is known of the tokenised data.
+struct DataStats {
+  std::int64_t rows = 0;            ///< of sequence_len, a pass
+  std::int64_t trained_tokens = 0;  ///< that carry loss, a pass
+  std::int64_t store_bytes = 0;
+};
+
+/// A measured speed that replaces the machine profile's assumption.
+struct Calibration {
+  double gflops = 0;   ///< what a training step reaches on the CPU, over all cores
+  std::string source;  ///< "measured by tailor doctor on 2026-11-23"
+};
+
+/// What a run needs and costs, before anything loads.
+struct Plan {
+  bool fits = true;
+  std::string fits_working;
+  /// Each: what is too large, by how much, and the setting to change. Empty when it fits.
+  struct Misfit {
+    std::string what, mend;
+  };
+  std::vector<Misfit> misfits;
+
+  Figure device_bytes_peak, host_bytes_peak, disk_bytes;
+  Figure stream_bytes_per_step;  ///< frozen weights over the slowest link they cross, all ranks
+  Figure tokens_per_step;
+  Figure flops_per_token;
+  Figure trainable_parameters;
+  Figure seconds_per_step, tokens_per_second;
+  Figure crossover_tokens_per_step;  ///< from here on compute hides the stream
+  Figure steps, hours, gpu_hours, usd;
+  Bound bound = Bound::compute;
+  std::string bound_working;
+  std::vector<MemoryItem> items;
+  std::vector<std::string> warnings;
+
+  // What the trainer follows.
+  double resident_fraction = 1;        ///< of the routed experts, on the device (RAM on the CPU)
+  std::int64_t device_tile_bytes = 0;  ///< frozen weights kept there, one rank
+  std::int64_t host_tile_bytes = 0;    ///< frozen weights kept in RAM behind the device, all ranks
+  ActivationHome activations = ActivationHome::host;  ///< never automatic
+  bool keep_activations = false;  ///< everything the backward pass needs, no recompute
+  PriceQuote price;
+};
+
+struct PlanExtras {
+  std::optional<DataStats> data;
+  std::optional<Calibration> calibration;
+  std::int64_t at_unix_ms = 0;  ///< the day whose prices hold
+};
+
+/// A pure function: reads no file, asks no clock, touches no device. `recipe` must be resolved for
+/// `model`. Does not throw when something does not fit: see Plan::fits. Throws Error{usage} when
+/// the recipe and the machine contradict each other (more ranks than devices; a price that is not
+/// in the book).
+///
+/// GPUs: a step passes every layer once forward and once backward over all its tokens; each pass
+/// takes the longest of computing, copying and reading. CPU: the same with disk to RAM as the only
+/// link.
+Plan make_plan(const Recipe& recipe, const ModelFacts& model, const Machine& machine,
+               const PriceBook& prices, const PlanExtras& extras = {});
+
+/// The document of `tailor plan --json`: every figure as {value, unit, working}.
+Json plan_json(const Plan& plan);
+
+/// Error{does_not_fit} from a plan that does not fit.
+Error does_not_fit(const Plan& plan);
+
+}  // namespace tailor

@@ -1,0 +1,280 @@
+#include "recipes/plan.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "recipes/read.h"
+#include "recipes/step_cost.h"
+
+namespace tailor {
+namespace {
+
+const fs::path kRecipes = fs::path(TAILOR_SOURCE_DIR) / "recipes";
+constexpr std::int64_t kDay = 1'772'800'000'000;  // 2026-03-06
+
+const ModelFacts& maverick() {
+  static const ModelFacts facts =
+      read_model_facts("meta-llama/Llama-4-Maverick-17B-128E-Instruct", kRecipes / "models");
+  return facts;
+}
+const PriceBook& prices() {
+  static const PriceBook book = PriceBook::read(kRecipes / "prices.yaml");
+  return book;
+}
+
+/// The shipped recipe with overrides, resolved and planned.
+struct Planned {
+  RecipeFile file;
+  Plan plan;
+};
+Planned plan_of(const std::string& recipe, std::vector<std::string> overrides,
+                const ModelFacts& model, const std::string& profile, PlanExtras extras = {}) {
+  Planned out{read_recipe(kRecipes / recipe, overrides), {}};
+  resolve(out.file, model.traits());
+  if (extras.at_unix_ms == 0) extras.at_unix_ms = kDay;
+  out.plan = make_plan(out.file.recipe, model, find_machine(profile, kRecipes / "machines"),
+                       prices(), extras);
+  return out;
+}
+
+ModelFacts demo() {
+  ModelSpec spec;
+  spec.family = Family::llama4;
+  spec.hidden = 576;
+  spec.heads = 9;
+  spec.kv_heads = 3;
+  spec.head_dim = 64;
+  spec.vocab = 49152;
+  spec.dense_width = 1536;
+  spec.expert_width = 768;
+  spec.experts = 8;
+  spec.experts_per_token = 1;
+  spec.layers.resize(30);
+  for (std::size_t i = 1; i < 30; i += 2) spec.layers[i].moe = true;
+  return model_facts(spec, "demo");
+}
+
+double device_item(const Plan& plan, const std::string& name) {
+  for (const MemoryItem& item : plan.items) {
+    if (item.home == MemoryItem::Home::device && item.name == name) return item.bytes;
+  }
+  return 0;
+}
+
+// Published totals of the text model: 400.7 B parameters, 386.5 B of them in routed experts, 16.15
+// B (17 B with the embedding and vision) active.
+TEST(ModelFacts, of_maverick_are_as_published) {
+  const ModelFacts& model = maverick();
+  EXPECT_EQ(model.layers, 48);
+  EXPECT_EQ(model.moe_layers, 24);
+  EXPECT_NEAR(static_cast<double>(model.total_parameters()) / 1e9, 400.71, 0.005);
+  EXPECT_NEAR(static_cast<double>(model.routed_parameters()) / 1e9, 386.55, 0.005);
+  EXPECT_NEAR(static_cast<double>(model.other_parameters()) / 1e9, 12.10, 0.005);
+  EXPECT_NEAR(static_cast<double>(model.active_parameters()) / 1e9, 16.15, 0.005);
+  EXPECT_EQ(model.expert_parameters(), 3 * 5120 * 8192);
+}
+
+TEST(ModelFacts, an_unknown_model_names_the_download_command) {
+  try {
+    read_model_facts("someone/no-such-model", kRecipes / "models");
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_THAT(error.parts().mend, testing::HasSubstr("hf download someone/no-such-model"));
+  }
+}
+
+TEST(MatrixBytes, follow_the_formats) {
+  const ModelFacts& model = maverick();
+  const MatrixShape gate{8192, 5120};
+  const double n = 8192.0 * 5120;
+  EXPECT_DOUBLE_EQ(matrix_bytes(model, gate, BaseFormat::as_is, {}), 2 * n);
+  EXPECT_DOUBLE_EQ(matrix_bytes(model, gate, BaseFormat::int4, {}), n * 0.515625);
+  EXPECT_DOUBLE_EQ(matrix_bytes(model, gate, BaseFormat::int4, 32), n * 0.5625);
+  EXPECT_DOUBLE_EQ(matrix_bytes(model, gate, BaseFormat::nf4, {}), n * 0.515869140625);
+  EXPECT_DOUBLE_EQ(matrix_bytes(model, gate, BaseFormat::fp8, {}), n + 4.0 * 64 * 40);
+  // 36 inputs: no group of 128, 64 or 32 fits, so one group a row, codes padded to 40.
+  EXPECT_DOUBLE_EQ(matrix_bytes(model, {10, 36}, BaseFormat::int4, {}), 10 * (20 + 2));
+  // 96 inputs: groups of 32.
+  EXPECT_DOUBLE_EQ(matrix_bytes(model, {10, 96}, BaseFormat::int4, {}), 10 * (48 + 3 * 2));
+}
+
+TEST(LoraCounts, of_maverick_follow_the_shapes) {
+  Planned planned = plan_of("maverick-a100.yaml", {}, maverick(), "a100-40gb");
+  const LoraCounts counts = count_lora(planned.file.recipe, maverick());
+  EXPECT_EQ(counts.experts, 24LL * 128 * 3 * 8 * (5120 + 8192));
+  EXPECT_EQ(counts.attention, 48LL * 16 * (2 * 10240 + 2 * 6144));
+  EXPECT_EQ(counts.other(), 65'273'856);
+}
+
+// The analytic model of docs/streaming.md at 512-token sequences, rank 16, expert rank 16,
+// non-expert weights in NF4: 2k..128k tokens a step give 142, 562, 1605, 1680 and 1720 tokens/s.
+struct Anchor {
+  int rows;
+  double tokens_per_second;
+};
+class MaverickOnA100 : public testing::TestWithParam<Anchor> {};
+
+TEST_P(MaverickOnA100, goes_as_the_streaming_model_says) {
+  const Plan plan = plan_of("maverick-a100.yaml",
+                            {"data.sequence_len=512", "training.micro_batch_size=8",
+                             "lora.expert_rank=16", "base.non_expert_format=nf4",
+                             "training.global_batch_rows=" + std::to_string(GetParam().rows)},
+                            maverick(), "a100-40gb")
+                        .plan;
+  EXPECT_TRUE(plan.fits) << plan.fits_working;
+  EXPECT_NEAR(*plan.tokens_per_second.value, GetParam().tokens_per_second,
+              0.01 * GetParam().tokens_per_second);
+}
+INSTANTIATE_TEST_SUITE_P(RowsAStep, MaverickOnA100,
+                         testing::Values(Anchor{4, 142}, Anchor{16, 562.4}, Anchor{64, 1605.2},
+                                         Anchor{128, 1680}, Anchor{256, 1720}),
+                         [](const auto& entry) { return std::to_string(entry.param.rows); });
+
+TEST(Plan, of_maverick_on_a100_has_the_known_items) {
+  const Plan plan =
+      plan_of("maverick-a100.yaml",
+              {"data.sequence_len=512", "training.micro_batch_size=8", "lora.expert_rank=16",
+               "base.non_expert_format=nf4", "training.global_batch_rows=64"},
+              maverick(), "a100-40gb")
+          .plan;
+  const double percent = 0.01;
+  EXPECT_NEAR(device_item(plan, "weights outside experts"), 6.24e9, percent * 6.24e9);
+  EXPECT_NEAR(device_item(plan, "vocabulary head"), 2.069e9, percent * 2.07e9);
+  EXPECT_NEAR(device_item(plan, "factors outside experts"), 1.175e9, percent * 1.17e9);
+  EXPECT_NEAR(device_item(plan, "expert ring"), 1.099e9, percent * 1.1e9);
+  EXPECT_NEAR(device_item(plan, "micro-batch workspace"), 1.342e9, percent * 1.34e9);
+  EXPECT_NEAR(device_item(plan, "head chunk"), 1.241e9, percent * 1.24e9);
+  EXPECT_NEAR(plan.resident_fraction, 0.1216, 0.002);
+  EXPECT_NEAR(*plan.stream_bytes_per_step.value, 350.2e9, 1e9);
+  EXPECT_NEAR(*plan.host_bytes_peak.value, 262.7e9, 2.7e9);
+  EXPECT_NEAR(*plan.crossover_tokens_per_step.value, 23'295, 0.03 * 23'295);
+  EXPECT_EQ(plan.bound, Bound::compute);
+}
+
+TEST(Plan, from_disk_is_bound_by_the_disk) {
+  const Plan plan =
+      plan_of("maverick-a100.yaml",
+              {"data.sequence_len=512", "training.micro_batch_size=8", "lora.expert_rank=16",
+               "base.non_expert_format=nf4", "training.global_batch_rows=64", "base.host_memory=0"},
+              maverick(), "a100-40gb")
+          .plan;
+  EXPECT_EQ(plan.bound, Bound::disk);
+  EXPECT_NEAR(*plan.tokens_per_second.value, 652, 0.01 * 652);
+}
+
+TEST(Plan, four_h100_all_gathering_maverick_bill_four_devices) {
+  const Planned planned =
+      plan_of("maverick-a100.yaml", {"machine.ranks=4", "training.max_steps=100"}, maverick(),
+              "4xh100-80gb");
+  const Plan& plan = planned.plan;
+  EXPECT_TRUE(plan.fits) << plan.fits_working;
+  EXPECT_DOUBLE_EQ(*plan.gpu_hours.value, 4 * *plan.hours.value);
+  EXPECT_NEAR(*plan.usd.value, *plan.gpu_hours.value * 2.69, 1e-9);
+  EXPECT_EQ(plan.price.kind, "spot");
+}
+
+TEST(Plan, without_data_and_max_steps_says_why_there_is_no_price) {
+  const Plan plan = plan_of("maverick-a100.yaml", {}, maverick(), "a100-40gb").plan;
+  EXPECT_FALSE(plan.steps.value || plan.hours.value || plan.gpu_hours.value || plan.usd.value);
+  EXPECT_THAT(plan.steps.working, testing::HasSubstr("training.max_steps"));
+  const Json json = plan_json(plan);
+  EXPECT_TRUE(json["usd"]["value"].is_null());
+  EXPECT_THAT(json["usd"]["working"].get<std::string>(), testing::HasSubstr("not tokenised"));
+}
+
+TEST(Plan, with_data_counts_epochs_and_prices_them) {
+  PlanExtras extras;
+  extras.data = DataStats{7500, 15'360'000, 0};
+  const Plan plan =
+      plan_of("maverick-a100.yaml", {"training.num_epochs=1"}, maverick(), "a100-40gb", extras)
+          .plan;
+  EXPECT_DOUBLE_EQ(*plan.steps.value, std::ceil(7500.0 / 16));
+  EXPECT_NEAR(*plan.hours.value, 2.7, 0.15);
+  EXPECT_NEAR(*plan.usd.value, *plan.hours.value * 1.19, 1e-9);
+}
+
+TEST(Plan, json_has_every_promised_figure_with_its_working) {
+  const Json json = plan_json(plan_of("demo-maverick.yaml", {}, demo(), "cpu").plan);
+  for (const char* name :
+       {"fits", "device_bytes_peak", "host_bytes_peak", "disk_bytes", "stream_bytes_per_step",
+        "tokens_per_step", "seconds_per_step", "tokens_per_second", "crossover_tokens_per_step",
+        "steps", "hours", "gpu_hours", "usd", "bound"}) {
+    ASSERT_TRUE(json.contains(name)) << name;
+    EXPECT_TRUE(json[name].contains("value") && json[name].contains("unit")) << name;
+    EXPECT_FALSE(json[name]["working"].get<std::string>().empty()) << name;
+  }
+  EXPECT_TRUE(json["fits"]["value"].get<bool>());
+  EXPECT_EQ(json["tokens_per_step"]["value"], 1024);
+  EXPECT_EQ(json["steps"]["value"], 100);
+}
+
+TEST(Plan, on_the_cpu_is_flops_over_measured_speed) {
+  PlanExtras extras;
+  extras.calibration = Calibration{100, "measured"};
+  const Planned planned = plan_of("demo-maverick.yaml", {}, demo(), "cpu", extras);
+  const double flops = token_flops(planned.file.recipe, demo(), false).total();
+  EXPECT_NEAR(*planned.plan.seconds_per_step.value, flops * 1024 / 100e9, 1e-9);
+  EXPECT_EQ(planned.plan.bound, Bound::compute);
+  EXPECT_THAT(planned.plan.seconds_per_step.working, testing::HasSubstr("measured"));
+  EXPECT_DOUBLE_EQ(planned.plan.resident_fraction, 1);
+  EXPECT_DOUBLE_EQ(*planned.plan.stream_bytes_per_step.value, 0);
+}
+
+TEST(Plan, on_the_cpu_a_budget_of_zero_streams_every_byte_twice) {
+  const Planned planned =
+      plan_of("demo-maverick.yaml", {"base.device_memory=0", "base.host_memory=0"}, demo(), "cpu");
+  const BaseBytes base = base_bytes(planned.file.recipe, demo());
+  EXPECT_NEAR(*planned.plan.stream_bytes_per_step.value, 2 * base.all(), 1);
+  EXPECT_TRUE(planned.plan.fits);
+}
+
+TEST(Plan, names_what_does_not_fit_and_what_to_change) {
+  const Plan plan =
+      plan_of("maverick-a100.yaml", {"training.micro_batch_size=64"}, maverick(), "a100-40gb").plan;
+  ASSERT_FALSE(plan.fits);
+  const Error error = does_not_fit(plan);
+  EXPECT_EQ(error.exit_code(), 66);
+  EXPECT_THAT(error.parts().what, testing::StartsWith("device memory: "));
+  EXPECT_THAT(error.parts().mend, testing::HasSubstr("training.micro_batch_size"));
+}
+
+TEST(Plan, refuses_more_resident_bytes_than_there_are) {
+  const Plan plan =
+      plan_of("maverick-a100.yaml", {"base.device_memory=39GiB"}, maverick(), "a100-40gb").plan;
+  ASSERT_FALSE(plan.fits);
+  EXPECT_THAT(plan.misfits.front().mend, testing::StartsWith("Set base.device_memory: "));
+}
+
+TEST(Plan, refuses_more_ranks_than_devices) {
+  EXPECT_THROW(plan_of("maverick-a100.yaml", {"machine.ranks=2"}, maverick(), "a100-40gb"), Error);
+}
+
+TEST(Plan, is_never_slower_with_more_tokens_a_step_or_a_faster_link) {
+  double before = 0;
+  for (const int rows : {2, 8, 32, 128, 512}) {
+    const Plan plan =
+        plan_of("maverick-a100.yaml",
+                {"training.global_batch_rows=" + std::to_string(rows), "base.device_memory=0"},
+                maverick(), "a100-40gb")
+            .plan;
+    EXPECT_GE(*plan.tokens_per_second.value, before);
+    before = *plan.tokens_per_second.value;
+  }
+}
+
+TEST(ShippedProfiles, can_all_be_read) {
+  for (const auto& entry : fs::directory_iterator(kRecipes / "machines")) {
+    const Machine machine = read_machine(entry.path());
+    EXPECT_FALSE(machine.sku.empty()) << entry.path();
+  }
+  EXPECT_THROW(find_machine("a100-40g", kRecipes / "machines"), Error);
+  const Machine here = this_machine(".");
+  EXPECT_GE(here.cores, 1);
+  EXPECT_GT(here.host_bytes, 0);
+  EXPECT_GT(here.disk_free_bytes.value_or(0), 0);
+}
+
+}  // namespace
+}  // namespace tailor
