@@ -56,6 +56,7 @@ class RecordReader {
   std::optional<Record> next();
   /// What `automatic` turned out to be, after the first record.
   RecordFormat format() const;
+  std::int64_t bytes_read() const;
 
  private:
   struct State;
