@@ -225,8 +225,7 @@ std::optional<std::vector<const YamlNode*>> read_list(const YamlNode& node, cons
     return std::nullopt;
   }
   if (items.empty()) {
-    problems.add(key + " is an empty list", node.place, key,
-                 "Name at least one, or leave the line out for the default.");
+    problems.add(key + " is an empty list", node.place, key, "Name at least one.");
     return std::nullopt;
   }
   return items;

@@ -51,7 +51,7 @@ std::string resolved_text(const RecipeFile& file) {
     line += ": " + key.write(shown);
     const auto origin = file.origins.find(key.path);
     std::string comment = origin == file.origins.end() ? "default" : origin->second.text;
-    if (key.path == "cost.ledger") comment = without_password(comment);
+    comment = without_password(comment);  // an override is quoted with its value
     std::replace_if(
         comment.begin(), comment.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20; },
         ' ');

@@ -74,7 +74,7 @@ TEST(PriceBook, changes_price_on_the_day) {
 TEST(PriceBook, splits_a_node_price_over_its_devices) {
   const PriceBook book =
       PriceBook::read_text(kHead +
-                               "  - {id: n, provider: p, sku: s, gpus: 8, tier: spot, unit: "
+                               "  - {id: node, provider: p, sku: s, gpus: 8, tier: spot, unit: "
                                "gpu_hour, price: \"9.52\", from: 2026-01-01, "
                                "source: t}\n",
                            "p");

@@ -43,7 +43,7 @@ lora:
   alpha: 0.1
   dropout: 0.25
   rslora: true
-  targets: [experts, q_proj, router, "odd name's_proj"]
+  targets: [experts, q_proj, router, "odd.name's_proj"]
   expert_rank: 2
   expert_alpha: 3.5
   experts: chosen.json
@@ -110,7 +110,7 @@ TEST(Recipe, with_every_key_set_is_read_as_written) {
   const Recipe& r = file.recipe;
   EXPECT_EQ(r.output_dir, "runs/with: colon # and hash");
   EXPECT_EQ(r.lora.targets,
-            (LoraTargets{false, false, false, true, true, {"q_proj", "odd name's_proj"}}));
+            (LoraTargets{false, false, false, true, true, {"q_proj", "odd.name's_proj"}}));
   EXPECT_EQ(r.data.train.size(), 2U);
   EXPECT_EQ(r.data.train[1], (DataSource{"b *.jsonl", 0.5, RecordFormat::alpaca}));
   EXPECT_EQ(r.data.validation_split, 0.015);
