@@ -49,12 +49,12 @@ struct AttentionShape {
 /// What happens to q and k between projection and attention: rotary embedding, then the weight-less
 /// RMS norm of Llama 4 Scout, then Llama 4's temperature on layers without rotary embedding.
 struct QkShape {
-  std::int64_t heads;   ///< query and key heads together, side by side from the row's start
+  std::int64_t heads;  ///< query and key heads together, side by side from the row's start
   std::int64_t query_heads;
   std::int64_t head_dim;
   std::int64_t stride;  ///< elements between tokens
   bool rotate;
-  bool pairs;           ///< rotate (2i, 2i+1) as Llama 4 does; else (i, i + head_dim/2)
+  bool pairs;  ///< rotate (2i, 2i+1) as Llama 4 does; else (i, i + head_dim/2)
   bool norm;
   double eps;
 };
@@ -93,17 +93,17 @@ struct Kernels {
 
   /// m = silu(gate) * up; gate_up [T, 2F] holds gate then up; m [T, F].
   void (*swiglu)(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up, S* m);
-  /// d_gate_up from dm; may be written over gate_up's own copy. m, if not null, is recomputed too.
+  /// d_gate_up [T, 2F] from dm [T, F].
   void (*swiglu_backward)(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up,
-                          const S* dm, S* d_gate_up, S* m);
+                          const S* dm, S* d_gate_up);
 
   /// LoRA's three thin products, r small. xa[T, R] = x[T, D] a[R, D]^T.
   void (*lora_down)(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_t D,
                     const S* x, std::int64_t x_stride, const S* a, S* xa, std::int64_t xa_stride,
                     double scale);
   /// y[T, N] += xa[T, R] b[R, N].
-  void (*lora_up)(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_t N,
-                  const S* xa, std::int64_t xa_stride, const S* b, S* y, std::int64_t y_stride);
+  void (*lora_up)(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_t N, const S* xa,
+                  std::int64_t xa_stride, const S* b, S* y, std::int64_t y_stride);
   /// g[R, N] += u[T, R]^T v[T, N] for columns [begin, end) of N; sums over t in order.
   void (*lora_gradient)(std::int64_t begin, std::int64_t end, std::int64_t T, std::int64_t R,
                         std::int64_t N, const S* u, std::int64_t u_stride, const S* v,

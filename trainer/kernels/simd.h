@@ -98,9 +98,9 @@ inline A max_lanes(Vec<A> v) {
   return best;
 }
 
-/// e^x, within 2 units in the last place for x in [-87, 88]; 0 below (flushed), inf never reached by
-/// our callers (softmax and sigmoid arguments are <= 0). Range reduction x = n ln2 + r with ln2 in
-/// two parts, then the degree-6 Taylor-Chebyshev polynomial of Cephes' expf.
+/// e^x, within 2 units in the last place for x in [-87, 88]; 0 below (flushed), inf never reached
+/// by our callers (softmax and sigmoid arguments are <= 0). Range reduction x = n ln2 + r with ln2
+/// in two parts, then the degree-6 Taylor-Chebyshev polynomial of Cephes' expf.
 inline Vec<float> exp_vec(Vec<float> x) {
   const Vec<float> low = splat(-87.336F);
   const I32x16 under = x < low;

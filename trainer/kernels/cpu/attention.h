@@ -12,8 +12,8 @@ constexpr std::int64_t kBlock = 64;  // queries and keys of one score block
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-/// Scores of queries [i0, i0 + I) on keys [j0, j0 + J): scale * q k^T, -inf where causality forbids.
-/// q [I, d] rows `q_m` apart, k_dJ transposed keys, s [I, kBlock].
+/// Scores of queries [i0, i0 + I) on keys [j0, j0 + J): scale * q k^T, -inf where causality
+/// forbids. q [I, d] rows `q_m` apart, k_dJ transposed keys, s [I, kBlock].
 template <class A>
 inline void scores(std::int64_t I, std::int64_t J, std::int64_t dim, const A* q, std::int64_t q_m,
                    const A* k_dJ, A scale, std::int64_t first_visible_end, A* s) {
@@ -121,7 +121,8 @@ void attention_backward(std::int64_t task_begin, std::int64_t task_end,
     const std::int64_t first = segment.key_begin;
     const Scratch<A> q_rows(n * width), k_rows(n * width), v_rows(n * width), do_rows(n * width);
     const Scratch<A> dq_rows(n * width), dk_rows(n * width), dv_rows(n * width), delta(n);
-    const Scratch<A> k_dJ(dim * kBlock), v_dJ(dim * kBlock), p(kBlock * kBlock), ds(kBlock * kBlock);
+    const Scratch<A> k_dJ(dim * kBlock), v_dJ(dim * kBlock), p(kBlock * kBlock),
+        ds(kBlock * kBlock);
     widen(n, dim, k + first * shape.k_stride + kv_head * dim, shape.k_stride, k_rows.get(), width);
     widen(n, dim, v + first * shape.v_stride + kv_head * dim, shape.v_stride, v_rows.get(), width);
     std::memset(dk_rows.get(), 0, static_cast<std::size_t>(n * width) * sizeof(A));

@@ -108,12 +108,12 @@ void lora_gradient(std::int64_t begin, std::int64_t end, std::int64_t T, std::in
   widen(T, R, u, u_stride, u_TR.get(), width);
   std::int64_t r = 0;
   for (; r + MR <= R; r += MR) {
-    gradient_rows<MR>(T, end - begin, u_TR.get() + r, width, v + begin, v_stride,
-                      g + r * N + begin, N);
+    gradient_rows<MR>(T, end - begin, u_TR.get() + r, width, v + begin, v_stride, g + r * N + begin,
+                      N);
   }
   for (; r < R; ++r) {
-    gradient_rows<1>(T, end - begin, u_TR.get() + r, width, v + begin, v_stride,
-                     g + r * N + begin, N);
+    gradient_rows<1>(T, end - begin, u_TR.get() + r, width, v + begin, v_stride, g + r * N + begin,
+                     N);
   }
 }
 

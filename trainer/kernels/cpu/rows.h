@@ -35,8 +35,8 @@ void rms_norm(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x, 
 // y_i = w_i x_i r with r = (mean x^2 + eps)^-1/2, so
 // dx_i = r (w_i dy_i - x_i r^2 mean_j(w_j dy_j x_j)).
 template <class S>
-void rms_norm_backward(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,
-                       const S* w, const S* dy, const S* dres, double eps, S* dx) {
+void rms_norm_backward(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x, const S* w,
+                       const S* dy, const S* dres, double eps, S* dx) {
   using A = AccumOf<S>;
   for (std::int64_t t = begin; t < end; ++t) {
     const S* row = x + t * D;
@@ -53,7 +53,8 @@ void rms_norm_backward(std::int64_t begin, std::int64_t end, std::int64_t D, con
     const A pull = rstd * rstd * (sum_lanes<A>(products) / static_cast<A>(D));
     for (std::int64_t i = 0; i < D; i += kLanes<A>) {
       const std::int64_t n = D - i;
-      const Vec<A> inner = load_up_to(w + i, n) * load_up_to(grad + i, n) - load_up_to(row + i, n) * pull;
+      const Vec<A> inner =
+          load_up_to(w + i, n) * load_up_to(grad + i, n) - load_up_to(row + i, n) * pull;
       store_up_to(dx + t * D + i, load_up_to(dres + t * D + i, n) + inner * rstd, n);
     }
   }
@@ -100,8 +101,7 @@ void qk_prepare(std::int64_t begin, std::int64_t end, const QkShape& shape, S* q
 template <class S>
 void qk_prepare_backward(std::int64_t begin, std::int64_t end, const QkShape& shape, const S* qk,
                          S* dqk, const std::int32_t* position, const AccumOf<S>* cos,
-                         const AccumOf<S>* sin, const AccumOf<S>* q_scale,
-                         const AccumOf<S>* rstd) {
+                         const AccumOf<S>* sin, const AccumOf<S>* q_scale, const AccumOf<S>* rstd) {
   using A = AccumOf<S>;
   const std::int64_t dim = shape.head_dim;
   for (std::int64_t t = begin; t < end; ++t) {
@@ -149,7 +149,7 @@ void swiglu(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_
 // m = g s(g) u: dg = dm u s (1 + g (1 - s)), du = dm g s.
 template <class S>
 void swiglu_backward(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up,
-                     const S* dm, S* d_gate_up, S* m) {
+                     const S* dm, S* d_gate_up) {
   using A = AccumOf<S>;
   for (std::int64_t t = begin; t < end; ++t) {
     const S* gate = gate_up + t * 2 * F;
@@ -161,7 +161,6 @@ void swiglu_backward(std::int64_t begin, std::int64_t end, std::int64_t F, const
       const Vec<A> s = sigmoid<A>(g), silu = g * s;
       store_up_to(d_gate + i, d * u * s * (splat(A{1}) + g * (splat(A{1}) - s)), n);
       store_up_to(d_gate + F + i, d * silu, n);
-      if (m != nullptr) store_up_to(m + t * F + i, silu * u, n);
     }
   }
 }
@@ -253,8 +252,7 @@ void cross_entropy(std::int64_t begin, std::int64_t end, std::int64_t V, S* logi
     const double log_sum = std::log(total) + static_cast<double>(top);
     loss[row] = log_sum - static_cast<double>(scalar(z[target[row]]));
     if (gradient_scale == 0) continue;
-    const A target_probability =
-        static_cast<A>(std::exp(-loss[row]));
+    const A target_probability = static_cast<A>(std::exp(-loss[row]));
     const A scale_each = static_cast<A>(gradient_scale / total);
     for (std::int64_t i = 0; i < V; i += kLanes<A>) {
       store_up_to(z + i, exp_vec(load_up_to(z + i, V - i) - top) * scale_each, V - i);
@@ -272,10 +270,10 @@ void dropout(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,
   const A scale = static_cast<A>(1.0 / (1.0 - probability));
   for (std::int64_t t = begin; t < end; ++t) {
     for (std::int64_t i = 0; i < D; i += 4) {
-      const auto words = philox({static_cast<std::uint32_t>(token_id[t]),
-                                 static_cast<std::uint32_t>(token_id[t] >> 32U),
-                                 static_cast<std::uint32_t>(i), 0xD30FU},
-                                {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32U)});
+      const auto words = philox(
+          {static_cast<std::uint32_t>(token_id[t]), static_cast<std::uint32_t>(token_id[t] >> 32U),
+           static_cast<std::uint32_t>(i), 0xD30FU},
+          {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32U)});
       for (std::int64_t j = 0; j < 4 && i + j < D; ++j) {
         const bool keep = words[static_cast<std::size_t>(j)] >= threshold;
         put(out + t * out_stride + i + j, keep ? scalar(x[t * x_stride + i + j]) * scale : A{0});

@@ -1,0 +1,263 @@
+#include "adapters/lora.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <set>
+
+#include "base/error.h"
+#include "base/random.h"
+#include "base/text.h"
+#include "base/units.h"
+
+namespace tailor {
+namespace {
+
+struct ProjectionRow {
+  Projection projection;
+  std::string_view group;  ///< the name a recipe uses
+  std::string_view path;   ///< below "model.layers.N.", for llama4; see module_path for llama
+  std::string_view name;
+};
+constexpr std::array<ProjectionRow, kProjectionCount> kProjections = {{
+    {Projection::q_proj, "attention", "self_attn.q_proj", "q_proj"},
+    {Projection::k_proj, "attention", "self_attn.k_proj", "k_proj"},
+    {Projection::v_proj, "attention", "self_attn.v_proj", "v_proj"},
+    {Projection::o_proj, "attention", "self_attn.o_proj", "o_proj"},
+    {Projection::gate_proj, "dense_mlp", "gate_proj", "gate_proj"},
+    {Projection::up_proj, "dense_mlp", "up_proj", "up_proj"},
+    {Projection::down_proj, "dense_mlp", "down_proj", "down_proj"},
+    {Projection::shared_gate_proj, "shared_expert", "shared_expert.gate_proj", "gate_proj"},
+    {Projection::shared_up_proj, "shared_expert", "shared_expert.up_proj", "up_proj"},
+    {Projection::shared_down_proj, "shared_expert", "shared_expert.down_proj", "down_proj"},
+    {Projection::router, "router", "router", "router"},
+    {Projection::experts_gate_up, "experts", "experts", "experts.gate_up_proj"},
+    {Projection::experts_down, "experts", "experts", "experts.down_proj"},
+}};
+
+const ProjectionRow& row_of(Projection projection) {
+  return kProjections[static_cast<std::size_t>(projection)];
+}
+
+std::string module_path(const ModelSpec& spec, std::int64_t layer, Projection projection) {
+  const ProjectionRow& row = row_of(projection);
+  std::string out = "model.layers." + std::to_string(layer) + ".";
+  if (row.group != "attention") out += spec.family == Family::llama4 ? "feed_forward." : "mlp.";
+  return out + std::string(row.path);
+}
+
+LoraSite make_site(const ModelSpec& spec, std::int64_t layer, Projection projection,
+                   std::int64_t in, std::int64_t out) {
+  LoraSite site;
+  site.module = module_path(spec, layer, projection);
+  site.layer = static_cast<int>(layer);
+  site.projection = projection;
+  site.in = in;
+  site.out = out;
+  if (site.is_experts()) site.experts = spec.experts;
+  return site;
+}
+
+/// True when a target of the recipe names this site: a group, "all", or a module name or suffix of
+/// the module path on a dot, as PEFT matches target_modules.
+bool matches(std::string_view target, const LoraSite& site) {
+  const ProjectionRow& row = row_of(site.projection);
+  if (target == "all") return true;
+  if (target == row.group || target == row.name) return true;
+  std::string path = site.module;
+  if (site.projection == Projection::experts_gate_up) path += ".gate_up_proj";
+  if (site.projection == Projection::experts_down) path += ".down_proj";
+  if (path == target) return true;
+  return path.size() > target.size() + 1 && path.ends_with(target) &&
+         path[path.size() - target.size() - 1] == '.' && !site.is_experts();
+}
+
+}  // namespace
+
+std::string_view projection_name(Projection projection) { return row_of(projection).name; }
+
+std::vector<LoraSite> all_sites(const ModelSpec& spec) {
+  std::vector<LoraSite> sites;
+  const std::int64_t D = spec.hidden;
+  for (std::int64_t l = 0; l < spec.layer_count(); ++l) {
+    const auto add = [&](Projection projection, std::int64_t in, std::int64_t out) {
+      sites.push_back(make_site(spec, l, projection, in, out));
+    };
+    add(Projection::q_proj, D, spec.query_width());
+    add(Projection::k_proj, D, spec.kv_width());
+    add(Projection::v_proj, D, spec.kv_width());
+    add(Projection::o_proj, spec.query_width(), D);
+    if (!spec.layers[static_cast<std::size_t>(l)].moe) {
+      add(Projection::gate_proj, D, spec.dense_width);
+      add(Projection::up_proj, D, spec.dense_width);
+      add(Projection::down_proj, spec.dense_width, D);
+      continue;
+    }
+    add(Projection::shared_gate_proj, D, spec.expert_width);
+    add(Projection::shared_up_proj, D, spec.expert_width);
+    add(Projection::shared_down_proj, spec.expert_width, D);
+    add(Projection::router, D, spec.experts);
+    add(Projection::experts_gate_up, D, 2 * spec.expert_width);
+    add(Projection::experts_down, spec.expert_width, D);
+  }
+  return sites;
+}
+
+Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::uint64_t seed) {
+  std::vector<LoraSite> chosen;
+  std::set<std::string> used;
+  for (LoraSite& site : all_sites(spec)) {
+    bool wanted = false;
+    for (const std::string& target : options.targets) {
+      if (!matches(target, site)) continue;
+      wanted = true;
+      used.insert(target);
+    }
+    if (!wanted) continue;
+    site.rank = site.is_experts() ? options.expert_rank : options.rank;
+    site.alpha = site.is_experts() ? options.expert_alpha : options.alpha;
+    const auto rank = static_cast<double>(site.rank);
+    site.scale = site.alpha / (options.rslora ? std::sqrt(rank) : rank);
+    chosen.push_back(std::move(site));
+  }
+  for (const std::string& target : options.targets) {
+    if (used.contains(target)) continue;
+    std::set<std::string> names;
+    for (const LoraSite& site : all_sites(spec)) {
+      names.insert(std::string(row_of(site.projection).group));
+      names.insert(std::string(row_of(site.projection).name));
+    }
+    const std::vector<std::string> known(names.begin(), names.end());
+    const std::string near = nearest_name(target, known);
+    throw Error(Fault::usage, {"LoRA target '" + target + "' matches no matrix of this model",
+                               "lora.targets, for architecture " + spec.architecture,
+                               (near.empty() ? std::string() : "Did you mean '" + near + "'? ") +
+                                   "This model has: " + join(known, ", ") + "."});
+  }
+  Adapter adapter = from_sites(std::move(chosen), options);
+  for (const LoraSite& site : adapter.sites_) {
+    const std::uint64_t name =
+        name_hash((site.module + "/" + std::string(row_of(site.projection).name)).c_str());
+    const double bound = 1 / std::sqrt(static_cast<double>(site.in));
+    std::span<float> a = adapter.a_of(site);
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      a[i] =
+          static_cast<float>((2 * random_unit(seed, RandomStream::lora_init, i, name) - 1) * bound);
+    }
+  }
+  return adapter;
+}
+
+Adapter Adapter::from_sites(std::vector<LoraSite> sites, const LoraOptions& options) {
+  TAILOR_CHECK(!sites.empty());
+  Adapter adapter;
+  adapter.options_ = options;
+  adapter.sites_ = std::move(sites);
+  adapter.lay_out();
+  return adapter;
+}
+
+// Sites that share their input lie with their A side by side (q, k, v; gate, up), so that one pass
+// over the input serves all of them: A A A B B B.
+void Adapter::lay_out() {
+  std::sort(sites_.begin(), sites_.end(), [](const LoraSite& a, const LoraSite& b) {
+    return std::pair(a.layer, static_cast<int>(a.projection)) <
+           std::pair(b.layer, static_cast<int>(b.projection));
+  });
+  const auto input_of = [](const LoraSite& site) {
+    switch (site.projection) {
+      case Projection::k_proj:
+      case Projection::v_proj:
+        return Projection::q_proj;
+      case Projection::up_proj:
+        return Projection::gate_proj;
+      case Projection::shared_up_proj:
+        return Projection::shared_gate_proj;
+      default:
+        return site.projection;
+    }
+  };
+  std::int64_t offset = 0;
+  for (std::size_t begin = 0; begin < sites_.size();) {
+    std::size_t end = begin + 1;
+    while (end < sites_.size() && sites_[end].layer == sites_[begin].layer &&
+           input_of(sites_[end]) == input_of(sites_[begin])) {
+      ++end;
+    }
+    for (std::size_t i = begin; i < end; ++i) {
+      sites_[i].a_offset = offset;
+      offset += sites_[i].a_size();
+    }
+    for (std::size_t i = begin; i < end; ++i) {
+      sites_[i].b_offset = offset;
+      offset += sites_[i].b_size();
+    }
+    begin = end;
+  }
+  factors_.assign(static_cast<std::size_t>(offset), 0.0F);
+  index_.assign(static_cast<std::size_t>(sites_.back().layer) + 1,
+                std::vector<int>(kProjectionCount, -1));
+  for (std::size_t i = 0; i < sites_.size(); ++i) {
+    index_[static_cast<std::size_t>(sites_[i].layer)]
+          [static_cast<std::size_t>(sites_[i].projection)] = static_cast<int>(i);
+  }
+}
+
+const LoraSite* Adapter::find(int layer, Projection projection) const {
+  if (static_cast<std::size_t>(layer) >= index_.size()) return nullptr;
+  const int at = index_[static_cast<std::size_t>(layer)][static_cast<std::size_t>(projection)];
+  return at < 0 ? nullptr : &sites_[static_cast<std::size_t>(at)];
+}
+
+std::span<float> Adapter::a_of(const LoraSite& site) {
+  return std::span(factors_).subspan(static_cast<std::size_t>(site.a_offset),
+                                     static_cast<std::size_t>(site.a_size()));
+}
+std::span<float> Adapter::b_of(const LoraSite& site) {
+  return std::span(factors_).subspan(static_cast<std::size_t>(site.b_offset),
+                                     static_cast<std::size_t>(site.b_size()));
+}
+std::span<const float> Adapter::a_of(const LoraSite& site) const {
+  return std::span(factors_).subspan(static_cast<std::size_t>(site.a_offset),
+                                     static_cast<std::size_t>(site.a_size()));
+}
+std::span<const float> Adapter::b_of(const LoraSite& site) const {
+  return std::span(factors_).subspan(static_cast<std::size_t>(site.b_offset),
+                                     static_cast<std::size_t>(site.b_size()));
+}
+
+std::vector<std::string> describe_sites(const Adapter& adapter) {
+  struct Group {
+    std::vector<std::string> names;
+    std::set<int> layers;
+    std::int64_t rank = 0, parameters = 0, experts = 1;
+  };
+  std::map<std::string, Group> groups;
+  std::vector<std::string> order;
+  for (const LoraSite& site : adapter.sites()) {
+    const ProjectionRow& row = row_of(site.projection);
+    const std::string key(row.group);
+    if (!groups.contains(key)) order.push_back(key);
+    Group& group = groups[key];
+    const std::string name(row.name);
+    if (std::find(group.names.begin(), group.names.end(), name) == group.names.end())
+      group.names.push_back(name);
+    group.layers.insert(site.layer);
+    group.rank = site.rank;
+    group.experts = site.experts;
+    group.parameters += site.a_size() + site.b_size();
+  }
+  std::vector<std::string> lines;
+  for (const std::string& key : order) {
+    const Group& group = groups[key];
+    lines.push_back(key + ": " + join(group.names, ", ") + " in " +
+                    std::to_string(group.layers.size()) + " layers" +
+                    (group.experts > 1 ? " of " + std::to_string(group.experts) + " experts" : "") +
+                    ", rank " + std::to_string(group.rank) + ", " + count_text(group.parameters) +
+                    " parameters");
+  }
+  return lines;
+}
+
+}  // namespace tailor

@@ -1,0 +1,112 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "data/checkpoint/model_spec.h"
+
+namespace tailor {
+
+/// The matrices of a layer that can carry LoRA factors, by the names people know.
+enum class Projection {
+  q_proj,
+  k_proj,
+  v_proj,
+  o_proj,
+  gate_proj,
+  up_proj,
+  down_proj,
+  shared_gate_proj,
+  shared_up_proj,
+  shared_down_proj,
+  router,
+  experts_gate_up,
+  experts_down,
+};
+constexpr int kProjectionCount = 13;
+
+/// One adapted matrix y = x W^T, or one for every expert of a layer:
+///     y += scale * (x A^T) B^T        Hu et al., "LoRA", arXiv 2106.09685, eq. 3
+/// In memory every factor is 2-D per expert: A [experts, rank, in], and B transposed,
+/// B [experts, rank, out], so that both are read along their wide side. Gate and up of routed
+/// experts share one A, which is what every server's layout can express.
+struct LoraSite {
+  std::string
+      module;  ///< as in the model: "model.layers.0.self_attn.q_proj"; experts: "...experts"
+  int layer = 0;
+  Projection projection = Projection::q_proj;
+  std::int64_t experts = 1;
+  std::int64_t rank = 0, in = 0, out = 0;
+  double scale = 1;  ///< alpha / rank, or alpha / sqrt(rank) with rsLoRA
+  double alpha = 1;
+  std::int64_t a_offset = 0;  ///< of A in the flat arena, in elements
+  std::int64_t b_offset = 0;
+
+  std::int64_t a_size() const { return experts * rank * in; }
+  std::int64_t b_size() const { return experts * rank * out; }
+  bool is_experts() const {
+    return projection == Projection::experts_gate_up || projection == Projection::experts_down;
+  }
+};
+
+struct LoraOptions {
+  std::int64_t rank = 8;
+  double alpha = 16;
+  double dropout = 0;
+  bool rslora = false;
+  std::int64_t expert_rank = 8;
+  double expert_alpha = 16;
+  /// attention, dense_mlp, shared_expert, experts, router, all, or module names as PEFT writes
+  /// them.
+  std::vector<std::string> targets;
+};
+
+/// The factors of a run: which matrices carry them and the flat float32 arena they live in.
+/// Factors, their gradients and their moments are arenas of equal layout, so that the norm, AdamW,
+/// a checkpoint and a shard are loops over one array.
+class Adapter {
+ public:
+  /// Sites for `options.targets` on a model. Throws Error{usage} for a target that matches nothing,
+  /// naming what this model has; B is zero, A uniform in +-1/sqrt(in) (PEFT's kaiming_uniform with
+  /// a = sqrt 5) from Philox of (seed, module, index), so that a site's start does not depend on
+  /// which other sites are trained.
+  static Adapter create(const ModelSpec& spec, const LoraOptions& options, std::uint64_t seed);
+  /// From sites read from a file; factors are zero.
+  static Adapter from_sites(std::vector<LoraSite> sites, const LoraOptions& options);
+
+  std::span<const LoraSite> sites() const noexcept { return sites_; }
+  const LoraSite* find(int layer, Projection projection) const;
+  const LoraOptions& options() const noexcept { return options_; }
+
+  std::span<float> factors() noexcept { return factors_; }
+  std::span<const float> factors() const noexcept { return factors_; }
+  std::span<float> a_of(const LoraSite& site);
+  std::span<float> b_of(const LoraSite& site);
+  std::span<const float> a_of(const LoraSite& site) const;
+  std::span<const float> b_of(const LoraSite& site) const;
+  std::int64_t parameter_count() const { return static_cast<std::int64_t>(factors_.size()); }
+
+ private:
+  void lay_out();
+
+  LoraOptions options_;
+  std::vector<LoraSite> sites_;
+  std::vector<std::vector<int>> index_;  ///< [layer][projection] -> site, or -1
+  std::vector<float> factors_;
+};
+
+/// Every matrix of the model that can carry factors, in the order the arena keeps them.
+std::vector<LoraSite> all_sites(const ModelSpec& spec);
+
+/// "attention: q_proj, k_proj, v_proj, o_proj x 30 layers (rank 8, 0.92 M parameters)", a line a
+/// group: what a run prints, so that nobody trains less than they think.
+std::vector<std::string> describe_sites(const Adapter& adapter);
+
+/// The last part of a module's name for a projection: "q_proj", "experts.gate_up_proj".
+std::string_view projection_name(Projection projection);
+
+}  // namespace tailor

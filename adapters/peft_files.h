@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "adapters/lora.h"
+#include "base/file.h"
+
+namespace tailor {
+
+/// PEFT adapter folders: adapter_config.json and adapter_model.safetensors.
+///
+/// PEFT keeps the experts of a layer as one 3-D parameter and its two factors flattened:
+/// A rows expert-major [E * r, .], B columns rank-major with the expert fastest [., r * E]. Which
+/// side is the input changed between its versions for Llama 4, whose experts are stored
+/// [E, in, out]: up to 0.19.0 A was on the input ("straight"), from 0.19.1 on it is on the output
+/// ("swapped": A' = B_e^T, B' = A_e^T). The product is the same, so both read without loss.
+enum class ExpertLayout {
+  swapped,    ///< PEFT >= 0.19.1; what we write
+  straight,   ///< PEFT 0.17 - 0.19.0, and vLLM's 3-D layout
+  per_expert  ///< experts.N.{gate,up,down}_proj, 2-D each: vLLM's default, SGLang
+};
+
+/// The PEFT version whose layout we write into adapter_config.json.
+inline constexpr const char* kPeftVersion = "0.21.2";
+
+/// Reads any of the layouts above. The layout is told by the shapes of gate_up's factors, else of
+/// down's, else by `peft_version`; where none of these decides it is refused. Throws
+/// Error{bad_file}: factors that belong to no matrix of the model, an A without its B, wrong
+/// shapes, and options that change the maths (DoRA, biases, modules_to_save), each by name.
+Adapter read_peft_adapter(const fs::path& folder, const ModelSpec& spec);
+
+struct PeftWriteOptions {
+  std::string base_model;     ///< recorded as base_model_name_or_path
+  std::string module_prefix;  ///< "language_model." for the multimodal wrapper, else empty
+};
+
+/// Writes the folder's two files atomically, each re-read and compared afterwards. The tensors
+/// depend on the factors alone.
+void write_peft_adapter(const fs::path& folder, const Adapter& adapter, const ModelSpec& spec,
+                        const PeftWriteOptions& options);
+
+/// The layout of a fused expert file, from shapes and version; see read_peft_adapter.
+/// `gate_up_a_columns` and `down_a_columns`: columns of the A factors, 0 where there is none.
+ExpertLayout detect_expert_layout(const ModelSpec& spec, std::int64_t gate_up_a_columns,
+                                  std::int64_t down_a_columns, const std::string& peft_version,
+                                  const std::string& where);
+
+}  // namespace tailor

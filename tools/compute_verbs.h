@@ -1,0 +1,62 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace tailor {
+
+/// The verbs that compute. They live in the program tailor-compute, which loads LibTorch; `tailor`
+/// hands over to it (exec: same process, same terminal), so that the other verbs start at once.
+/// Each returns the exit code; failures are thrown as Error. With `json`, exactly one document goes
+/// to stdout; everything for people goes to stderr.
+
+struct TrainArguments {
+  std::string recipe;                  ///< path, or the name of a shipped recipe
+  std::vector<std::string> overrides;  ///< key=value
+  bool resume = false;
+  bool json = false;
+};
+int run_train(const TrainArguments& arguments);
+
+struct EvalArguments {
+  std::string model;
+  std::string adapter;             ///< empty: the base model alone
+  std::vector<std::string> data;   ///< JSONL files
+  std::string dtype = "bfloat16";  ///< float32 | bfloat16
+  std::string device = "auto";
+  std::string format = "auto";
+  std::string train_on = "assistant";
+  std::string chat_template = "model";
+  std::int64_t sequence_len = 2048;
+  std::int64_t batch_tokens = 4096;   ///< about as many tokens pass together
+  std::optional<std::int64_t> limit;  ///< rows
+  int threads = 0;                    ///< 0: all cores
+  bool per_row = false;               ///< losses of every row
+  bool json = false;
+};
+int run_eval(const EvalArguments& arguments);
+
+struct GenerateArguments {
+  std::string model;
+  std::string adapter;
+  std::vector<std::string> prompts;  ///< one user message each
+  std::string data;                  ///< or: the first `limit` rows of a messages JSONL, last answer left out
+  std::int64_t limit = 3;
+  std::string chat_template = "model";
+  std::string dtype = "bfloat16";
+  std::string device = "auto";
+  std::int64_t tokens_max = 128;
+  double temperature = 0;  ///< 0: greedy
+  std::uint64_t seed = 0;
+  int threads = 0;
+  bool json = false;
+};
+int run_generate(const GenerateArguments& arguments);
+
+/// Measures this machine's matrix products for a second or two and writes
+/// <cache>/machine-calibration.json, which `plan` reads.
+int run_calibrate(bool json);
+
+}  // namespace tailor

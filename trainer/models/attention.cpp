@@ -1,0 +1,204 @@
+#include "trainer/models/attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace tailor {
+namespace {
+
+at::Tensor rows_of(const at::Tensor& tensor, TokenRange range) {
+  return tensor.defined() ? tensor.narrow(0, range.begin, range.size()) : tensor;
+}
+
+}  // namespace
+
+AttentionKept AttentionKept::rows(TokenRange range) const {
+  return {rows_of(qkv, range),  rows_of(o, range),      rows_of(lse, range),
+          rows_of(rstd, range), rows_of(xa_qkv, range), rows_of(xa_o, range)};
+}
+
+std::int64_t AttentionKept::bytes() const {
+  std::int64_t total = 0;
+  for (const at::Tensor* tensor : {&qkv, &o, &lse, &rstd, &xa_qkv, &xa_o}) {
+    if (tensor->defined()) total += static_cast<std::int64_t>(tensor->nbytes());
+  }
+  return total;
+}
+
+template <class S>
+Attention<S>::Attention(const ModelSpec& spec, int layer, const LayerWeights& weights,
+                        const PassContext<S>& context)
+    : spec_(spec),
+      layer_(spec.layers[static_cast<std::size_t>(layer)]),
+      weights_(weights),
+      context_(context),
+      lora_qkv_(context, layer, {Projection::q_proj, Projection::k_proj, Projection::v_proj},
+                {0, spec.query_width(), spec.query_width() + spec.kv_width()}),
+      lora_o_(context, layer, {Projection::o_proj}, {0}) {}
+
+template <class S>
+QkShape Attention<S>::qk_shape() const {
+  QkShape out{};
+  out.heads = spec_.heads + spec_.kv_heads;
+  out.query_heads = spec_.heads;
+  out.head_dim = spec_.head_dim;
+  out.stride = spec_.query_width() + 2 * spec_.kv_width();
+  out.rotate = layer_.rope;
+  out.pairs = spec_.rope.pairs;
+  out.norm = spec_.qk_norm && layer_.rope;
+  out.eps = spec_.norm_eps;
+  return out;
+}
+
+template <class S>
+AttentionShape Attention<S>::shape(std::int64_t q_stride, std::int64_t kv_stride) const {
+  return {spec_.heads,         spec_.kv_heads,
+          spec_.head_dim,      q_stride,
+          kv_stride,           kv_stride,
+          spec_.query_width(), 1 / std::sqrt(static_cast<double>(spec_.head_dim))};
+}
+
+template <class S>
+AttentionKept Attention<S>::allocate(std::int64_t tokens) const {
+  const at::TensorOptions stored(kDtype<S>), summed(kDtype<AccumOf<S>>);
+  AttentionKept kept;
+  kept.qkv = at::empty({tokens, spec_.query_width() + 2 * spec_.kv_width()}, stored);
+  kept.o = at::empty({tokens, spec_.query_width()}, stored);
+  kept.lse = at::empty({tokens, spec_.heads}, summed);
+  if (qk_shape().norm) kept.rstd = at::empty({tokens, spec_.heads + spec_.kv_heads}, summed);
+  if (!lora_qkv_.empty()) kept.xa_qkv = at::empty({tokens, lora_qkv_.rank()}, stored);
+  if (!lora_o_.empty()) kept.xa_o = at::empty({tokens, lora_o_.rank()}, stored);
+  return kept;
+}
+
+template <class S>
+void Attention<S>::forward(const TokenLayout<AccumOf<S>>& layout, std::size_t index,
+                           const at::Tensor& x_TD, const at::Tensor& h_TD,
+                           const AttentionKept& kept) const {
+  using A = AccumOf<S>;
+  const TokenRange range = layout.micro_batches()[index];
+  const std::int64_t T = range.size();
+  const at::Tensor n_TD = at::empty_like(x_TD);
+  ops::rms_norm<S>(x_TD, weights_.input_norm_D, spec_.norm_eps, n_TD);
+  ops::linear(n_TD, weights_.qkv_OD, kept.qkv);
+  if (!lora_qkv_.empty()) lora_qkv_.forward(n_TD, kept.qkv, kept.xa_qkv, 0, token_ids(range.begin));
+
+  const QkShape qk = qk_shape();
+  const A* temperature =
+      layer_.rope || layout.temperature() == nullptr ? nullptr : layout.temperature() + range.begin;
+  at::parallel_for(0, T, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().qk_prepare(begin, end, qk, data<S>(kept.qkv), layout.position() + range.begin,
+                            layout.cos(), layout.sin(), temperature,
+                            qk.norm ? data<A>(kept.rstd) : nullptr);
+  });
+
+  const auto segments = layout.segments(index, layer_.attention_chunk);
+  const AttentionShape heads = shape(qk.stride, qk.stride);
+  const std::int64_t tasks = static_cast<std::int64_t>(segments.size()) * spec_.kv_heads;
+  const S* q = data<S>(kept.qkv);
+  const S* k = q + spec_.query_width();
+  const S* v = k + spec_.kv_width();
+  at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().attention(begin, end, segments.data(), heads, q, k, v, data<S>(kept.o),
+                           data<A>(kept.lse));
+  });
+  at::Tensor out = h_TD;
+  at::addmm_out(out, x_TD, kept.o, weights_.o_DO.t());
+  if (!lora_o_.empty()) lora_o_.forward(kept.o, h_TD, kept.xa_o, 0, token_ids(range.begin));
+}
+
+template <class S>
+void Attention<S>::backward(const TokenLayout<AccumOf<S>>& layout, std::size_t index,
+                            const at::Tensor& x_TD, const at::Tensor& dh_TD,
+                            const AttentionKept& kept, const at::Tensor& dx_TD,
+                            bool wants_dx) const {
+  using A = AccumOf<S>;
+  const TokenRange range = layout.micro_batches()[index];
+  const std::int64_t T = range.size();
+  const at::Tensor d_o = at::empty_like(kept.o);
+  ops::linear_backward(dh_TD, weights_.o_DO, d_o);
+  if (!lora_o_.empty()) lora_o_.backward(kept.o, dh_TD, kept.xa_o, d_o, 0, token_ids(range.begin));
+
+  const QkShape qk = qk_shape();
+  const at::Tensor d_qkv = at::empty_like(kept.qkv);
+  const auto segments = layout.segments(index, layer_.attention_chunk);
+  const AttentionShape heads = shape(qk.stride, qk.stride);
+  const std::int64_t tasks = static_cast<std::int64_t>(segments.size()) * spec_.kv_heads;
+  const std::int64_t to_k = spec_.query_width(), to_v = to_k + spec_.kv_width();
+  const S* q = data<S>(kept.qkv);
+  S* dq = data<S>(d_qkv);
+  at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().attention_backward(begin, end, segments.data(), heads, q, q + to_k, q + to_v,
+                                    data<S>(kept.o), data<A>(kept.lse), data<S>(d_o), dq, dq + to_k,
+                                    dq + to_v);
+  });
+  const A* temperature =
+      layer_.rope || layout.temperature() == nullptr ? nullptr : layout.temperature() + range.begin;
+  at::parallel_for(0, T, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().qk_prepare_backward(begin, end, qk, q, dq, layout.position() + range.begin,
+                                     layout.cos(), layout.sin(), temperature,
+                                     qk.norm ? data<A>(kept.rstd) : nullptr);
+  });
+
+  at::Tensor dn_TD;
+  if (wants_dx) {
+    dn_TD = at::empty_like(x_TD);
+    ops::linear_backward(d_qkv, weights_.qkv_OD, dn_TD);
+  }
+  if (!lora_qkv_.empty()) {
+    const at::Tensor n_TD = at::empty_like(x_TD);
+    ops::rms_norm<S>(x_TD, weights_.input_norm_D, spec_.norm_eps, n_TD);
+    lora_qkv_.backward(n_TD, d_qkv, kept.xa_qkv, dn_TD, 0, token_ids(range.begin));
+  }
+  if (wants_dx) {
+    ops::rms_norm_backward<S>(x_TD, weights_.input_norm_D, dn_TD, dh_TD, spec_.norm_eps, dx_TD);
+  }
+}
+
+template <class S>
+void Attention<S>::forward_cached(std::int64_t first, const at::Tensor& x_TD,
+                                  const at::Tensor& h_TD, const KeyValueCache& cache) const {
+  using A = AccumOf<S>;
+  const std::int64_t T = x_TD.size(0), Q = spec_.query_width(), KV = spec_.kv_width();
+  const AttentionKept kept = allocate(T);
+  const at::Tensor n_TD = at::empty_like(x_TD);
+  ops::rms_norm<S>(x_TD, weights_.input_norm_D, spec_.norm_eps, n_TD);
+  ops::linear(n_TD, weights_.qkv_OD, kept.qkv);
+  if (!lora_qkv_.empty()) lora_qkv_.forward(n_TD, kept.qkv, kept.xa_qkv, 0, nullptr);
+  std::vector<std::int32_t> position;
+  std::vector<A> cos, sin, temperature;
+  rope_tables(spec_, first + T, cos, sin);
+  for (std::int64_t t = 0; t < T; ++t) {
+    position.push_back(static_cast<std::int32_t>(first + t));
+    temperature.push_back(temperature_at<A>(spec_, first + t));
+  }
+  const bool scaled = spec_.temperature && !layer_.rope;
+  kernels<S>().qk_prepare(0, T, qk_shape(), data<S>(kept.qkv), position.data(), cos.data(),
+                          sin.data(), scaled ? temperature.data() : nullptr,
+                          kept.rstd.defined() ? data<A>(kept.rstd) : nullptr);
+  cache.kv.narrow(0, first, T).copy_(kept.qkv.narrow(1, Q, 2 * KV));
+  // With chunked attention a run of tokens that crosses a chunk border is two segments.
+  std::vector<AttentionSegment> segments;
+  for (std::int64_t at = 0; at < T;) {
+    const std::int64_t chunk = layer_.attention_chunk;
+    const std::int64_t p = first + at, chunk_begin = chunk == 0 ? 0 : p / chunk * chunk;
+    const std::int64_t n = chunk == 0 ? T - at : std::min(T - at, chunk_begin + chunk - p);
+    segments.push_back({at, n, chunk_begin, p + n - chunk_begin});
+    at += n;
+  }
+  const std::int64_t tasks = static_cast<std::int64_t>(segments.size()) * spec_.kv_heads;
+  const AttentionShape heads = shape(Q + 2 * KV, 2 * KV);
+  at::parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().attention(begin, end, segments.data(), heads, data<S>(kept.qkv), data<S>(cache.kv),
+                           data<S>(cache.kv) + KV, data<S>(kept.o), nullptr);
+  });
+  at::Tensor out = h_TD;
+  at::addmm_out(out, x_TD, kept.o, weights_.o_DO.t());
+  if (!lora_o_.empty()) lora_o_.forward(kept.o, h_TD, kept.xa_o, 0, nullptr);
+}
+
+template class Attention<double>;
+template class Attention<float>;
+template class Attention<Bf16>;
+
+}  // namespace tailor

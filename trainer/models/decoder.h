@@ -1,0 +1,80 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "adapters/lora.h"
+#include "data/checkpoint/checkpoint.h"
+#include "data/checkpoint/model_spec.h"
+#include "trainer/models/head_loss.h"
+#include "trainer/models/token_layout.h"
+
+namespace tailor {
+
+/// What a layer's forward pass leaves for its backward pass.
+enum class KeepActivations {
+  all,   ///< everything backward wants: fastest
+  none,  ///< the layer's input and its routing; the rest is computed again. Bitwise the same
+         ///< results
+};
+
+struct TrainPass {
+  double gradient_scale = 1;  ///< 1 / trained tokens of the whole step over all ranks
+  KeepActivations keep = KeepActivations::all;
+  double dropout = 0;
+  std::uint64_t seed = 0;
+  std::uint64_t step = 0;
+};
+
+/// Everything a parity test looks at.
+struct Trace {
+  std::vector<at::Tensor> hidden_TD;  ///< input of each layer, then the stream after the final norm
+  at::Tensor logits_TV;
+  std::vector<std::vector<std::int32_t>> expert;  ///< per layer [T * K]; empty for dense layers
+  std::vector<std::vector<double>> gate;
+};
+
+/// Keys, values and the position reached, of one sequence being generated.
+struct GenerationState {
+  std::vector<at::Tensor> kv;  ///< per layer [positions_max, 2KV]
+  std::int64_t position = 0;
+};
+
+/// A frozen decoder with LoRA factors on top: forward and backward by the pooled layer pass. All
+/// micro-batches of a step go through a layer before the next layer begins, so that a layer's
+/// weights are met once forward and once backward, and routed experts see the rows of all
+/// micro-batches at once. Written without autograd: what is kept and what is computed again is
+/// decided here, and no graph ever crosses a layer.
+class Decoder {
+ public:
+  /// dtype: float64 (gradient checks), float32 or bfloat16.
+  static std::unique_ptr<Decoder> create(ModelSpec spec, ModelWeights weights,
+                                         at::ScalarType dtype);
+  virtual ~Decoder() = default;
+
+  virtual const ModelSpec& spec() const = 0;
+  virtual const ModelWeights& weights() const = 0;
+  /// The factors to add; null: the base model alone. Casts them to the blocks' dtype: call it again
+  /// after every change (once a step). `adapter` must outlive its use.
+  virtual void set_adapter(const Adapter* adapter) = 0;
+  /// The cast factors, flat; a gradient check moves these.
+  virtual at::Tensor factors() = 0;
+
+  /// Loss of the step's tokens; adds factor gradients to `gradients`, flat, float32 (float64 for a
+  /// float64 decoder).
+  virtual LossResult forward_backward(const TokenInput& input, const TrainPass& pass,
+                                      const at::Tensor& gradients) = 0;
+  virtual LossResult evaluate(const TokenInput& input) = 0;
+  virtual Trace trace(const TokenInput& input) = 0;
+
+  virtual GenerationState start_generation(std::int64_t positions_max) = 0;
+  /// Appends `ids` and returns the logits [V] after the last of them.
+  virtual at::Tensor next_logits(GenerationState& state, std::span<const std::int32_t> ids) = 0;
+};
+
+}  // namespace tailor

@@ -1,0 +1,157 @@
+#include <algorithm>
+
+#include "trainer/models/moe.h"
+
+namespace tailor {
+namespace {
+
+at::Tensor slice(const at::Tensor& tensor, std::int64_t begin, std::int64_t count) {
+  return tensor.defined() ? tensor.narrow(0, begin, count) : tensor;
+}
+
+template <class S>
+void gather(const at::Tensor& x_TD, const std::int32_t* token, const AccumOf<S>* scale,
+            const at::Tensor& out) {
+  at::parallel_for(0, out.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().gather_rows(begin, end, x_TD.size(1), data<S>(x_TD), token, scale, data<S>(out));
+  });
+}
+
+template <class S>
+void combine(const at::Tensor& rows, const Routing<AccumOf<S>>& routing, const AccumOf<S>* scale,
+             const at::Tensor& out_TD) {
+  at::parallel_for(0, out_TD.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().combine_rows(begin, end, out_TD.size(1), routing.K, data<S>(rows),
+                              routing.row_of_slot.data(), scale, data<S>(out_TD));
+  });
+}
+
+std::int64_t rows_max(const std::vector<std::int64_t>& expert_begin) {
+  std::int64_t most = 0;
+  for (std::size_t e = 0; e + 1 < expert_begin.size(); ++e) {
+    most = std::max(most, expert_begin[e + 1] - expert_begin[e]);
+  }
+  return most;
+}
+
+}  // namespace
+
+std::int64_t ExpertsKept::bytes() const {
+  std::int64_t total = 0;
+  for (const at::Tensor* tensor : {&gate_up, &xa_gate_up, &xa_down}) {
+    if (tensor->defined()) total += static_cast<std::int64_t>(tensor->nbytes());
+  }
+  return total;
+}
+
+template <class S>
+Experts<S>::Experts(const ModelSpec& spec, int layer, const LayerWeights& weights,
+                    const PassContext<S>& context)
+    : spec_(spec),
+      weights_(weights),
+      context_(context),
+      lora_gate_up_(context, layer, {Projection::experts_gate_up}, {0}),
+      lora_down_(context, layer, {Projection::experts_down}, {0}) {}
+
+template <class S>
+ExpertsKept Experts<S>::allocate(std::int64_t rows, bool keep_gate_up) const {
+  const at::TensorOptions stored(kDtype<S>);
+  ExpertsKept kept;
+  if (keep_gate_up) kept.gate_up = at::empty({rows, 2 * spec_.expert_width}, stored);
+  if (!lora_gate_up_.empty()) kept.xa_gate_up = at::empty({rows, lora_gate_up_.rank()}, stored);
+  if (!lora_down_.empty()) kept.xa_down = at::empty({rows, lora_down_.rank()}, stored);
+  return kept;
+}
+
+template <class S>
+void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& routing,
+                         const at::Tensor& out_TD, const ExpertsKept& kept) const {
+  const std::int64_t D = spec_.hidden, F = spec_.expert_width;
+  const std::int64_t most = rows_max(routing.expert_begin);
+  const at::Tensor x_scratch = at::empty({most, D}, n_TD.options());
+  const at::Tensor m_scratch = at::empty({most, F}, n_TD.options());
+  const at::Tensor gate_up_scratch =
+      kept.gate_up.defined() ? at::Tensor() : at::empty({most, 2 * F}, n_TD.options());
+  const at::Tensor y = at::empty({routing.rows(), D}, n_TD.options());
+  for (std::int64_t e = 0; e < spec_.experts; ++e) {
+    const std::int64_t begin = routing.expert_begin[static_cast<std::size_t>(e)];
+    const std::int64_t n = routing.expert_begin[static_cast<std::size_t>(e) + 1] - begin;
+    if (n == 0) continue;
+    const at::Tensor x = slice(x_scratch, 0, n), m = slice(m_scratch, 0, n),
+                     y_e = slice(y, begin, n);
+    const at::Tensor gate_up =
+        kept.gate_up.defined() ? slice(kept.gate_up, begin, n) : slice(gate_up_scratch, 0, n);
+    gather<S>(n_TD, routing.token_of_row.data() + begin, routing.gate_of_row.data() + begin, x);
+    at::Tensor to = gate_up;
+    at::mm_out(to, x, weights_.experts_gate_up_EDO[e]);
+    if (!lora_gate_up_.empty()) {
+      lora_gate_up_.forward(x, gate_up, slice(kept.xa_gate_up, begin, n), e,
+                            row_ids(routing, begin));
+    }
+    ops::swiglu<S>(gate_up, m);
+    to = y_e;
+    at::mm_out(to, m, weights_.experts_down_EFD[e]);
+    if (!lora_down_.empty()) {
+      lora_down_.forward(m, y_e, slice(kept.xa_down, begin, n), e, row_ids(routing, begin));
+    }
+  }
+  combine<S>(y, routing, nullptr, out_TD);
+}
+
+template <class S>
+void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& routing,
+                          const at::Tensor& dout_TD, const ExpertsKept& kept,
+                          const at::Tensor& dn_TD, std::vector<AccumOf<S>>& d_gate) const {
+  const std::int64_t D = spec_.hidden, F = spec_.expert_width, rows = routing.rows();
+  const std::int64_t most = rows_max(routing.expert_begin);
+  const at::Tensor x_scratch = at::empty({most, D}, n_TD.options());
+  const at::Tensor dy_scratch = at::empty({most, D}, n_TD.options());
+  const at::Tensor m_scratch = at::empty({most, F}, n_TD.options());
+  const at::Tensor dm_scratch = at::empty({most, F}, n_TD.options());
+  const at::Tensor d_gate_up_scratch = at::empty({most, 2 * F}, n_TD.options());
+  const at::Tensor gate_up_scratch =
+      kept.gate_up.defined() ? at::Tensor() : at::empty({most, 2 * F}, n_TD.options());
+  const at::Tensor dx = at::empty({rows, D}, n_TD.options());
+  for (std::int64_t e = 0; e < spec_.experts; ++e) {
+    const std::int64_t begin = routing.expert_begin[static_cast<std::size_t>(e)];
+    const std::int64_t n = routing.expert_begin[static_cast<std::size_t>(e) + 1] - begin;
+    if (n == 0) continue;
+    const at::Tensor x = slice(x_scratch, 0, n), dy = slice(dy_scratch, 0, n);
+    const at::Tensor m = slice(m_scratch, 0, n), dm = slice(dm_scratch, 0, n);
+    const at::Tensor d_gate_up = slice(d_gate_up_scratch, 0, n), dx_e = slice(dx, begin, n);
+    const at::Tensor xa_gate_up = slice(kept.xa_gate_up, begin, n);
+    const std::uint64_t* ids = row_ids(routing, begin);
+    const std::int32_t* token = routing.token_of_row.data() + begin;
+    at::Tensor gate_up =
+        kept.gate_up.defined() ? slice(kept.gate_up, begin, n) : slice(gate_up_scratch, 0, n);
+    gather<S>(n_TD, token, routing.gate_of_row.data() + begin, x);
+    gather<S>(dout_TD, token, nullptr, dy);
+    if (!kept.gate_up.defined()) {
+      at::mm_out(gate_up, x, weights_.experts_gate_up_EDO[e]);
+      if (!lora_gate_up_.empty()) lora_gate_up_.forward(x, gate_up, xa_gate_up, e, ids);
+    }
+    at::Tensor to = dm;
+    at::mm_out(to, dy, weights_.experts_down_EFD[e].t());
+    if (!lora_down_.empty()) {
+      ops::swiglu<S>(gate_up, m);
+      if (!kept.gate_up.defined()) lora_down_.down_only(m, slice(kept.xa_down, begin, n), e, ids);
+      lora_down_.backward(m, dy, slice(kept.xa_down, begin, n), dm, e, ids);
+    }
+    ops::swiglu_backward<S>(gate_up, dm, d_gate_up);
+    to = dx_e;
+    at::mm_out(to, d_gate_up, weights_.experts_gate_up_EDO[e].t());
+    if (!lora_gate_up_.empty()) lora_gate_up_.backward(x, d_gate_up, xa_gate_up, dx_e, e, ids);
+  }
+  d_gate.resize(static_cast<std::size_t>(rows));
+  at::parallel_for(0, rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().gate_gradient(begin, end, D, data<S>(dx), data<S>(n_TD),
+                               routing.token_of_row.data(), d_gate.data());
+  });
+  combine<S>(dx, routing, routing.gate_of_row.data(), dn_TD);
+}
+
+template class Experts<double>;
+template class Experts<float>;
+template class Experts<Bf16>;
+
+}  // namespace tailor

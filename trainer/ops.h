@@ -1,0 +1,116 @@
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include "trainer/kernels/kernels.h"
+
+namespace tailor {
+
+/// The kernels on ATen tensors, split over threads. Everything is contiguous unless a stride is
+/// asked for; a tensor's element type is kDtype<S>. Nothing here allocates.
+
+template <class S>
+inline constexpr at::ScalarType kDtype = at::kFloat;
+template <>
+inline constexpr at::ScalarType kDtype<double> = at::kDouble;
+template <>
+inline constexpr at::ScalarType kDtype<Bf16> = at::kBFloat16;
+
+template <class S>
+S* data(const at::Tensor& tensor) {
+  return static_cast<S*>(tensor.data_ptr());
+}
+
+/// Rows of [T, D] matrices are handed out in runs of this many: enough work to pay for a hand-over.
+constexpr std::int64_t kRowsPerTask = 16;
+
+namespace ops {
+
+template <class S>
+void rms_norm(const at::Tensor& x_TD, const at::Tensor& w_D, double eps, const at::Tensor& y_TD) {
+  const std::int64_t D = x_TD.size(1);
+  at::parallel_for(0, x_TD.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().rms_norm(begin, end, D, data<S>(x_TD), data<S>(w_D), eps, data<S>(y_TD));
+  });
+}
+
+/// dx = dres + (norm's gradient of dy); dx may be dres.
+template <class S>
+void rms_norm_backward(const at::Tensor& x_TD, const at::Tensor& w_D, const at::Tensor& dy_TD,
+                       const at::Tensor& dres_TD, double eps, const at::Tensor& dx_TD) {
+  const std::int64_t D = x_TD.size(1);
+  at::parallel_for(0, x_TD.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().rms_norm_backward(begin, end, D, data<S>(x_TD), data<S>(w_D), data<S>(dy_TD),
+                                   data<S>(dres_TD), eps, data<S>(dx_TD));
+  });
+}
+
+template <class S>
+void swiglu(const at::Tensor& gate_up, const at::Tensor& m_TF) {
+  const std::int64_t F = m_TF.size(1);
+  at::parallel_for(0, m_TF.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().swiglu(begin, end, F, data<S>(gate_up), data<S>(m_TF));
+  });
+}
+
+template <class S>
+void swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dm_TF,
+                     const at::Tensor& d_gate_up) {
+  const std::int64_t F = dm_TF.size(1);
+  at::parallel_for(0, dm_TF.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().swiglu_backward(begin, end, F, data<S>(gate_up), data<S>(dm_TF),
+                                 data<S>(d_gate_up));
+  });
+}
+
+/// y = x W^T, W as published [out, in].
+inline void linear(const at::Tensor& x, const at::Tensor& w_OI, const at::Tensor& y) {
+  at::Tensor out = y;
+  at::mm_out(out, x, w_OI.t());
+}
+/// dx = dy W.
+inline void linear_backward(const at::Tensor& dy, const at::Tensor& w_OI, const at::Tensor& dx) {
+  at::Tensor out = dx;
+  at::mm_out(out, dy, w_OI);
+}
+
+template <class S>
+void lora_down(const at::Tensor& x, const S* a_RD, std::int64_t R, double scale, S* xa,
+               std::int64_t xa_stride) {
+  at::parallel_for(0, x.size(0), 48, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().lora_down(begin, end, R, x.size(1), data<S>(x), x.stride(0), a_RD, xa, xa_stride,
+                           scale);
+  });
+}
+
+template <class S>
+void lora_up(const S* xa, std::int64_t xa_stride, const S* b_RN, std::int64_t R, std::int64_t N,
+             std::int64_t T, S* y, std::int64_t y_stride) {
+  at::parallel_for(0, T, 48, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().lora_up(begin, end, R, N, xa, xa_stride, b_RN, y, y_stride);
+  });
+}
+
+template <class S>
+void lora_gradient(std::int64_t T, std::int64_t R, std::int64_t N, const S* u,
+                   std::int64_t u_stride, const S* v, std::int64_t v_stride, AccumOf<S>* g_RN) {
+  // Columns in whole cache lines, the same cut whatever the number of threads.
+  constexpr std::int64_t kColumns = 192;
+  at::parallel_for(0, (N + kColumns - 1) / kColumns, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t block = begin; block < end; ++block) {
+      const std::int64_t stop = std::min(N, (block + 1) * kColumns);
+      kernels<S>().lora_gradient(block * kColumns, stop, T, R, N, u, u_stride, v, v_stride, g_RN);
+    }
+  });
+}
+
+template <class S>
+void add(const at::Tensor& x, const at::Tensor& out) {
+  at::parallel_for(0, x.numel(), 16384, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().add(begin, end, data<S>(x), data<S>(out));
+  });
+}
+
+}  // namespace ops
+}  // namespace tailor
