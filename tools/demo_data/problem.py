@@ -17,7 +17,14 @@ class Problem(Exception):
 def run_main(main):
     """Runs main(); a Problem becomes its three lines on stderr and exit status 1."""
     try:
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        except ModuleNotFoundError as error:
+            raise Problem(
+                f"the Python module {error.name} is missing",
+                sys.executable,
+                "Run `source tools/setup`, then this script with $TAILOR_VENV/bin/python.",
+            ) from None
     except Problem as problem:
         print(problem, file=sys.stderr)
         sys.exit(1)
