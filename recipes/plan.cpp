@@ -144,7 +144,7 @@ class Planner {
                                                 model_.shared_experts * model_.expert_parameters())
                                 : 0;
     item(Home::device, "weights outside experts", base_.other / ranks_ + gathered,
-         gb(base_.other) +
+         "attention, dense MLPs, shared experts and routers: " + gb(base_.other) +
              (ranks_ > 1 ? " / " + short_text(ranks_) + " ranks + two gathered layers" : ""));
     item(Home::device, "vocabulary head", base_.head / ranks_,
          "bf16; embedding rows are read from the host");

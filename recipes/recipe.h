@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "data/tokens/data_options.h"  // RecordFormat, TooLong, TrainOn
+
 namespace tailor {
 
 /// The whole recipe: what the user asked for, after reading and before planning.
@@ -14,16 +16,6 @@ namespace tailor {
 /// strings. docs/recipes.md has the same keys as a table, and a test holds the two together.
 /// `std::nullopt` stands for `null` or `auto`, as the comment says.
 
-enum class RecordFormat {
-  automatic,          ///< decided by the first record's keys
-  messages,           ///< {"messages": [{"role", "content"}]}
-  sharegpt,           ///< {"conversations": [{"from", "value"}]}
-  prompt_completion,  ///< {"prompt", "completion"}
-  alpaca,             ///< {"instruction", "input"?, "output"}
-  text,               ///< {"text"}
-  tokenized,          ///< {"input_ids", "labels"?}
-};
-enum class TooLong { truncate, drop, split, error };
 enum class Optimizer { adamw };
 enum class LrScheduler { constant, linear, cosine };
 enum class DeviceChoice { automatic, cuda, cpu };
@@ -73,14 +65,6 @@ struct ChatTemplateChoice {
   Kind kind = Kind::model;
   std::string value;  ///< name or path of a .jinja file; empty for Kind::model
   bool operator==(const ChatTemplateChoice&) const = default;
-};
-
-/// Which messages carry loss.
-struct TrainOn {
-  enum class Kind { assistant, last_assistant, all, roles };
-  Kind kind = Kind::assistant;
-  std::vector<std::string> roles;  ///< for Kind::roles only
-  bool operator==(const TrainOn&) const = default;
 };
 
 struct DataRecipe {
