@@ -17,6 +17,7 @@ struct TrainOn {
   /// "assistant", "last_assistant", "all", or the names of roles.
   static TrainOn from_name(const std::string& name);
   std::string text() const;
+  bool operator==(const TrainOn&) const = default;
 };
 
 /// Token ids with, for each, whether it is a target of the loss. Same lengths.

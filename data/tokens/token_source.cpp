@@ -34,7 +34,7 @@ class BatchBuilder {
   BatchBuilder(const TokenStore& store, std::int64_t micro_batch_rows)
       : store_(store), micro_batch_rows_(micro_batch_rows) {}
 
-  void add_row(std::int64_t row) {
+  void add_row(std::int64_t row, std::int64_t row_of_step) {
     if (batch_.rows % micro_batch_rows_ == 0) batch_.micro_batch_start.push_back(size());
     ++batch_.rows;
     const auto starts = store_.document_start();
@@ -53,6 +53,8 @@ class BatchBuilder {
         const bool counts = t + 1 < last && trained[t + 1] != 0;
         batch_.ids.push_back(ids[t]);
         batch_.position.push_back(static_cast<std::int32_t>(t - first));
+        const auto place = static_cast<std::uint64_t>(t) - static_cast<std::uint64_t>(begin);
+        batch_.token_id.push_back((static_cast<std::uint64_t>(row_of_step) << 32U) | place);
         batch_.target.push_back(counts ? ids[t + 1] : -1);
         batch_.trained_tokens += counts ? 1 : 0;
       }
@@ -115,7 +117,7 @@ Batch StoreTokenSource::batch_at(std::int64_t step, int rank, int ranks) const {
   const auto [begin, end] = block_of(options_.rows_per_step, rank, ranks);
   BatchBuilder builder(*store_, options_.micro_batch_rows);
   for (std::int64_t i = begin; i < end; ++i) {
-    builder.add_row(row_at(first + i, store_->rows(), options_.shuffle, options_.seed));
+    builder.add_row(row_at(first + i, store_->rows(), options_.shuffle, options_.seed), i);
   }
   return builder.take();
 }
@@ -135,7 +137,7 @@ Batch EvaluationSource::batch_at(std::int64_t step, int rank, int ranks) const {
   const std::int64_t first = step * rows_per_step_;
   const auto [begin, end] = block_of(std::min(rows_per_step_, store_->rows() - first), rank, ranks);
   BatchBuilder builder(*store_, micro_batch_rows_);
-  for (std::int64_t i = begin; i < end; ++i) builder.add_row(first + i);
+  for (std::int64_t i = begin; i < end; ++i) builder.add_row(first + i, i);
   return builder.take();
 }
 

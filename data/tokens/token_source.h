@@ -18,6 +18,9 @@ struct Batch {
   std::vector<std::int32_t> document_start;
   /// Offsets of the micro-batches' first tokens, then T; always at a document border.
   std::vector<std::int32_t> micro_batch_start;
+  /// [T]: which token of the step this is, whatever rank or micro-batch it went to: its row in the
+  /// global batch in the upper 32 bits (of them the lowest 24), its place in the row below.
+  std::vector<std::uint64_t> token_id;
   std::int64_t rows = 0;            ///< rows of this rank; may be 0
   std::int64_t trained_tokens = 0;  ///< positions with target >= 0
 

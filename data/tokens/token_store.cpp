@@ -95,10 +95,11 @@ void write_text_attribute(hid_t file, const char* name, const std::string& text,
   hdf5::check(H5Awrite(attribute.get(), type.get(), text.c_str()), "cannot write store", path);
 }
 
-/// Where dataset `name` lies in the file, after a check of its type and layout.
+/// Dataset `name` after a check of its type and layout: in the map, or, where the library did not
+/// align it (small ones may be put into gaps), in a copy.
 template <class T>
-std::span<const T> find_column(hid_t file, const char* name, hid_t disk_type,
-                               const MappedFile& map) {
+std::span<const T> find_column(hid_t file, const char* name, hid_t disk_type, const MappedFile& map,
+                               std::vector<std::vector<std::byte>>& copies) {
   const fs::path& path = map.path();
   const hdf5::Handle set(H5Dopen2(file, name, H5P_DEFAULT), H5Dclose, "cannot read store", path);
   const hdf5::Handle type(H5Dget_type(set.get()), H5Tclose, "cannot read store", path);
@@ -109,11 +110,15 @@ std::span<const T> find_column(hid_t file, const char* name, hid_t disk_type,
                     H5Sget_simple_extent_dims(space.get(), &size, nullptr) == 1;
   const haddr_t offset = good ? H5Dget_offset(set.get()) : HADDR_UNDEF;
   const auto bytes = map.bytes();
-  if (!good || offset == HADDR_UNDEF || offset > bytes.size() || offset % alignof(T) != 0 ||
+  if (!good || offset == HADDR_UNDEF || offset > bytes.size() ||
       size > (bytes.size() - offset) / sizeof(T)) {
     damaged(std::string("dataset '") + name + "' is not laid out as this version writes it", path);
   }
-  return {reinterpret_cast<const T*>(bytes.data() + offset), static_cast<std::size_t>(size)};
+  const std::byte* begin = bytes.data() + offset;
+  if (offset % alignof(T) != 0) {
+    begin = copies.emplace_back(begin, begin + size * sizeof(T)).data();
+  }
+  return {reinterpret_cast<const T*>(begin), static_cast<std::size_t>(size)};
 }
 
 void check_offsets(std::span<const std::int64_t> offsets, std::int64_t end, const char* name,
@@ -147,7 +152,8 @@ void write_token_store(const fs::path& path, const TokenStoreContent& content) {
     {
       const hdf5::Session session;
       const hdf5::Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose, "cannot write store", path);
-      // Datasets on cache lines, so that they can be read in place.
+      // Datasets on cache lines, so that they can be read in place; small ones are not pooled.
+      hdf5::check(H5Pset_small_data_block_size(access.get(), 0), "cannot write store", path);
       hdf5::check(H5Pset_alignment(access.get(), 64, 64), "cannot write store", path);
       hdf5::Handle file(H5Fcreate(staging.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get()),
                         H5Fclose, "cannot create store", path);
@@ -242,15 +248,17 @@ TokenStore TokenStore::open(const fs::path& path) {
     const hdf5::Handle file(H5Fopen(path.c_str(), H5F_ACC_RDONLY, H5P_DEFAULT), H5Fclose,
                             "cannot open token store", path);
     const MappedFile& map = store.file_;
-    store.ids_ = find_column<std::int32_t>(file.get(), "ids", H5T_STD_I32LE, map);
-    store.trained_ = find_column<std::uint8_t>(file.get(), "trained", H5T_STD_U8LE, map);
-    store.row_start_ = find_column<std::int64_t>(file.get(), "row_start", H5T_STD_I64LE, map);
+    store.ids_ = find_column<std::int32_t>(file.get(), "ids", H5T_STD_I32LE, map, store.copies_);
+    store.trained_ =
+        find_column<std::uint8_t>(file.get(), "trained", H5T_STD_U8LE, map, store.copies_);
+    store.row_start_ =
+        find_column<std::int64_t>(file.get(), "row_start", H5T_STD_I64LE, map, store.copies_);
     store.document_start_ =
-        find_column<std::int64_t>(file.get(), "document_start", H5T_STD_I64LE, map);
+        find_column<std::int64_t>(file.get(), "document_start", H5T_STD_I64LE, map, store.copies_);
     store.document_file_ =
-        find_column<std::int32_t>(file.get(), "document_file", H5T_STD_I32LE, map);
+        find_column<std::int32_t>(file.get(), "document_file", H5T_STD_I32LE, map, store.copies_);
     store.document_line_ =
-        find_column<std::int64_t>(file.get(), "document_line", H5T_STD_I64LE, map);
+        find_column<std::int64_t>(file.get(), "document_line", H5T_STD_I64LE, map, store.copies_);
   }
   store.sequence_len_ = facts.integer("sequence_len");
   store.trained_tokens_ = facts.integer("trained_tokens");

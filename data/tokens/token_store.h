@@ -48,6 +48,7 @@ class TokenStore {
 
   MappedFile file_;
   Json manifest_;
+  std::vector<std::vector<std::byte>> copies_;  ///< of columns that cannot be read in place
   std::span<const std::int32_t> ids_, document_file_;
   std::span<const std::uint8_t> trained_;
   std::span<const std::int64_t> row_start_, document_start_, document_line_;
