@@ -1,0 +1,468 @@
+#include "tools/cli.h"
+
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <memory>
+
+#include "base/error.h"
+#include "base/text.h"
+
+namespace tailor {
+namespace {
+
+constexpr const char* kJson = "One JSON document on stdout, everything else on stderr";
+constexpr const char* kRecipe = "Recipe file, or the name of a shipped one (tailor recipe ls)";
+constexpr const char* kOverrides = "key=value with dotted keys, as training.max_steps=20";
+constexpr const char* kLedger = "Ledger file instead of the default one (tailor doctor names it)";
+
+/// "recipe ls" of the app for `tailor recipe ls`; empty for `tailor` itself.
+std::string verb_of(const CLI::App& app) {
+  if (app.get_parent() == nullptr) return "";
+  const std::string before = verb_of(*app.get_parent());
+  return before.empty() ? app.get_name() : before + " " + app.get_name();
+}
+
+std::string help_command(const CLI::App& app) {
+  const std::string verb = verb_of(app);
+  return "`tailor " + (verb.empty() ? "" : verb + " ") + "--help`";
+}
+
+/// Refuses words that are not in `words`, naming the nearest.
+std::function<std::string(const std::string&)> one_of(const std::string& flag,
+                                                      std::vector<std::string> words) {
+  return [flag, words = std::move(words)](const std::string& given) -> std::string {
+    if (std::find(words.begin(), words.end(), given) != words.end()) return "";
+    const std::string near = nearest_name(given, words);
+    throw Error(Fault::usage, {"'" + given + "' is no value of " + flag, "the command line",
+                               (near.empty() ? "" : "Did you mean " + near + "? ") +
+                                   "Use one of: " + join(words, ", ") + "."});
+  };
+}
+
+std::function<std::string(const std::string&)> not_below(const std::string& flag, double least) {
+  return [flag, least](const std::string& given) -> std::string {
+    double value = 0;
+    if (!CLI::detail::lexical_cast(given, value) || !(value < least)) return "";
+    throw Error(Fault::usage,
+                {flag + " is " + given + ", needed: " + exact_text(least) + " or more",
+                 "the command line", "Give " + flag + " a larger number."});
+  };
+}
+
+/// The tree of verbs; each leaf sets `command` when it was the one asked for.
+class CommandLine {
+ public:
+  CommandLine() {
+    app_.name("tailor");
+    app_.description("Tailor: LoRA fine-tuning of mixture-of-experts models, from a recipe.");
+    app_.set_version_flag("--version", "tailor " TAILOR_VERSION, "Show the version and stop");
+    app_.footer(
+        "Exit codes: 0 done; 2 recipe or command line wrong; 65 a file is unusable; 66 it does "
+        "not\n"
+        "fit; 69 a device failed; 70 diverged or internal; 74 reading or writing failed;\n"
+        "75 interrupted, resumable; 76 stopped by the budget.\n\n"
+        "Example:\n  tailor plan demo-maverick training.max_steps=20");
+    format(app_);
+    add_recipe();
+    add_plan();
+    add_train();
+    add_eval();
+    add_generate();
+    add_data();
+    add_model();
+    add_runs();
+    add_prices();
+    add_doctor();
+    add_calibrate();
+  }
+
+  Command parse(int argc, const char* const* argv) {
+    try {
+      app_.parse(argc, argv);
+    } catch (const CLI::CallForVersion& version) {
+      return ShowText{std::string(version.what()) + "\n"};
+    } catch (const CLI::CallForHelp&) {
+      return ShowText{deepest().help()};
+    } catch (const CLI::ParseError& error) {
+      refuse(error);
+    }
+    if (!command_) refuse_missing_verb(deepest());
+    return *command_;
+  }
+
+ private:
+  static void format(CLI::App& app) {
+    app.get_formatter()->column_width(32);
+    app.get_formatter()->label("REQUIRED", "(required)");
+    app.get_formatter()->label("SUBCOMMAND", "VERB");
+    if (app.get_parent() != nullptr) app.group("Verbs");
+  }
+
+  CLI::App& group(const std::string& name, const std::string& description,
+                  const std::string& example) {
+    CLI::App* app = app_.add_subcommand(name, description);
+    app->footer("Example:\n  " + example);
+    format(*app);
+    return *app;
+  }
+
+  /// A verb whose arguments are an A; `own` is where its flags store their values.
+  template <class A>
+  struct Verb {
+    CLI::App& app;
+    A& own;
+  };
+  template <class A>
+  Verb<A> verb(CLI::App& parent, const std::string& name, const std::string& description,
+               const std::string& example) {
+    CLI::App* app = parent.add_subcommand(name, description);
+    app->footer("Example:\n  " + example);
+    format(*app);
+    auto own = std::make_shared<A>();
+    app->callback([this, own] { command_ = Command(*own); });
+    return {*app, *own};
+  }
+  template <class A>
+  static void with_json(const Verb<A>& verb) {
+    verb.app.add_flag("--json", verb.own.json, kJson);
+  }
+  template <class A>
+  static void with_recipe(const Verb<A>& verb) {
+    verb.app.add_option("RECIPE", verb.own.recipe, kRecipe)->required();
+    verb.app.add_option("key=value", verb.own.overrides, kOverrides)->type_name("");
+  }
+  template <class A>
+  static void with_ledger(const Verb<A>& verb) {
+    verb.app.add_option("--ledger", verb.own.ledger, kLedger)->type_name("PATH");
+  }
+
+  void add_recipe() {
+    CLI::App& recipe = group("recipe", "List, show, copy and check recipes", "tailor recipe ls");
+    with_json(verb<RecipeListArguments>(recipe, "ls", "List the recipes that come with Tailor",
+                                        "tailor recipe ls"));
+    auto show = verb<RecipeShowArguments>(recipe, "show", "Print a recipe",
+                                          "tailor recipe show demo-maverick --resolved");
+    with_recipe(show);
+    show.app.add_flag("--resolved", show.own.resolved, "Every key with its value and its origin");
+    with_json(show);
+    auto copy = verb<RecipeCopyArguments>(recipe, "cp", "Copy a recipe, to change it",
+                                          "tailor recipe cp demo-maverick mine.yaml");
+    copy.app.add_option("RECIPE", copy.own.recipe, kRecipe)->required();
+    copy.app.add_option("TO", copy.own.destination, "File to write, or a folder")->required();
+    with_json(copy);
+    auto validate = verb<RecipeValidateArguments>(
+        recipe, "validate", "Check a recipe: every problem at once, nothing is loaded",
+        "tailor recipe validate mine.yaml lora.rank=16");
+    with_recipe(validate);
+    with_json(validate);
+  }
+
+  void add_plan() {
+    auto plan =
+        verb<PlanArguments>(app_, "plan", "What a run needs and costs: memory, time, dollars",
+                            "tailor plan demo-maverick training.max_steps=20 --explain");
+    with_recipe(plan);
+    plan.app.add_flag("--explain", plan.own.explain, "Show the working of every figure");
+    plan.app.add_flag(
+        "--data", plan.own.data,
+        "Count the data's rows, tokenising it once where that was not done yet "
+        "(files of 64 MB or less are counted anyway where the steps follow from them)");
+    with_json(plan);
+  }
+
+  void add_train() {
+    auto train = verb<TrainArguments>(app_, "train", "Train a recipe's adapter",
+                                      "tailor train demo-maverick training.max_steps=20");
+    with_recipe(train);
+    train.app.add_flag("--resume", train.own.resume,
+                       "Go on from the newest good checkpoint; afresh where there is none");
+    with_json(train);
+  }
+
+  template <class A>
+  static void with_model(const Verb<A>& verb) {
+    verb.app
+        .add_option("--model", verb.own.model,
+                    "Model folder, or a Hugging Face repository in the local cache")
+        ->type_name("DIR")
+        ->required();
+    verb.app.add_option("--adapter", verb.own.adapter, "PEFT adapter folder")->type_name("DIR");
+  }
+  template <class A>
+  static void with_compute(const Verb<A>& verb) {
+    verb.app.add_option("--dtype", verb.own.dtype, "float32 or bfloat16")
+        ->check(one_of("--dtype", {"float32", "bfloat16"}))
+        ->type_name("TYPE")
+        ->capture_default_str();
+    verb.app.add_option("--device", verb.own.device, "auto, cpu or cuda")
+        ->check(one_of("--device", {"auto", "cpu", "cuda"}))
+        ->type_name("DEVICE")
+        ->capture_default_str();
+    verb.app.add_option("--threads", verb.own.threads, "CPU threads; 0: all cores")
+        ->check(not_below("--threads", 0))
+        ->type_name("N")
+        ->capture_default_str();
+    verb.app
+        .add_option("--chat-template", verb.own.chat_template,
+                    "model, chatml, a name of the model's, or a .jinja file")
+        ->type_name("NAME")
+        ->capture_default_str();
+  }
+
+  void add_eval() {
+    auto eval = verb<EvalArguments>(
+        app_, "eval", "Loss, perplexity and token accuracy on data",
+        "tailor eval --model models/smollm2-maverick --adapter runs/demo-maverick/adapter \\\n"
+        "      --data data/wordnet.held.jsonl --limit 200");
+    with_model(eval);
+    eval.app.add_option("--data", eval.own.data, "JSON lines file or glob; several are fine")
+        ->type_name("FILE")
+        ->required();
+    with_compute(eval);
+    eval.app.add_option("--format", eval.own.format, "Shape of the rows, as data.format")
+        ->check(one_of("--format", {"auto", "messages", "sharegpt", "prompt_completion", "alpaca",
+                                    "text", "tokenized"}))
+        ->type_name("NAME")
+        ->capture_default_str();
+    eval.app
+        .add_option("--train-on", eval.own.train_on,
+                    "What counts: assistant, last_assistant, all, or a role")
+        ->type_name("NAME")
+        ->capture_default_str();
+    eval.app.add_option("--sequence-len", eval.own.sequence_len, "Tokens a row")
+        ->check(not_below("--sequence-len", 2))
+        ->type_name("N")
+        ->capture_default_str();
+    eval.app.add_option("--batch-tokens", eval.own.batch_tokens, "Tokens that pass together")
+        ->check(not_below("--batch-tokens", 1))
+        ->type_name("N")
+        ->capture_default_str();
+    eval.app.add_option("--limit", eval.own.limit, "Only the first N rows")
+        ->check(not_below("--limit", 1))
+        ->type_name("N");
+    eval.app.add_flag("--per-row", eval.own.per_row, "The loss of every row too");
+    with_json(eval);
+  }
+
+  void add_generate() {
+    auto generate = verb<GenerateArguments>(
+        app_, "generate", "Answers of a model, for a quick look at what was learnt",
+        "tailor generate --model models/smollm2-maverick --adapter runs/demo-maverick/adapter \\\n"
+        "      --prompt 'Classify the noun \"oak\": a deciduous tree'");
+    with_model(generate);
+    generate.app.add_option("--prompt", generate.own.prompts, "A user's message; may be repeated")
+        ->type_name("TEXT");
+    generate.app
+        .add_option("--data", generate.own.data,
+                    "Or rows of a messages file, their last answer left out")
+        ->type_name("FILE");
+    generate.app.add_option("--limit", generate.own.limit, "Rows of --data")
+        ->check(not_below("--limit", 1))
+        ->type_name("N")
+        ->capture_default_str();
+    with_compute(generate);
+    generate.app.add_option("--tokens-max", generate.own.tokens_max, "Longest answer, in tokens")
+        ->check(not_below("--tokens-max", 1))
+        ->type_name("N")
+        ->capture_default_str();
+    generate.app
+        .add_option("--temperature", generate.own.temperature, "0: always the likeliest token")
+        ->check(not_below("--temperature", 0))
+        ->type_name("X")
+        ->capture_default_str();
+    generate.app.add_option("--seed", generate.own.seed, "Start of the random numbers")
+        ->type_name("N")
+        ->capture_default_str();
+    with_json(generate);
+  }
+
+  void add_data() {
+    CLI::App& data =
+        group("data", "Tokenise, pack and look at data", "tailor data prepare demo-maverick");
+    auto prepare = verb<DataPrepareArguments>(
+        data, "prepare", "Tokenise and pack a recipe's data into its token store",
+        "tailor data prepare demo-maverick data.sequence_len=512");
+    with_recipe(prepare);
+    with_json(prepare);
+    auto inspect =
+        verb<DataInspectArguments>(data, "inspect", "Show packed rows, the trained tokens marked",
+                                   "tailor data inspect demo-maverick --rows 2");
+    inspect.app.add_option("RECIPE", inspect.own.recipe, "Recipe, or a token store (.h5)")
+        ->required();
+    inspect.app.add_option("key=value", inspect.own.overrides, kOverrides)->type_name("");
+    inspect.app
+        .add_option("--tokenizer", inspect.own.tokenizer, "Model folder to read a store's ids with")
+        ->type_name("DIR");
+    inspect.app.add_flag("--validation", inspect.own.validation, "The recipe's validation rows");
+    inspect.app.add_option("--first", inspect.own.first, "First row, from 0")
+        ->check(not_below("--first", 0))
+        ->type_name("N")
+        ->capture_default_str();
+    inspect.app.add_option("--rows", inspect.own.rows, "How many rows")
+        ->check(not_below("--rows", 1))
+        ->type_name("N")
+        ->capture_default_str();
+    with_json(inspect);
+    auto tokenize = verb<DataTokenizeArguments>(
+        data, "tokenize", "One {\"input_ids\"} line for each {\"text\"} line",
+        "tailor data tokenize --tokenizer models/smollm2-maverick --data texts.jsonl");
+    tokenize.app
+        .add_option("--tokenizer", tokenize.own.tokenizer, "Folder that holds tokenizer.json")
+        ->type_name("DIR")
+        ->required();
+    tokenize.app.add_option("--data", tokenize.own.data, "JSON lines file of {\"text\"} rows")
+        ->type_name("FILE")
+        ->required();
+    tokenize.app.add_flag("--json", tokenize.own.json,
+                          "One JSON document, a list of those lines, instead of lines");
+  }
+
+  void add_model() {
+    CLI::App& model =
+        group("model", "Look at models", "tailor model inspect models/smollm2-maverick");
+    auto inspect = verb<ModelInspectArguments>(
+        model, "inspect", "A model's shape, and whether its files are whole; reads no weights",
+        "tailor model inspect models/smollm2-maverick");
+    inspect.app
+        .add_option("MODEL", inspect.own.model,
+                    "Model folder, or a Hugging Face repository in the local cache")
+        ->required();
+    with_json(inspect);
+  }
+
+  void add_runs() {
+    CLI::App& runs = group("runs", "What ran, how it ended and what it cost", "tailor runs ls");
+    auto list = verb<RunsListArguments>(runs, "ls", "All runs, newest first", "tailor runs ls");
+    with_ledger(list);
+    with_json(list);
+    auto show = verb<RunsShowArguments>(runs, "show", "One run with its attempts, files and events",
+                                        "tailor runs show demo-maverick");
+    show.app
+        .add_option("RUN", show.own.run, "Identifier or its beginning, name, or folder of a run")
+        ->required();
+    with_ledger(show);
+    with_json(show);
+    auto report =
+        verb<RunsReportArguments>(runs, "report", "A run's cost by cause, planned beside measured",
+                                  "tailor runs report runs/demo-maverick");
+    report.app.add_option("RUN", report.own.run,
+                          "Identifier or its beginning, name, or folder; the newest without one");
+    with_ledger(report);
+    with_json(report);
+    auto out = verb<RunsExportArguments>(runs, "export", "All runs for spreadsheets and billing",
+                                         "tailor runs export --format focus --output costs.csv");
+    out.app.add_option("--format", out.own.format, "csv, focus (FinOps FOCUS 1.0) or json")
+        ->check(one_of("--format", {"csv", "focus", "json"}))
+        ->type_name("NAME")
+        ->capture_default_str();
+    out.app.add_option("--output", out.own.output, "File to write instead of stdout")
+        ->type_name("FILE");
+    with_ledger(out);
+    out.app.add_flag("--json", out.own.json, "The same as --format json");
+  }
+
+  void add_prices() {
+    CLI::App& prices = group("prices", "The price book", "tailor prices ls");
+    auto list = verb<PricesListArguments>(prices, "ls", "Prices in force today",
+                                          "tailor prices ls --sku a100-40gb-pcie");
+    list.app.add_option("--sku", list.own.sku, "Only this product")->type_name("NAME");
+    list.app.add_flag("--all", list.own.all, "Also closed and coming prices");
+    with_json(list);
+    auto check = verb<PricesCheckArguments>(
+        prices, "check", "Check a price book, and that the shipped recipes find their price",
+        "tailor prices check");
+    check.app.add_option("FILE", check.own.file, "Price book; the shipped one without it");
+    with_json(check);
+  }
+
+  void add_doctor() {
+    with_json(verb<DoctorArguments>(
+        app_, "doctor", "What this machine can do, what is missing, and the command that mends it",
+        "tailor doctor"));
+  }
+
+  void add_calibrate() {
+    with_json(verb<CalibrateArguments>(app_, "calibrate",
+                                       "Measure this machine's matrix products, for `tailor plan`",
+                                       "tailor calibrate"));
+  }
+
+  CLI::App& deepest() {
+    CLI::App* app = &app_;
+    while (!app->get_subcommands().empty()) app = app->get_subcommands().front();
+    return *app;
+  }
+
+  static std::vector<std::string> verbs_of(const CLI::App& app) {
+    std::vector<std::string> names;
+    for (const CLI::App* sub : app.get_subcommands([](const CLI::App*) { return true; })) {
+      names.push_back(sub->get_name());
+    }
+    return names;
+  }
+
+  static std::string command_text(const CLI::App& app) {
+    const std::string verb = verb_of(app);
+    return verb.empty() ? "tailor" : "tailor " + verb;
+  }
+
+  [[noreturn]] static void refuse_missing_verb(const CLI::App& app) {
+    throw Error(Fault::usage, {command_text(app) + " needs a verb", "the command line",
+                               "Add one of: " + join(verbs_of(app), ", ") + ". " +
+                                   help_command(app) + " explains them."});
+  }
+
+  [[noreturn]] static void refuse_extra(const CLI::App& app, const std::string& extra) {
+    const std::string where = "the command line of " + command_text(app);
+    if (extra.starts_with('-')) {
+      std::vector<std::string> flags;
+      for (const CLI::Option* option : app.get_options()) {
+        for (const std::string& name : option->get_lnames()) flags.push_back("--" + name);
+      }
+      const std::string name = extra.substr(0, extra.find('='));
+      const std::size_t letter = name.find_first_not_of('-');
+      std::string mend;
+      if (name.find('.') != std::string::npos && letter != std::string::npos) {
+        mend = "Keys of the recipe are written without dashes: " + name.substr(letter) + "=VALUE. ";
+      } else if (const std::string near = nearest_name(name, flags); !near.empty()) {
+        mend = "Did you mean " + near + "? ";
+      }
+      throw Error(Fault::usage,
+                  {"unknown flag " + name, where, mend + help_command(app) + " lists the flags."});
+    }
+    const std::vector<std::string> verbs = verbs_of(app);
+    if (verbs.empty()) {
+      throw Error(Fault::usage, {"unexpected argument '" + extra + "'", where,
+                                 help_command(app) + " shows what it takes."});
+    }
+    const std::string near = nearest_name(extra, verbs);
+    throw Error(Fault::usage, {"unknown verb '" + extra + "'", where,
+                               (near.empty() ? "Verbs: " + join(verbs, ", ") + "."
+                                             : "Did you mean " + near + "?") +
+                                   " " + help_command(app) + " explains them."});
+  }
+
+  [[noreturn]] void refuse(const CLI::ParseError& error) {
+    const CLI::App& app = deepest();
+    // A misspelt word explains whatever else is missing, so it comes first.
+    for (const CLI::App* at = &app; at != nullptr; at = at->get_parent()) {
+      const std::vector<std::string> extras = at->remaining(false);
+      if (!extras.empty()) refuse_extra(app, extras.front());
+    }
+    std::string what = error.what();
+    if (const auto end = what.find('\n'); end != std::string::npos) what.resize(end);
+    throw Error(Fault::usage, {what, "the command line of " + command_text(app),
+                               help_command(app) + " shows what it takes."});
+  }
+
+  CLI::App app_;
+  std::optional<Command> command_;
+};
+
+}  // namespace
+
+Command parse_command_line(int argc, const char* const* argv) {
+  return CommandLine().parse(argc, argv);
+}
+
+}  // namespace tailor

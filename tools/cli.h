@@ -1,0 +1,39 @@
+#pragma once
+
+#include <string>
+#include <variant>
+
+#include "tools/compute_verbs.h"
+#include "tools/verbs.h"
+
+namespace tailor {
+
+/// The answer to --help or --version.
+struct ShowText {
+  std::string text;
+};
+struct CalibrateArguments {
+  bool json = false;
+};
+
+/// One verb with its arguments, as read from a command line.
+using Command =
+    std::variant<ShowText, RecipeListArguments, RecipeShowArguments, RecipeCopyArguments,
+                 RecipeValidateArguments, PlanArguments, DataPrepareArguments, DataInspectArguments,
+                 DataTokenizeArguments, ModelInspectArguments, RunsListArguments, RunsShowArguments,
+                 RunsReportArguments, RunsExportArguments, PricesListArguments,
+                 PricesCheckArguments, DoctorArguments, TrainArguments, EvalArguments,
+                 GenerateArguments, CalibrateArguments>;
+
+/// Reads a command line. Throws Error{usage} in three parts, naming the nearest verb or flag.
+Command parse_command_line(int argc, const char* const* argv);
+
+/// A function object of several lambdas, for std::visit.
+template <class... F>
+struct Overloaded : F... {
+  using F::operator()...;
+};
+template <class... F>
+Overloaded(F...) -> Overloaded<F...>;
+
+}  // namespace tailor

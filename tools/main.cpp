@@ -1,0 +1,60 @@
+// The program `tailor`: verbs that need no LibTorch run here, the others in tailor-compute, which
+// takes over this process with the same arguments.
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <iostream>
+
+#include "base/error.h"
+#include "tools/cli.h"
+#include "tools/paths.h"
+#include "tools/program.h"
+
+namespace tailor {
+namespace {
+
+[[noreturn]] void hand_over(char** argv) {
+  const fs::path program = sibling_program("tailor-compute");
+  execv(program.c_str(), argv);
+  throw io_error(errno, "cannot start tailor-compute", program.string());
+}
+
+int run(const Command& command, char** argv) {
+  return std::visit(
+      Overloaded{
+          [](const ShowText& show) {
+            std::cout << show.text;
+            return 0;
+          },
+          [](const RecipeListArguments& arguments) { return run_recipe_list(arguments); },
+          [](const RecipeShowArguments& arguments) { return run_recipe_show(arguments); },
+          [](const RecipeCopyArguments& arguments) { return run_recipe_copy(arguments); },
+          [](const RecipeValidateArguments& arguments) { return run_recipe_validate(arguments); },
+          [](const PlanArguments& arguments) { return run_plan(arguments); },
+          [](const DataPrepareArguments& arguments) { return run_data_prepare(arguments); },
+          [](const DataInspectArguments& arguments) { return run_data_inspect(arguments); },
+          [](const DataTokenizeArguments& arguments) { return run_data_tokenize(arguments); },
+          [](const ModelInspectArguments& arguments) { return run_model_inspect(arguments); },
+          [](const RunsListArguments& arguments) { return run_runs_list(arguments); },
+          [](const RunsShowArguments& arguments) { return run_runs_show(arguments); },
+          [](const RunsReportArguments& arguments) { return run_runs_report(arguments); },
+          [](const RunsExportArguments& arguments) { return run_runs_export(arguments); },
+          [](const PricesListArguments& arguments) { return run_prices_list(arguments); },
+          [](const PricesCheckArguments& arguments) { return run_prices_check(arguments); },
+          [](const DoctorArguments& arguments) { return run_doctor(arguments); },
+          [argv](const auto&) -> int { hand_over(argv); },
+      },
+      command);
+}
+
+}  // namespace
+}  // namespace tailor
+
+int main(int argc, char** argv) {
+  // A reader that goes away (`tailor runs ls | head`) ends this program without a word.
+  std::signal(SIGPIPE, SIG_DFL);
+  return tailor::run_program(
+      [&] { return tailor::run(tailor::parse_command_line(argc, argv), argv); });
+}

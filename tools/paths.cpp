@@ -1,0 +1,36 @@
+#include "tools/paths.h"
+
+#include <cstdlib>
+
+#include "base/error.h"
+
+namespace tailor {
+
+fs::path own_program() {
+  std::error_code error;
+  fs::path program = fs::read_symlink("/proc/self/exe", error);
+  if (error) throw io_error(error.value(), "cannot find the running program", "/proc/self/exe");
+  return program;
+}
+
+fs::path sibling_program(const std::string& name) {
+  const fs::path program = own_program().parent_path() / name;
+  std::error_code error;
+  if (fs::exists(program, error)) return program;
+  throw Error(Fault::usage,
+              {"the program " + name + " is not installed", program.string(),
+               "Build it beside tailor: cmake --build BUILD_FOLDER --target " + name +
+                   ", or start Tailor with ./tools/tailor, which builds what is missing."});
+}
+
+fs::path recipes_folder() {
+  if (const char* value = std::getenv("TAILOR_RECIPES"); value != nullptr && *value != '\0') {
+    return value;
+  }
+  std::error_code error;
+  const fs::path source = fs::path(TAILOR_SOURCE_DIR) / "recipes";
+  if (fs::exists(source / "prices.yaml", error)) return source;
+  return own_program().parent_path().parent_path() / "share/tailor/recipes";
+}
+
+}  // namespace tailor

@@ -1,0 +1,18 @@
+#pragma once
+
+#include "base/file.h"
+
+namespace tailor {
+
+/// The running program's file, links resolved.
+fs::path own_program();
+
+/// A program of ours beside the running one ("tailor-compute"). Throws Error{usage} with the
+/// command that builds it when it is not there.
+fs::path sibling_program(const std::string& name);
+
+/// Shipped recipes, with machines/, models/ and prices.yaml: $TAILOR_RECIPES, else the source tree
+/// this program was built from, else ../share/tailor/recipes beside the program.
+fs::path recipes_folder();
+
+}  // namespace tailor

@@ -1,0 +1,128 @@
+#include "tools/planning.h"
+
+#include <fcntl.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/text.h"
+#include "data/checkpoint/checkpoint.h"
+#include "tools/paths.h"
+
+extern char** environ;
+
+namespace tailor {
+namespace {
+
+constexpr std::int64_t kReadBytesMax = 64'000'000;
+
+/// Runs `tailor-compute calibrate`, its result on our stderr. False when it could not.
+bool calibrate() {
+  fs::path program;
+  try {
+    program = sibling_program("tailor-compute");
+  } catch (const Error&) {
+    return false;
+  }
+  log_info("measuring this machine's matrix products, once (a few seconds)");
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_adddup2(&actions, STDERR_FILENO, STDOUT_FILENO);
+  std::string name = program.string(), verb = "calibrate";
+  char* argv[] = {name.data(), verb.data(), nullptr};
+  pid_t child = 0;
+  const int failed = posix_spawn(&child, name.c_str(), &actions, nullptr, argv, environ);
+  posix_spawn_file_actions_destroy(&actions);
+  if (failed != 0) return false;
+  int status = 0;
+  while (waitpid(child, &status, 0) < 0) {
+    if (errno != EINTR) return false;
+  }
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+std::int64_t bytes_of(const std::vector<DataSource>& sources) {
+  std::int64_t total = 0;
+  for (const DataSource& source : sources) {
+    for (const fs::path& path : expand_files(source.path)) {
+      total += static_cast<std::int64_t>(fs::file_size(path));
+    }
+  }
+  return total;
+}
+
+DataStats stats_of(const SplitReport& report) {
+  std::error_code error;
+  const auto bytes = fs::file_size(report.store, error);
+  return {report.rows, report.trained_tokens, error ? 0 : static_cast<std::int64_t>(bytes)};
+}
+
+}  // namespace
+
+fs::path MachineCalibration::path() { return cache_folder() / "machine-calibration.json"; }
+
+std::optional<MachineCalibration> MachineCalibration::read() {
+  std::error_code error;
+  if (!fs::exists(path(), error)) return std::nullopt;
+  try {
+    const Json json = read_json(path());
+    const JsonReader reader(json, path().string());
+    MachineCalibration out{reader.number("gflops_bfloat16"), reader.number("gflops_float32"),
+                           reader.text("measured", "an unknown day")};
+    if (!(out.gflops_bfloat16 > 0) || !(out.gflops_float32 > 0)) return std::nullopt;
+    return out;
+  } catch (const Error& broken) {
+    log_warning("leaving " + path().string() + " aside: " + broken.parts().what);
+    return std::nullopt;
+  }
+}
+
+std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& machine) {
+  if (machine.kind != Machine::Kind::cpu || recipe.machine.profile) return std::nullopt;
+  std::optional<MachineCalibration> found = MachineCalibration::read();
+  if (!found && calibrate()) found = MachineCalibration::read();
+  if (!found) return std::nullopt;
+  const bool wide = recipe.compute.dtype == ComputeType::float32;
+  return Calibration{wide ? found->gflops_float32 : found->gflops_bfloat16,
+                     "measured on this machine on " + found->measured};
+}
+
+Machine recipe_machine(const Recipe& recipe) {
+  return recipe.machine.profile
+             ? find_machine(*recipe.machine.profile, recipes_folder() / "machines")
+             : this_machine(recipe.output_dir);
+}
+
+PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<DataStats>& data) {
+  const Recipe& recipe = resolved.file.recipe;
+  PlannedRecipe out{recipe_machine(recipe), {}};
+  PlanExtras extras;
+  extras.data = data;
+  extras.calibration = calibration_of(recipe, out.machine);
+  extras.at_unix_ms = RealClock().unix_ms();
+  out.plan = make_plan(recipe, resolved.facts, out.machine,
+                       PriceBook::read(recipes_folder() / "prices.yaml"), extras);
+  return out;
+}
+
+std::optional<DataStats> data_stats(const Recipe& recipe, bool always) {
+  if (always) return stats_of(prepare_recipe_data(recipe).train);
+  if (recipe.training.max_steps) return std::nullopt;
+  try {
+    if (bytes_of(recipe.data.train) + bytes_of(recipe.data.validation) > kReadBytesMax) {
+      log_info("the data is large: `tailor plan --data` reads it");
+      return std::nullopt;
+    }
+    find_model_folder(recipe.base_model);
+  } catch (const Error&) {  // a plan needs neither data nor weights
+    return std::nullopt;
+  }
+  return stats_of(prepare_recipe_data(recipe).train);
+}
+
+}  // namespace tailor

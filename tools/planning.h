@@ -1,0 +1,39 @@
+#pragma once
+
+#include <optional>
+
+#include "recipes/plan.h"
+#include "tools/recipe_inputs.h"
+
+namespace tailor {
+
+/// Speeds of this machine's matrix products, as `tailor calibrate` measured them.
+struct MachineCalibration {
+  double gflops_bfloat16 = 0, gflops_float32 = 0;
+  std::string measured;  ///< date
+
+  /// <cache>/machine-calibration.json.
+  static fs::path path();
+  /// Nothing where the file is missing or damaged.
+  static std::optional<MachineCalibration> read();
+};
+
+/// The calibration for a recipe: of this machine and only where the plan is for it. Measures it
+/// once, in a child process, where that was not done yet.
+std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& machine);
+
+/// The machine the recipe names, or this one.
+Machine recipe_machine(const Recipe& recipe);
+
+struct PlannedRecipe {
+  Machine machine;
+  Plan plan;
+};
+/// make_plan() with the recipe's machine, the shipped prices of today and what is measured.
+PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<DataStats>& data);
+
+/// Rows of the recipe's data, tokenised where need be. Without `always` nothing is read where
+/// training.max_steps says how long the run is, and nothing above 64 MB.
+std::optional<DataStats> data_stats(const Recipe& recipe, bool always);
+
+}  // namespace tailor

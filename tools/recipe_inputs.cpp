@@ -1,0 +1,162 @@
+#include "tools/recipe_inputs.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "base/text.h"
+#include "data/checkpoint/checkpoint.h"
+#include "recipes/shipped.h"
+#include "tools/paths.h"
+#include "tools/terminal.h"
+
+namespace tailor {
+namespace {
+
+void check_targets(const RecipeFile& file, const ModelFacts& model) {
+  const bool given = std::any_of(file.given.begin(), file.given.end(), [](const std::string& key) {
+    return key.starts_with("lora.targets");
+  });
+  if (!given) return;  // the default targets are those of any model
+  const LoraTargets& targets = file.recipe.lora.targets;
+  std::vector<std::string> groups = {"attention"};
+  if (model.dense_layers > 0) groups.emplace_back("dense_mlp");
+  if (model.shared_experts > 0) groups.emplace_back("shared_expert");
+  if (model.experts > 0) groups.insert(groups.end(), {"experts", "router"});
+  const auto need = [&](bool wanted, const std::string& group) {
+    if (!wanted || std::find(groups.begin(), groups.end(), group) != groups.end()) return;
+    const auto origin = file.origins.find("lora.targets");
+    throw Error(
+        Fault::usage,
+        {"LoRA target '" + group + "' matches no matrix of " + model.name,
+         "lora.targets" + (origin == file.origins.end() ? "" : " (" + origin->second.text + ")"),
+         "This model has: " + join(groups, ", ") + ". `tailor model inspect` lists its matrices."});
+  };
+  // `all` is every group there is; it sets the five flags.
+  const bool all = targets.attention && targets.dense_mlp && targets.shared_expert &&
+                   targets.experts && targets.router;
+  if (all) return;
+  need(targets.dense_mlp, "dense_mlp");
+  need(targets.shared_expert, "shared_expert");
+  need(targets.experts, "experts");
+  need(targets.router, "router");
+}
+
+bool all_tokenized(const DataRecipe& data) {
+  const auto tokenized = [&](const DataSource& source) {
+    return source.format.value_or(data.format) == RecordFormat::tokenized;
+  };
+  return std::all_of(data.train.begin(), data.train.end(), tokenized) &&
+         std::all_of(data.validation.begin(), data.validation.end(), tokenized);
+}
+
+std::vector<DataFile> data_files(const std::vector<DataSource>& sources) {
+  std::vector<DataFile> out;
+  for (const DataSource& source : sources) {
+    out.push_back({source.path, source.weight, source.format});
+  }
+  return out;
+}
+
+/// Ids of a store against the model's vocabulary; tokenised rows may come from another model.
+void check_ids(const fs::path& path, std::int64_t vocab) {
+  const TokenStore store = TokenStore::open(path);
+  const auto ids = store.ids();
+  const auto highest = std::max_element(ids.begin(), ids.end());
+  if (highest == ids.end() || *highest < vocab) return;
+  const auto place = highest - ids.begin();
+  const auto starts = store.document_start();
+  const auto after = std::upper_bound(starts.begin(), starts.end(), place);
+  const auto document = static_cast<std::size_t>(after - starts.begin() - 1);
+  const Json files = store.manifest().value("files", Json::array());
+  const auto file = static_cast<std::size_t>(store.document_file()[document]);
+  const std::string name =
+      file < files.size() ? files[file].value("path", std::string("data")) : std::string("data");
+  throw Error(Fault::bad_file,
+              {"token id " + std::to_string(*highest) + " is outside the model's vocabulary of " +
+                   count_text(vocab),
+               name + ":" + std::to_string(store.document_line()[document]),
+               "Tokenise the data with this model's own tokenizer, or train the model it was made "
+               "for."});
+}
+
+}  // namespace
+
+RecipeFile open_recipe(const std::string& asked, std::span<const std::string> overrides) {
+  return read_recipe(find_recipe(asked, recipes_folder()), overrides);
+}
+
+ResolvedRecipe resolve_recipe(RecipeFile file) {
+  ModelFacts facts = read_model_facts(file.recipe.base_model, recipes_folder() / "models");
+  check_targets(file, facts);
+  std::vector<std::string> notes = resolve(file, facts.traits());
+  return {std::move(file), std::move(facts), std::move(notes)};
+}
+
+ResolvedRecipe resolve_recipe(const std::string& asked, std::span<const std::string> overrides) {
+  return resolve_recipe(open_recipe(asked, overrides));
+}
+
+DataOptions data_options(const Recipe& recipe) {
+  const DataRecipe& data = recipe.data;
+  DataOptions out;
+  out.train = data_files(data.train);
+  out.validation = data_files(data.validation);
+  out.validation_split = data.validation_split.value_or(0);
+  out.format = data.format;
+  out.chat_template = data.chat_template.kind == ChatTemplateChoice::Kind::model
+                          ? "model"
+                          : data.chat_template.value;
+  out.train_on = data.train_on;
+  out.sequence_len = data.sequence_len;
+  out.packing = data.packing;
+  out.too_long = data.too_long;
+  if (data.store) out.store = *data.store;
+  out.cache = cache_folder();
+  return out;
+}
+
+std::optional<Tokenizer> recipe_tokenizer(const Recipe& recipe) {
+  fs::path folder;
+  try {
+    folder = find_model_folder(recipe.base_model);
+  } catch (const Error&) {
+    if (!all_tokenized(recipe.data)) throw;
+    return std::nullopt;
+  }
+  std::error_code error;
+  if (!fs::exists(folder / "tokenizer.json", error)) return std::nullopt;
+  Tokenizer tokenizer = Tokenizer::load(folder);
+  const std::int64_t vocab = read_model_spec(folder).vocab;
+  if (tokenizer.vocab_size() > vocab) {
+    throw Error(Fault::bad_file, {"the tokenizer has " + count_text(tokenizer.vocab_size()) +
+                                      " tokens, the model's vocabulary " + count_text(vocab),
+                                  (folder / "tokenizer.json").string(),
+                                  "Use the tokenizer.json that was published with these weights."});
+  }
+  return tokenizer;
+}
+
+PrepareReport prepare_recipe_data(const Recipe& recipe) {
+  const std::optional<Tokenizer> tokenizer = recipe_tokenizer(recipe);
+  PrepareReport report;
+  {
+    ProgressLine line;
+    report = prepare(data_options(recipe), tokenizer ? &*tokenizer : nullptr,
+                     [&](std::int64_t records, std::int64_t bytes, std::int64_t total) {
+                       line.show("preparing data: " + count_text(records) + " records, " +
+                                 bytes_text(bytes) + " of " + bytes_text(total));
+                     });
+  }
+  if (!tokenizer) {
+    try {
+      const std::int64_t vocab = read_model_spec(find_model_folder(recipe.base_model)).vocab;
+      check_ids(report.train.store, vocab);
+      if (report.validation) check_ids(report.validation->store, vocab);
+    } catch (const Error& error) {
+      if (error.fault() != Fault::usage) throw;  // the model is not here: its vocabulary is unknown
+    }
+  }
+  return report;
+}
+
+}  // namespace tailor

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "data/checkpoint/model_spec.h"
+#include "data/text/tokenizer.h"
+#include "data/tokens/data_options.h"
+#include "data/tokens/prepare.h"
+#include "recipes/model_facts.h"
+#include "recipes/read.h"
+
+namespace tailor {
+
+/// A recipe that was found, read and fitted to its model.
+struct ResolvedRecipe {
+  RecipeFile file;
+  ModelFacts facts;
+  std::vector<std::string> notes;  ///< keys that do not apply to this model
+};
+
+/// Finds a recipe by path or shipped name and reads it strictly.
+RecipeFile open_recipe(const std::string& asked, std::span<const std::string> overrides);
+
+/// open_recipe, then what depends on the model. Throws Error{usage} for a LoRA target given in the
+/// recipe that matches nothing of the model, and when the model is neither here nor published.
+ResolvedRecipe resolve_recipe(const std::string& asked, std::span<const std::string> overrides);
+ResolvedRecipe resolve_recipe(RecipeFile file);
+
+/// The `data:` block as the data layer takes it.
+DataOptions data_options(const Recipe& recipe);
+
+/// The tokenizer of the recipe's model, or nothing where the model has none and only tokenised rows
+/// can be read. Throws Error{usage} when the model is not here, Error{bad_file} when the tokenizer
+/// has more tokens than the model.
+std::optional<Tokenizer> recipe_tokenizer(const Recipe& recipe);
+
+/// prepare() of the recipe's data with a progress line on a terminal. Throws Error{bad_file} also
+/// for ids the model's vocabulary does not have.
+PrepareReport prepare_recipe_data(const Recipe& recipe);
+
+}  // namespace tailor

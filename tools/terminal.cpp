@@ -1,0 +1,40 @@
+#include "tools/terminal.h"
+
+#include <unistd.h>
+
+#include <cstdlib>
+#include <iostream>
+
+#include "base/clock.h"
+
+namespace tailor {
+
+bool takes_colour(int descriptor) {
+  const char* no_colour = std::getenv("NO_COLOR");
+  if (no_colour != nullptr && *no_colour != '\0') return false;
+  const char* term = std::getenv("TERM");
+  if (term != nullptr && std::string_view(term) == "dumb") return false;
+  return isatty(descriptor) == 1;
+}
+
+std::string heading(std::string_view text) {
+  if (!takes_colour(STDOUT_FILENO)) return std::string(text);
+  return "\033[1m" + std::string(text) + "\033[0m";
+}
+
+ProgressLine::ProgressLine() : on_(isatty(STDERR_FILENO) == 1) {}
+
+ProgressLine::~ProgressLine() {
+  if (shown_) std::cerr << "\r\033[K" << std::flush;
+}
+
+void ProgressLine::show(const std::string& text) {
+  if (!on_) return;
+  const double now = seconds_now();
+  if (shown_ && now - last_ < 0.1) return;
+  last_ = now;
+  shown_ = true;
+  std::cerr << "\r\033[K" << text << std::flush;
+}
+
+}  // namespace tailor

@@ -1,0 +1,114 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace tailor {
+
+/// The verbs that need no LibTorch: what each was given on the command line, and the function that
+/// does it. Like those of compute_verbs.h they return the exit code and throw Error; with `json`
+/// stdout gets exactly one document.
+
+struct RecipeListArguments {
+  bool json = false;
+};
+struct RecipeShowArguments {
+  std::string recipe;
+  std::vector<std::string> overrides;
+  bool resolved = false;  ///< every key with its value and origin
+  bool json = false;
+};
+struct RecipeCopyArguments {
+  std::string recipe, destination;
+  bool json = false;
+};
+struct RecipeValidateArguments {
+  std::string recipe;
+  std::vector<std::string> overrides;
+  bool json = false;
+};
+int run_recipe_list(const RecipeListArguments& arguments);
+int run_recipe_show(const RecipeShowArguments& arguments);
+int run_recipe_copy(const RecipeCopyArguments& arguments);
+int run_recipe_validate(const RecipeValidateArguments& arguments);
+
+struct PlanArguments {
+  std::string recipe;
+  std::vector<std::string> overrides;
+  bool explain = false;  ///< the working of every figure
+  bool data = false;     ///< tokenise the data if need be, whatever its size
+  bool json = false;
+};
+int run_plan(const PlanArguments& arguments);
+
+struct DataPrepareArguments {
+  std::string recipe;
+  std::vector<std::string> overrides;
+  bool json = false;
+};
+struct DataInspectArguments {
+  std::string recipe;  ///< or a token store (.h5)
+  std::vector<std::string> overrides;
+  std::string tokenizer;  ///< model folder; empty: the recipe's model, or ids for a store
+  bool validation = false;
+  std::int64_t first = 0, rows = 3;
+  bool json = false;
+};
+struct DataTokenizeArguments {
+  std::string tokenizer, data;
+  bool json = false;
+};
+int run_data_prepare(const DataPrepareArguments& arguments);
+int run_data_inspect(const DataInspectArguments& arguments);
+int run_data_tokenize(const DataTokenizeArguments& arguments);
+
+struct ModelInspectArguments {
+  std::string model;
+  bool json = false;
+};
+int run_model_inspect(const ModelInspectArguments& arguments);
+
+struct RunsListArguments {
+  std::string ledger;  ///< empty: the default one
+  bool json = false;
+};
+struct RunsShowArguments {
+  std::string run, ledger;
+  bool json = false;
+};
+struct RunsReportArguments {
+  std::string run;  ///< empty: the newest
+  std::string ledger;
+  bool json = false;
+};
+struct RunsExportArguments {
+  std::string format = "csv";  ///< csv, focus, json
+  std::string output;          ///< empty: stdout
+  std::string ledger;
+  bool json = false;  ///< as format json
+};
+int run_runs_list(const RunsListArguments& arguments);
+int run_runs_show(const RunsShowArguments& arguments);
+int run_runs_report(const RunsReportArguments& arguments);
+int run_runs_export(const RunsExportArguments& arguments);
+
+struct PricesListArguments {
+  std::string sku;   ///< empty: all
+  bool all = false;  ///< also those not in force today
+  bool json = false;
+};
+struct PricesCheckArguments {
+  std::string file;  ///< empty: the shipped book
+  bool json = false;
+};
+int run_prices_list(const PricesListArguments& arguments);
+int run_prices_check(const PricesCheckArguments& arguments);
+
+struct DoctorArguments {
+  bool json = false;
+};
+int run_doctor(const DoctorArguments& arguments);
+
+}  // namespace tailor
