@@ -44,7 +44,7 @@ class Error : public std::runtime_error {
 /// The text that goes to stderr: the three parts, one trailing newline. Empty parts are left out.
 std::string to_text(const Error& error);
 
-/// "<what>: <strerror(errno)>" as an Error{io}, or Error{does_not_fit} for ENOSPC and EDQUOT.
+/// "<doing>: <strerror(errno)>" as an Error{io}, a full disk with advice of its own.
 /// `error_number` is an errno value; `where` names the path.
 Error io_error(int error_number, std::string_view doing, std::string_view where);
 

@@ -17,8 +17,8 @@ namespace fs = std::filesystem;
 std::string read_text(const fs::path& path);
 
 /// Replaces `path` with `bytes`: temporary file in the same folder, fsync, rename, fsync of the
-/// folder. After a crash either the old or the new file is there, whole. Throws Error{io}, or
-/// Error{does_not_fit} when the disk is full; the old file is then untouched.
+/// folder. After a crash either the old or the new file is there, whole. Throws Error{io}
+/// (also for a full disk); the old file is then untouched.
 void write_atomically(const fs::path& path, std::string_view bytes);
 
 /// As write_atomically, the content coming from `fill`, which is given the temporary path and must

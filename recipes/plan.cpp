@@ -314,10 +314,26 @@ class Planner {
     return micro_tokens_ * (widths + 8 * as_double(model_.hidden)) * value_bytes;
   }
 
+  /// What the backward pass wants back from every layer, beside its input.
+  double kept_bytes(double value_bytes) const {
+    double attention = as_double(model_.heads * model_.qk_dim);
+    for (const MatrixShape& shape : model_.attention) attention += as_double(shape.out);
+    const double dense = attention + 2 * as_double(model_.dense_width);
+    const double moe =
+        attention + 2 * as_double((model_.shared_experts + model_.top_k) * model_.expert_width);
+    return tokens_ * value_bytes *
+           (as_double(model_.dense_layers) * dense + as_double(model_.moe_layers) * moe);
+  }
+
   // ------------------------------------------------------------------ CPU
   void run_cpu() {
     const double value = recipe_.compute.dtype == ComputeType::float32 ? 4 : 2;
-    const bool keep = recipe_.compute.keep_activations == KeepActivations::all;
+    // Recomputing costs a third more arithmetic, so it is worth it only where memory is short.
+    constexpr double kShareForActivations = 0.25;
+    const KeepActivations choice = recipe_.compute.keep_activations;
+    const bool keep = choice == KeepActivations::all ||
+                      (choice == KeepActivations::automatic &&
+                       kept_bytes(value) <= kShareForActivations * machine_.host_bytes);
     plan.keep_activations = keep;
     plan.activations = recipe_.base.activations == ActivationHome::disk ? ActivationHome::disk
                                                                         : ActivationHome::host;
@@ -333,9 +349,8 @@ class Planner {
                " B");
     }
     if (keep) {
-      item(Home::host, "kept activations",
-           workspace_bytes(value) * layers * tokens_ / micro_tokens_,
-           "everything the backward pass needs, all layers");
+      item(Home::host, "kept activations", kept_bytes(value),
+           "q, k, v, attention's result, the stream after it, gate and up, all layers");
     }
     item(Home::host, "residual stream", tokens_ * as_double(model_.hidden) * 2 * 4,
          "value and gradient, float32");

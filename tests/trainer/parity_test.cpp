@@ -92,7 +92,7 @@ class TrainingParity : public testing::TestWithParam<std::string> {
     gradients_ = at::zeros({adapter_->parameter_count()});
   }
 
-  LossResult run(const Tokens& tokens, KeepActivations keep = KeepActivations::all) {
+  LossResult run(const Tokens& tokens, Activations keep = Activations::kept) {
     model_.decoder->set_adapter(adapter_.get());
     gradients_.zero_();
     TrainPass pass;
@@ -136,7 +136,7 @@ TEST_P(TrainingParity, first_step_gradient_of_every_factor_equals_peft) {
 
 TEST_P(TrainingParity, global_batch_gradient_does_not_depend_on_micro_batches) {
   Tokens four = fixture_tokens(model_folder_, {0, 1, 2, 3});
-  for (const KeepActivations keep : {KeepActivations::all, KeepActivations::none}) {
+  for (const Activations keep : {Activations::kept, Activations::recomputed}) {
     run(four, keep);
     expect_tensors(gradients(), lora_folder_ / "expected_grads_global_batch.safetensors",
                    kGradientRelative);
@@ -150,9 +150,9 @@ TEST_P(TrainingParity, global_batch_gradient_does_not_depend_on_micro_batches) {
 
 TEST_P(TrainingParity, recomputing_activations_gives_the_same_bits) {
   const Tokens tokens = fixture_tokens(model_folder_, {0, 1, 2, 3});
-  const LossResult kept = run(tokens, KeepActivations::all);
+  const LossResult kept = run(tokens, Activations::kept);
   const at::Tensor first = gradients_.clone();
-  const LossResult recomputed = run(tokens, KeepActivations::none);
+  const LossResult recomputed = run(tokens, Activations::recomputed);
   EXPECT_EQ(kept.losses, recomputed.losses);
   EXPECT_TRUE(at::equal(first, gradients_));
 }

@@ -33,7 +33,7 @@ struct Layer {
   std::optional<Experts<S>> experts;
 };
 
-/// What one layer keeps for its backward pass. With KeepActivations::none only x, routing and
+/// What one layer keeps for its backward pass. With Activations::recomputed only x, routing and
 /// router_xa are held a layer; the rest is scratch that all layers share.
 template <class S>
 struct LayerKept {
@@ -221,7 +221,7 @@ class DecoderOf final : public Decoder {
 
   LossResult run_training(const TokenInput& input, const TrainPass& pass) {
     const Layout layout(spec_, input);
-    const bool keep = pass.keep == KeepActivations::all;
+    const bool keep = pass.keep == Activations::kept;
     const std::int64_t T = layout.tokens();
     std::vector<LayerKept<S>> kept(spec_.layers.size());
     at::Tensor x_TD = embed(input.ids);

@@ -17,15 +17,14 @@
 namespace tailor {
 
 /// What a layer's forward pass leaves for its backward pass.
-enum class KeepActivations {
-  all,   ///< everything backward wants: fastest
-  none,  ///< the layer's input and its routing; the rest is computed again. Bitwise the same
-         ///< results
+enum class Activations {
+  kept,        ///< everything backward wants: fastest
+  recomputed,  ///< the layer's input and its routing; the rest is computed again, to the same bits
 };
 
 struct TrainPass {
   double gradient_scale = 1;  ///< 1 / trained tokens of the whole step over all ranks
-  KeepActivations keep = KeepActivations::all;
+  Activations keep = Activations::kept;
   double dropout = 0;
   std::uint64_t seed = 0;
   std::uint64_t step = 0;

@@ -1,0 +1,16 @@
+#pragma once
+
+namespace tailor {
+
+/// Ctrl-C and SIGTERM ask the run to stop after the step it is in, saving first; a second one ends
+/// it at once. Construct once; asked() may be polled from the loop.
+class Interrupt {
+ public:
+  Interrupt();
+  Interrupt(const Interrupt&) = delete;
+  Interrupt& operator=(const Interrupt&) = delete;
+  ~Interrupt();  ///< restores what was there
+  bool asked() const;
+};
+
+}  // namespace tailor

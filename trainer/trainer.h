@@ -1,0 +1,67 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+
+#include "adapters/lora.h"
+#include "data/tokens/token_source.h"
+#include "trainer/models/decoder.h"
+#include "trainer/optim/adamw.h"
+#include "trainer/optim/schedule.h"
+
+namespace tailor {
+
+struct TrainerOptions {
+  Schedule schedule;
+  AdamWOptions adamw;
+  double max_grad_norm = 1;  ///< 0: no clipping
+  double dropout = 0;
+  std::uint64_t seed = 0;
+  Activations keep = Activations::kept;
+};
+
+struct StepRecord {
+  std::int64_t step = 0;  ///< from 1
+  double loss = 0;        ///< mean over the step's trained tokens
+  double learning_rate = 0;
+  double grad_norm = 0;  ///< before clipping
+  std::int64_t tokens = 0, trained_tokens = 0;
+  double seconds = 0;
+};
+
+struct Evaluation {
+  double loss = 0;            ///< mean over tokens
+  double token_accuracy = 0;  ///< share of tokens whose arg max is the target
+  std::int64_t tokens = 0;
+  std::int64_t correct = 0;
+  double seconds = 0;
+};
+
+/// The loop's body: one step, one evaluation. A step is a function of the factors, the moments and
+/// the step number, so a run that is interrupted and resumed takes the same path to the last bit.
+class Trainer {
+ public:
+  /// All of them must outlive the trainer.
+  Trainer(Decoder& decoder, Adapter& adapter, AdamW& optimizer, const TokenSource& source,
+          TrainerOptions options);
+
+  /// Step `index` (from 0). Throws Error{internal} naming the step when the loss or the gradient is
+  /// not finite; factors and moments are then as before the step.
+  StepRecord step(std::int64_t index);
+
+ private:
+  Decoder& decoder_;
+  Adapter& adapter_;
+  AdamW& optimizer_;
+  const TokenSource& source_;
+  TrainerOptions options_;
+  at::Tensor gradients_;
+};
+
+TokenInput token_input(const Batch& batch);
+
+/// Loss and accuracy over all of a source's steps, with the decoder's present adapter.
+Evaluation evaluate(Decoder& decoder, const EvaluationSource& source);
+
+}  // namespace tailor
