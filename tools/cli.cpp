@@ -3,6 +3,7 @@
 #include <CLI/CLI.hpp>
 #include <functional>
 #include <memory>
+#include <string_view>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -451,6 +452,15 @@ class CommandLine {
     }
     std::string what = error.what();
     if (const auto end = what.find('\n'); end != std::string::npos) what.resize(end);
+    constexpr std::string_view kNoNumber = "Could not convert: ";
+    const std::size_t equals = what.find(" = ");
+    if (what.starts_with(kNoNumber) && equals != std::string::npos) {
+      const std::string flag = what.substr(kNoNumber.size(), equals - kNoNumber.size());
+      what = flag + " is '" + what.substr(equals + 3) + "', a number is needed";
+    } else if (dynamic_cast<const CLI::ArgumentMismatch*>(&error) != nullptr &&
+               what.ends_with(" missing")) {
+      what = what.substr(0, what.find(':')) + " needs a value";
+    }
     throw Error(Fault::usage, {what, "the command line of " + command_text(app),
                                help_command(app) + " shows what it takes."});
   }

@@ -12,6 +12,22 @@
 namespace tailor {
 namespace {
 
+/// read_model_facts, which knows nothing of the models that ./tools/demo makes.
+ModelFacts find_facts(const std::string& base_model) {
+  try {
+    return read_model_facts(base_model, recipes_folder() / "models");
+  } catch (const Error& error) {
+    if (error.fault() != Fault::usage || !base_model.starts_with("models/smollm2-")) throw;
+    Error::Parts parts = error.parts();
+    const bool dense = base_model == "models/smollm2-135m";
+    parts.mend =
+        "Make it first, out of a download of 93 MB: ./tools/demo, or after tools/setup "
+        "tools/demo_model/make_demo_model.py " +
+        base_model + (dense ? " --arch dense" : "");
+    throw Error(error.fault(), std::move(parts));
+  }
+}
+
 void check_targets(const RecipeFile& file, const ModelFacts& model) {
   const bool given = std::any_of(file.given.begin(), file.given.end(), [](const std::string& key) {
     return key.starts_with("lora.targets");
@@ -86,7 +102,7 @@ RecipeFile open_recipe(const std::string& asked, std::span<const std::string> ov
 }
 
 ResolvedRecipe resolve_recipe(RecipeFile file) {
-  ModelFacts facts = read_model_facts(file.recipe.base_model, recipes_folder() / "models");
+  ModelFacts facts = find_facts(file.recipe.base_model);
   check_targets(file, facts);
   std::vector<std::string> notes = resolve(file, facts.traits());
   return {std::move(file), std::move(facts), std::move(notes)};

@@ -1,0 +1,255 @@
+// Wording is behaviour: bad input meets exactly these texts and exit codes. Each case is a file
+// tests/tools/messages/NAME.txt: the command line's outcome as "exit CODE" and the text on stderr.
+// TAILOR_WRITE_MESSAGES=1 writes missing and changed ones, to be read before they are committed.
+
+#include <gtest/gtest.h>
+
+#include "tests/tools/program.h"
+
+namespace tailor::testing_support {
+namespace {
+
+const fs::path kMessages = fs::path(TAILOR_SOURCE_DIR) / "tests/tools/messages";
+
+void expect_message(const std::string& name, const Outcome& outcome) {
+  const std::string found = "exit " + std::to_string(outcome.code) + "\n" + outcome.err;
+  const fs::path expected = kMessages / (name + ".txt");
+  if (std::getenv("TAILOR_WRITE_MESSAGES") != nullptr) write_atomically(expected, found);
+  ASSERT_TRUE(fs::exists(expected)) << "missing " << expected << "; the message now:\n" << found;
+  EXPECT_EQ(found, read_text(expected));
+  EXPECT_EQ(outcome.out, "") << "nothing belongs on stdout";
+}
+
+/// A recipe on the golden Maverick with tokenised rows in rows.jsonl.
+std::string recipe_text(const std::string& more = "") {
+  return "base_model: model\noutput_dir: run\ndata:\n  train: [rows.jsonl]\n  format: tokenized\n"
+         "  sequence_len: 8\n" +
+         more;
+}
+
+struct CommandLineCase {
+  const char* name;
+  std::vector<std::string> arguments;
+};
+
+class CommandLine : public testing::TestWithParam<CommandLineCase> {};
+TEST_P(CommandLine, is_refused_word_for_word) {
+  const Sandbox box;
+  expect_message(GetParam().name, run_tailor(box, GetParam().arguments));
+}
+INSTANTIATE_TEST_SUITE_P(
+    Case, CommandLine,
+    testing::Values(
+        CommandLineCase{"no_verb", {}}, CommandLineCase{"verb_misspelt", {"plna", "x.yaml"}},
+        CommandLineCase{"verb_unknown", {"fly"}},
+        CommandLineCase{"second_verb_misspelt", {"recipe", "lss"}},
+        CommandLineCase{"second_verb_missing", {"data"}},
+        CommandLineCase{"flag_misspelt", {"plan", "demo-maverick", "--explian"}},
+        CommandLineCase{"flag_unknown", {"runs", "ls", "--zzz"}},
+        CommandLineCase{"recipe_key_as_flag", {"plan", "demo-maverick", "--lora.rank=3"}},
+        CommandLineCase{"argument_missing", {"plan"}},
+        CommandLineCase{"argument_too_many", {"model", "inspect", "a", "b"}},
+        CommandLineCase{"flag_needs_value", {"eval", "--model"}},
+        CommandLineCase{"flag_required", {"eval", "--model", "m"}},
+        CommandLineCase{"flag_value_no_choice",
+                        {"eval", "--model", "m", "--data", "d", "--dtype", "fp32"}},
+        CommandLineCase{"flag_value_no_number",
+                        {"eval", "--model", "m", "--data", "d", "--limit", "many"}},
+        CommandLineCase{"flag_value_negative",
+                        {"eval", "--model", "m", "--data", "d", "--limit", "-3"}},
+        CommandLineCase{"recipe_name_misspelt", {"plan", "demo-maverik"}},
+        CommandLineCase{"no_runs", {"runs", "report"}},
+        CommandLineCase{"no_such_run", {"runs", "show", "nothing"}},
+        CommandLineCase{"no_such_ledger", {"runs", "ls", "--ledger", "nowhere.db"}},
+        CommandLineCase{"no_such_sku", {"prices", "ls", "--sku", "a100-40gb-pci"}},
+        CommandLineCase{"no_such_folder_of_tokenizer",
+                        {"data", "tokenize", "--tokenizer", "nowhere", "--data", "x.jsonl"}}),
+    [](const auto& entry) { return std::string(entry.param.name); });
+
+struct RecipeCase {
+  const char* name;
+  const char* text;
+};
+class RecipeMessage : public testing::TestWithParam<RecipeCase> {};
+TEST_P(RecipeMessage, is_word_for_word) {
+  const Sandbox box;
+  box.write_text("r.yaml", GetParam().text);
+  expect_message(GetParam().name, run_tailor(box, {"recipe", "validate", "r.yaml"}));
+}
+INSTANTIATE_TEST_SUITE_P(
+    Case, RecipeMessage,
+    testing::Values(
+        RecipeCase{"recipe_key_misspelt",
+                   "base_model: m\noutput_dir: o\ndata: {train: [a.jsonl]}\nlora:\n  rnak: 4\n"},
+        RecipeCase{"recipe_wrong_type",
+                   "base_model: m\noutput_dir: o\ndata: {train: [a.jsonl]}\nlora:\n  rank: many\n"},
+        RecipeCase{"recipe_negative_rank",
+                   "base_model: m\noutput_dir: o\ndata: {train: [a.jsonl]}\nlora:\n  rank: -4\n"}),
+    [](const auto& entry) { return std::string(entry.param.name); });
+
+TEST(RecipeMessage, target_that_matches_nothing) {
+  const Sandbox box;
+  box.copy_model("llama_tiny", "model");
+  box.write_text("r.yaml", recipe_text("lora:\n  targets: [attention, experts]\n"));
+  expect_message("target_matches_nothing", run_tailor(box, {"recipe", "validate", "r.yaml"}));
+}
+
+TEST(ModelMessage, no_such_model) {
+  const Sandbox box;
+  expect_message("no_such_model", run_tailor(box, {"model", "inspect", "someone/some-model"}));
+  box.write_text("r.yaml", recipe_text());
+  expect_message("no_such_model_folder", run_tailor(box, {"plan", "r.yaml"}));
+}
+
+TEST(ModelMessage, no_demo_model_yet) {
+  const Sandbox box;
+  expect_message("no_demo_model", run_tailor(box, {"plan", "demo-maverick"}));
+}
+
+TEST(ModelMessage, missing_shard) {
+  const Sandbox box;
+  box.copy_model("llama4_maverick_tiny", "model");
+  fs::remove(box.root() / "model/model-00002-of-00002.safetensors");
+  expect_message("missing_shard", run_tailor(box, {"model", "inspect", "model"}));
+}
+
+TEST(ModelMessage, truncated_safetensors) {
+  const Sandbox box;
+  box.copy_model("llama4_maverick_tiny", "model");
+  const fs::path shard = box.root() / "model/model-00001-of-00002.safetensors";
+  fs::resize_file(shard, fs::file_size(shard) - 1000);
+  expect_message("truncated_safetensors", run_tailor(box, {"model", "inspect", "model"}));
+  fs::resize_file(shard, 100);
+  expect_message("truncated_safetensors_header", run_tailor(box, {"model", "inspect", "model"}));
+  fs::resize_file(shard, 0);
+  expect_message("empty_safetensors", run_tailor(box, {"model", "inspect", "model"}));
+}
+
+void change_config(const Sandbox& box, const std::string& key, const Json& value) {
+  Json config = read_json(box.root() / "model/config.json");
+  config[key] = value;
+  box.write_text("model/config.json", config.dump(1));
+}
+
+TEST(ModelMessage, shape_mismatch) {
+  const Sandbox box;
+  box.copy_model("llama4_maverick_tiny", "model");
+  change_config(box, "num_local_experts", 16);
+  expect_message("shape_mismatch_several", run_tailor(box, {"model", "inspect", "model"}));
+  change_config(box, "num_local_experts", 8);
+  change_config(box, "tie_word_embeddings", true);
+  EXPECT_EQ(run_tailor(box, {"model", "inspect", "model"}).code, 0);
+}
+
+TEST(ModelMessage, one_tensor_of_another_shape) {
+  const Sandbox box;
+  box.copy_model("llama_tiny", "model");
+  change_config(box, "vocab_size", 300);
+  expect_message("shape_mismatch", run_tailor(box, {"model", "inspect", "model"}));
+}
+
+TEST(ModelMessage, missing_tensors) {
+  const Sandbox box;
+  box.copy_model("llama_tiny", "model");
+  const auto layers = read_json(box.root() / "model/config.json")["num_hidden_layers"].get<int>();
+  change_config(box, "num_hidden_layers", layers + 1);
+  expect_message("missing_tensors", run_tailor(box, {"model", "inspect", "model"}));
+}
+
+TEST(ModelMessage, unknown_architecture) {
+  const Sandbox box;
+  box.copy_model("llama_tiny", "model");
+  change_config(box, "model_type", "mamba");
+  change_config(box, "architectures", Json::array({"MambaForCausalLM"}));
+  expect_message("unknown_architecture", run_tailor(box, {"model", "inspect", "model"}));
+}
+
+TEST(ModelMessage, no_config) {
+  const Sandbox box;
+  make_folders(box.root() / "model");
+  expect_message("no_config", run_tailor(box, {"model", "inspect", "model"}));
+}
+
+class DataMessage : public testing::Test {
+ protected:
+  void SetUp() override {
+    box_.copy_model("llama4_maverick_tiny", "model");
+    box_.write_text("r.yaml", recipe_text());
+  }
+  Outcome prepare(const std::string& rows, std::vector<std::string> overrides = {}) {
+    box_.write_text("rows.jsonl", rows);
+    std::vector<std::string> arguments = {"data", "prepare", "r.yaml"};
+    arguments.insert(arguments.end(), overrides.begin(), overrides.end());
+    return run_tailor(box_, arguments);
+  }
+  Sandbox box_;
+};
+
+TEST_F(DataMessage, no_file) {
+  expect_message("data_missing", run_tailor(box_, {"data", "prepare", "r.yaml"}));
+}
+TEST_F(DataMessage, empty) { expect_message("data_empty", prepare("")); }
+TEST_F(DataMessage, all_masked) {
+  expect_message("data_all_masked",
+                 prepare("{\"input_ids\": [1, 2, 3], \"labels\": [-100, -100, -100]}\n"));
+}
+TEST_F(DataMessage, row_too_long) {
+  expect_message(
+      "data_row_too_long",
+      prepare("{\"input_ids\": [1, 2, 3], \"labels\": [1, 2, 3]}\n"
+              "{\"input_ids\": [1, 2, 3, 4, 5, 6, 7, 8, 9], \"labels\": [1, 2, 3, 4, 5, 6, 7, 8, "
+              "9]}\n",
+              {"data.too_long=error"}));
+}
+TEST_F(DataMessage, wrong_vocabulary) {
+  expect_message("data_wrong_vocabulary",
+                 prepare("{\"input_ids\": [1, 300, 3], \"labels\": [1, 300, 3]}\n"));
+}
+TEST_F(DataMessage, no_json) { expect_message("data_no_json", prepare("hello\n")); }
+TEST_F(DataMessage, no_tokenizer) {
+  expect_message("data_no_tokenizer",
+                 prepare("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": "
+                         "\"assistant\", \"content\": \"b\"}]}\n",
+                         {"data.format=messages"}));
+}
+TEST_F(DataMessage, tokenizer_of_another_model) {
+  const fs::path golden = fs::path(TAILOR_SOURCE_DIR) / "tests/golden/tokenizer";
+  fs::copy(golden / "tokenizer.json", box_.root() / "model/tokenizer.json");
+  expect_message("tokenizer_of_another_model",
+                 prepare("{\"input_ids\": [1, 2, 3], \"labels\": [1, 2, 3]}\n"));
+}
+
+TEST(OutputMessage, folder_that_is_a_file) {
+  const Sandbox box;
+  box.write_text("file", "x");
+  expect_message("output_below_a_file",
+                 run_tailor(box, {"recipe", "cp", "demo-maverick", "file/mine.yaml"}));
+}
+
+TEST(OutputMessage, recipe_is_not_overwritten) {
+  const Sandbox box;
+  box.write_text("mine.yaml", "x");
+  expect_message("output_is_there",
+                 run_tailor(box, {"recipe", "cp", "demo-maverick", "mine.yaml"}));
+}
+
+TEST(OutputMessage, read_only_folder) {
+  const Sandbox box;
+  make_folders(box.root() / "locked");
+  fs::permissions(box.root() / "locked", fs::perms::owner_read | fs::perms::owner_exec |
+                                             fs::perms::others_read | fs::perms::others_exec);
+  fs::permissions(box.root(), fs::perms::all);
+  const Outcome outcome = run_tailor(box, {"runs", "export", "--output", "locked/runs.csv"},
+                                     {.as_nobody = ::geteuid() == 0, .out = ""});
+  if (outcome.code == 126) GTEST_SKIP() << "the program lies where other users cannot reach it";
+  expect_message("output_read_only", outcome);
+}
+
+TEST(OutputMessage, full_disk) {
+  const Sandbox box;
+  expect_message("output_full",
+                 run_tailor(box, {"recipe", "show", "demo-maverick"}, {.out = "/dev/full"}));
+}
+
+}  // namespace
+}  // namespace tailor::testing_support

@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Holds the one rule about folders (docs/architecture.md): includes go to the right only.
+
+    tests -> any;  tools -> trainer -> adapters -> recipes -> data -> base
+
+base, data and recipes include no header of LibTorch; of tools only tools/compute may.
+Prints each offence as file:line and exits 1 when there is one.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ORDER = ["base", "data", "recipes", "adapters", "trainer", "tools"]
+WITHOUT_TORCH = ("base/", "data/", "recipes/", "tools/")
+TORCH_ALLOWED_BELOW = ("tools/compute/",)
+TORCH = re.compile(r"^(torch|ATen|c10|c10d|caffe2)/")
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]')
+SUFFIXES = {".h", ".cpp", ".cu", ".cuh", ".inc"}
+
+
+def offences(root):
+    for layer, folder in enumerate(ORDER):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix not in SUFFIXES:
+                continue
+            name = path.relative_to(root).as_posix()
+            text = path.read_text(encoding="utf-8", errors="replace")
+            for number, line in enumerate(text.splitlines(), 1):
+                match = INCLUDE.match(line)
+                if not match:
+                    continue
+                included = match.group(1)
+                first = included.split("/")[0]
+                if first == "tests" or first in ORDER and ORDER.index(first) > layer:
+                    yield f"{name}:{number}: {folder} may not include {included}"
+                no_torch = name.startswith(WITHOUT_TORCH) and not name.startswith(
+                    TORCH_ALLOWED_BELOW
+                )
+                if no_torch and TORCH.match(included):
+                    yield f"{name}:{number}: no LibTorch here, found {included}"
+                if no_torch and included.startswith(("tools/compute/", "trainer/", "adapters/")):
+                    yield f"{name}:{number}: {included} brings LibTorch along"
+
+
+def main():
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parents[2])
+    found = list(offences(root))
+    print("\n".join(found) if found else "includes follow the order of the folders")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
