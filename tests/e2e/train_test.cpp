@@ -1,0 +1,231 @@
+// The built program as a user runs it: a tiny model, tokenised data, a recipe.
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <thread>
+
+#include "base/file.h"
+#include "base/json.h"
+#include "base/text.h"
+
+namespace tailor {
+namespace {
+
+struct Finished {
+  int code = 0;
+  std::string out, err;
+};
+
+class TrainProgram : public testing::Test {
+ protected:
+  void SetUp() override {
+    work_ = fs::path(testing::TempDir()) /
+            ("tailor_e2e_" + std::to_string(::getpid()) + "_" +
+             testing::UnitTest::GetInstance()->current_test_info()->name());
+    fs::remove_all(work_);
+    make_folders(work_);
+    std::string lines;
+    for (std::uint64_t row = 0; row < 40; ++row) {
+      Json ids = Json::array();
+      const std::uint64_t length = 6 + row % 17;
+      for (std::uint64_t i = 0; i < length; ++i) {
+        // Each token follows from the one before, so that there is something to learn.
+        ids.push_back((row % 4 * 50 + i * 7) % 256);
+      }
+      lines += Json({{"input_ids", ids}}).dump() + "\n";
+    }
+    write_atomically(work_ / "rows.jsonl", lines);
+    write_atomically(
+        work_ / "recipe.yaml",
+        "name: tiny\n"
+        "base_model: " TAILOR_SOURCE_DIR
+        "/tests/golden/llama4_maverick_tiny/model\n"
+        "output_dir: " +
+            (work_ / "run").string() +
+            "\n"
+            "lora: {rank: 4, alpha: 8, dropout: 0.1, targets: [all]}\n"
+            "data: {train: [" +
+            (work_ / "rows.jsonl").string() +
+            "], validation: {split: 0.1}, sequence_len: 24}\n"
+            "training: {micro_batch_size: 2, gradient_accumulation_steps: 2, num_epochs: 50, "
+            "max_steps: 12, learning_rate: 5.0e-3, eval_every_steps: 5}\n"
+            "compute: {dtype: bfloat16, threads: 1}\n"
+            "checkpoint: {every_steps: 3}\n"
+            "cost: {price: {usd_per_gpu_hour: 0.10}, ledger: " +
+            (work_ / "ledger.db").string() + "}\n");
+  }
+  void TearDown() override { fs::remove_all(work_); }
+
+  pid_t start(const std::vector<std::string>& arguments) {
+    const pid_t child = ::fork();
+    if (child != 0) return child;
+    ::setenv("TAILOR_CACHE", (work_ / "cache").c_str(), 1);
+    ::setenv("TAILOR_DATA", (work_ / "data").c_str(), 1);
+    const int out = ::open((work_ / "out.txt").c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    const int err = ::open((work_ / "err.txt").c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    ::dup2(out, STDOUT_FILENO);
+    ::dup2(err, STDERR_FILENO);
+    std::vector<char*> argv;
+    std::string program = TAILOR_BIN_DIR "/tailor";
+    argv.push_back(program.data());
+    std::vector<std::string> copies = arguments;
+    for (std::string& argument : copies) argv.push_back(argument.data());
+    argv.push_back(nullptr);
+    ::execv(program.c_str(), argv.data());
+    ::_exit(127);
+  }
+  Finished wait(pid_t child) {
+    int status = 0;
+    ::waitpid(child, &status, 0);
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status),
+            read_text(work_ / "out.txt"), read_text(work_ / "err.txt")};
+  }
+  Finished run(const std::vector<std::string>& arguments) { return wait(start(arguments)); }
+  std::string recipe() const { return (work_ / "recipe.yaml").string(); }
+
+  /// Losses by step from a run's metrics.jsonl, as written.
+  std::vector<std::string> losses(const fs::path& folder) {
+    std::vector<std::string> out;
+    for (const std::string& line : split(read_text(folder / "metrics.jsonl"), '\n')) {
+      if (line.empty()) continue;
+      const Json json = parse_json(line, "metrics.jsonl");
+      if (json.contains("loss"))
+        out.push_back(json.at("step").dump() + " " + json.at("loss").dump());
+    }
+    return out;
+  }
+
+  fs::path work_;
+};
+
+TEST_F(TrainProgram, a_run_learns_writes_its_folder_and_its_books) {
+  const Finished done = run({"train", recipe(), "--json", "training.max_steps=60"});
+  ASSERT_EQ(done.code, 0) << done.err;
+  const Json summary = parse_json(done.out, "stdout");
+  EXPECT_EQ(summary.at("status"), "succeeded");
+  EXPECT_EQ(summary.at("steps"), 60);
+  EXPECT_GT(summary.at("gpu_hours").get<double>(), 0);
+  EXPECT_GT(summary.at("usd").get<double>(), 0);
+  for (const char* name :
+       {"recipe.resolved.yaml", "plan.json", "metrics.jsonl", "summary.json", "report.html",
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "checkpoints"}) {
+    EXPECT_TRUE(fs::exists(work_ / "run" / name)) << name;
+  }
+  const std::vector<std::string> steps = losses(work_ / "run");
+  ASSERT_EQ(steps.size(), 60U);
+  EXPECT_LT(std::stod(split(steps.back(), ' ')[1]), 0.7 * std::stod(split(steps.front(), ' ')[1]));
+
+  // eval and the run agree that the adapter is better than the base model.
+  const std::string model = TAILOR_SOURCE_DIR "/tests/golden/llama4_maverick_tiny/model";
+  const std::string data = (work_ / "rows.jsonl").string();
+  const Finished before =
+      run({"eval", "--model", model, "--data", data, "--json", "--dtype", "float32"});
+  ASSERT_EQ(before.code, 0) << before.err;
+  const Finished after = run({"eval", "--model", model, "--data", data, "--json", "--dtype",
+                              "float32", "--adapter", (work_ / "run/adapter").string()});
+  ASSERT_EQ(after.code, 0) << after.err;
+  EXPECT_LT(parse_json(after.out, "stdout").at("loss").get<double>(),
+            parse_json(before.out, "stdout").at("loss").get<double>() - 0.5);
+}
+
+TEST_F(TrainProgram, an_interrupted_run_resumes_to_the_same_bits) {
+  const Finished whole = run({"train", recipe(), "output_dir=" + (work_ / "whole").string()});
+  ASSERT_EQ(whole.code, 0) << whole.err;
+  int interruptions = 0;
+  for (int attempt = 0; attempt < 12; ++attempt) {
+    const pid_t child = start({"train", recipe(), "--resume"});
+    // SIGTERM once a new step is on record; SIGKILL at every third attempt, wherever it is then.
+    const std::size_t had =
+        fs::exists(work_ / "run/metrics.jsonl") ? losses(work_ / "run").size() : 0;
+    for (int tick = 0; tick < 600; ++tick) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      if (fs::exists(work_ / "run/metrics.jsonl") && losses(work_ / "run").size() > had) break;
+      if (::waitpid(child, nullptr, WNOHANG | WNOWAIT) == 0 && ::kill(child, 0) != 0) break;
+    }
+    ::kill(child, attempt % 3 == 2 ? SIGKILL : SIGTERM);
+    const Finished done = wait(child);
+    if (done.code == 0) break;
+    EXPECT_TRUE(done.code == 75 || done.code == 128 + SIGKILL) << done.code << done.err;
+    ++interruptions;
+  }
+  const Finished last = run({"train", recipe(), "--resume"});
+  ASSERT_EQ(last.code, 0) << last.err;
+  EXPECT_GT(interruptions, 0);
+  EXPECT_EQ(losses(work_ / "run"), losses(work_ / "whole"));
+  EXPECT_EQ(sha256_file(work_ / "run/adapter/adapter_model.safetensors"),
+            sha256_file(work_ / "whole/adapter/adapter_model.safetensors"));
+  // Every attempt is on the books.
+  const Finished listed = run({"runs", "ls", "--json", "--ledger", (work_ / "ledger.db").string()});
+  ASSERT_EQ(listed.code, 0) << listed.err;
+  for (const Json& row : parse_json(listed.out, "stdout")) {
+    if (row.at("output_dir") == (work_ / "run").string()) {
+      EXPECT_GE(row.at("attempts").get<int>(), interruptions + 1);
+    }
+  }
+}
+
+TEST_F(TrainProgram, a_finished_or_foreign_folder_is_left_alone) {
+  ASSERT_EQ(run({"train", recipe(), "training.max_steps=1"}).code, 0);
+  const std::string adapter = sha256_file(work_ / "run/adapter/adapter_model.safetensors");
+  EXPECT_EQ(run({"train", recipe(), "training.max_steps=1"}).code, 2);
+  const Finished again = run({"train", recipe(), "training.max_steps=1", "--resume"});
+  EXPECT_EQ(again.code, 0) << again.err;
+  EXPECT_NE(again.err.find("this run is finished"), std::string::npos) << again.err;
+  EXPECT_EQ(sha256_file(work_ / "run/adapter/adapter_model.safetensors"), adapter);
+  make_folders(work_ / "other");
+  write_atomically(work_ / "other/thesis.txt", "mine");
+  EXPECT_EQ(run({"train", recipe(), "output_dir=" + (work_ / "other").string(), "--resume"}).code,
+            2);
+  EXPECT_EQ(read_text(work_ / "other/thesis.txt"), "mine");
+}
+
+TEST_F(TrainProgram, what_is_not_there_yet_is_refused_by_name) {
+  const auto text = [](const Finished& done) { return done.err.substr(done.err.find("error:")); };
+  const Finished stream = run({"train", recipe(), "base.format=int4"});
+  EXPECT_EQ(stream.code, 66);
+  EXPECT_NE(text(stream).find("streams the base model"), std::string::npos) << stream.err;
+  const Finished cuda = run({"train", recipe(), "compute.device=cuda"});
+  EXPECT_EQ(cuda.code, 69);
+  EXPECT_EQ(run({"train", recipe(), "machine.ranks=2"}).code, 2);
+  EXPECT_EQ(run({"train", "maverick-a100"}).code, 66);
+  EXPECT_FALSE(fs::exists(work_ / "run"));
+}
+
+TEST_F(TrainProgram, a_target_that_matches_nothing_is_refused) {
+  const Finished done = run({"train", recipe(), "lora.targets=[q_projj]"});
+  EXPECT_EQ(done.code, 2);
+  EXPECT_EQ(
+      done.err.substr(done.err.find("error:")),
+      "error: LoRA target 'q_projj' matches no matrix of this model\n"
+      "  where: lora.targets, for architecture Llama4ForCausalLM\n"
+      "  mend:  Did you mean 'q_proj'? This model has: attention, dense_mlp, down_proj, experts, "
+      "experts.down_proj, experts.gate_up_proj, gate_proj, k_proj, o_proj, q_proj, router, "
+      "shared_expert, "
+      "up_proj, v_proj.\n");
+}
+
+TEST_F(TrainProgram, a_diverging_run_ends_with_70_and_keeps_its_books) {
+  const Finished done =
+      run({"train", recipe(), "training.learning_rate=1e30", "training.max_grad_norm=null",
+           "training.warmup_ratio=null", "training.warmup_steps=0"});
+  EXPECT_EQ(done.code, 70) << done.err;
+  EXPECT_NE(done.err.find("error: the run diverged: "), std::string::npos) << done.err;
+  EXPECT_NE(done.err.find("Lower training.learning_rate"), std::string::npos);
+  EXPECT_EQ(read_json(work_ / "run/summary.json").at("status"), "failed");
+}
+
+TEST_F(TrainProgram, the_budget_stops_a_run_at_a_checkpoint) {
+  const Finished done = run({"train", recipe(), "budget.gpu_hours=0.0000001"});
+  EXPECT_EQ(done.code, 76) << done.err;
+  EXPECT_TRUE(fs::exists(work_ / "run/checkpoints/step-00000001/manifest.json"));
+  const Finished more = run({"train", recipe(), "--resume"});
+  EXPECT_EQ(more.code, 0) << more.err;
+}
+
+}  // namespace
+}  // namespace tailor
