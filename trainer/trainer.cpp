@@ -62,11 +62,13 @@ StepRecord Trainer::step(std::int64_t index) {
   return record;
 }
 
-Evaluation evaluate(Decoder& decoder, const EvaluationSource& source) {
+std::optional<Evaluation> evaluate(Decoder& decoder, const EvaluationSource& source,
+                                   const std::function<bool()>& stop) {
   const double began = seconds_now();
   Evaluation out;
   double sum = 0;
   for (std::int64_t s = 0; s < source.steps(); ++s) {
+    if (stop()) return std::nullopt;
     const Batch batch = source.batch_at(s, 0, 1);
     const LossResult result = decoder.evaluate(token_input(batch));
     sum += result.loss_sum;

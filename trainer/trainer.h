@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <functional>
+#include <optional>
 
 #include "adapters/lora.h"
 #include "data/tokens/token_source.h"
@@ -61,7 +63,9 @@ class Trainer {
 
 TokenInput token_input(const Batch& batch);
 
-/// Loss and accuracy over all of a source's steps, with the decoder's present adapter.
-Evaluation evaluate(Decoder& decoder, const EvaluationSource& source);
+/// Loss and accuracy over all of a source's steps, with the decoder's present adapter. Nothing when
+/// `stop` said so between two of them.
+std::optional<Evaluation> evaluate(Decoder& decoder, const EvaluationSource& source,
+                                   const std::function<bool()>& stop);
 
 }  // namespace tailor

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
@@ -79,8 +80,9 @@ int run_eval(const EvalArguments& arguments) {
     score_rows(batch, model.decoder->evaluate(token_input(batch)), rows);
     if (seconds_now() - said > 10) {
       said = seconds_now();
-      log_info("evaluated " + count_text(static_cast<std::int64_t>(rows.size())) + " of " +
-               count_text(wanted) + " rows");
+      log_info("evaluated " +
+               count_text(std::min<std::int64_t>(wanted, static_cast<std::int64_t>(rows.size()))) +
+               " of " + count_text(wanted) + " rows");
     }
   }
   rows.resize(static_cast<std::size_t>(

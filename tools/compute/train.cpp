@@ -1,5 +1,6 @@
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -302,21 +303,33 @@ class Run {
     return out;
   }
 
+  bool evaluates_after(std::int64_t step) const {
+    const std::int64_t every = recipe().training.eval_every_steps;
+    return validation_store_ && (step == steps_ || (every > 0 && step % every == 0));
+  }
+
+  /// An evaluation that an interruption cut short, after the step this attempt goes on from.
+  bool evaluation_is_owed() const {
+    if (first_step_ == 0 || !evaluates_after(first_step_)) return false;
+    const Metrics metrics = read_metrics(folder_->metrics());
+    return std::none_of(metrics.evals.begin(), metrics.evals.end(),
+                        [&](const EvalMetrics& line) { return line.step == first_step_; });
+  }
+
   Ending loop() {
     Trainer trainer(*model_.decoder, *adapter_, *optimizer_, *source_, trainer_options());
     const Interrupt interrupt;
     RunProgress progress(steps_, first_step_);
     if (first_step_ > 0) progress.say("going on after step " + std::to_string(first_step_));
     timer_->switch_to(Phase::train);
+    if (evaluation_is_owed()) evaluate_now(first_step_, progress, interrupt);
     double saved_at = seconds_now();
-    const std::int64_t every = recipe().training.eval_every_steps;
     for (std::int64_t s = first_step_; s < steps_; ++s) {
       const StepRecord record = trainer.step(s);
       record_step(record);
       progress.step(record, timer_->spent().usd());
       const std::int64_t done = s + 1;
-      if (validation_store_ && (done == steps_ || (every > 0 && done % every == 0)))
-        evaluate_now(done, progress);
+      if (evaluates_after(done)) evaluate_now(done, progress, interrupt);
       const Ending ending = done == steps_          ? Ending::finished
                             : interrupt.asked()     ? Ending::interrupted
                             : over_budget(progress) ? Ending::budget
@@ -360,12 +373,17 @@ class Run {
     tensorboard_->flush();
   }
 
-  void evaluate_now(std::int64_t step, RunProgress& progress) {
+  void evaluate_now(std::int64_t step, RunProgress& progress, const Interrupt& interrupt) {
     timer_->switch_to(Phase::evaluate);
     model_.decoder->set_adapter(adapter_.get());
     const std::int64_t rows = std::max<std::int64_t>(1, recipe().training.micro_batch_size);
-    const Evaluation result =
-        evaluate(*model_.decoder, EvaluationSource(validation_store_, rows, rows));
+    // Who asks to stop waits for a step, not for an evaluation: it is made up for on resuming.
+    const std::optional<Evaluation> done =
+        evaluate(*model_.decoder, EvaluationSource(validation_store_, rows, rows),
+                 [&] { return interrupt.asked(); });
+    timer_->switch_to(Phase::train);
+    if (!done) return;
+    const Evaluation& result = *done;
     EvalMetrics line;
     line.step = step;
     line.eval_loss = result.loss;
@@ -382,7 +400,6 @@ class Run {
     progress.say("evaluation after step " + std::to_string(step) + ": loss " +
                  number_text(result.loss) + ", token accuracy " +
                  number_text(100 * result.token_accuracy, 3) + " %");
-    timer_->switch_to(Phase::train);
   }
 
   /// Spent plus what saving and leaving will cost against the budget; warns once on the way there.
@@ -449,8 +466,9 @@ class Run {
     const bool budget = ending == Ending::budget;
     throw Error(budget ? Fault::budget : Fault::stopped,
                 {budget ? "stopped by the budget" : "interrupted", folder_->path().string(),
-                 "All work is saved. Go on with: tailor train " + arguments_.recipe + " --resume" +
-                     (budget ? " and a larger budget" : "")});
+                 "All work is saved. Go on with: tailor train " + arguments_.recipe + " " +
+                     join(arguments_.overrides, " ") + (arguments_.overrides.empty() ? "" : " ") +
+                     "--resume" + (budget ? " and a larger budget" : "")});
   }
 
   /// The attempt failed: its time stays on the books.
