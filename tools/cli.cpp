@@ -83,7 +83,8 @@ class CommandLine {
     } catch (const CLI::CallForVersion& version) {
       return ShowText{std::string(version.what()) + "\n"};
     } catch (const CLI::CallForHelp&) {
-      return ShowText{deepest().help()};
+      const CLI::App& app = deepest();
+      return ShowText{app.help(app.get_parent() == nullptr ? "" : command_text(*app.get_parent()))};
     } catch (const CLI::ParseError& error) {
       refuse(error);
     }

@@ -1,6 +1,7 @@
 #include "tools/program.h"
 
 #include <cerrno>
+#include <cstdio>
 #include <exception>
 #include <iostream>
 #include <new>
@@ -25,7 +26,7 @@ int run_program(const std::function<int()>& work) {
     start_log(LogLevel::info);
     const int code = work();
     errno = 0;
-    if (!std::cout.flush()) {
+    if (!std::cout.flush() || std::ferror(stdout) != 0) {
       throw io_error(errno != 0 ? errno : EIO, "cannot write the result", "standard output");
     }
     return code;

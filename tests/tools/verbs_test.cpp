@@ -48,6 +48,7 @@ TEST(Help, every_verb_has_one_that_ends_with_an_example) {
     const auto example = outcome.out.rfind("Example:\n  ");
     ASSERT_NE(example, std::string::npos) << command;
     EXPECT_THAT(outcome.out.substr(example + 11), StartsWith(command));
+    EXPECT_THAT(outcome.out, HasSubstr("\nUsage: " + command)) << command;
     EXPECT_THAT(outcome.out, HasSubstr("--json")) << command;
   }
 }
@@ -57,6 +58,21 @@ TEST(Help, names_every_verb) {
   const Outcome outcome = run_tailor(box, {"--help"});
   EXPECT_EQ(outcome.code, 0);
   for (const auto& verb : kVerbs) EXPECT_THAT(outcome.out, HasSubstr("\n  " + verb.front()));
+}
+
+TEST(Help, and_docs_cli_md_name_the_same_flags) {
+  const Sandbox box;
+  const std::string docs = read_text(fs::path(TAILOR_SOURCE_DIR) / "docs/cli.md");
+  for (std::vector<std::string> arguments : kVerbs) {
+    EXPECT_THAT(docs, HasSubstr("`" + join(arguments, " "))) << "docs/cli.md";
+    arguments.push_back("--help");
+    std::istringstream help(run_tailor(box, arguments).out);
+    for (std::string line; std::getline(help, line);) {
+      if (!line.starts_with("  --")) continue;
+      const std::string flag = line.substr(2, line.find(' ', 2) - 2);
+      EXPECT_THAT(docs, HasSubstr(flag)) << join(arguments, " ");
+    }
+  }
 }
 
 TEST(Speed, help_and_plan_start_at_once) {

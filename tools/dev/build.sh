@@ -20,7 +20,8 @@ tailor_build() { # ROOT PRESET TARGET...
   folder=$root/build/$preset
   stamp=$folder/.built-$(echo "$*" | tr -c 'a-z\n-' '_')
   now=$(tailor_fingerprint "$root"; echo "${TAILOR_CACHE:-} ${XDG_CACHE_HOME:-} $HOME")
-  if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$now" ] && [ -x "$folder/bin/tailor" ]; then
+  if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$now" ] && [ -x "$folder/bin/tailor" ] &&
+    [ -e "$(sed -n 's/^TAILOR_VENV:PATH=//p' "$folder/CMakeCache.txt")/.complete" ]; then
     return 0
   fi
   . "$root/tools/setup" || return 70
