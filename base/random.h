@@ -9,8 +9,8 @@ namespace tailor {
 /// SC 2011): four 32-bit words that depend on counter and key alone, so that a number can be asked
 /// for by name (seed, stream, index) in any order, on any thread, on any rank.
 /// Always inlined: it is also used by files compiled for one instruction-set level only.
-[[gnu::always_inline]] constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 4> counter,
-                                              std::array<std::uint32_t, 2> key) {
+[[gnu::always_inline]] constexpr std::array<std::uint32_t, 4> philox(
+    std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) {
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t a = std::uint64_t{0xD2511F53U} * counter[0];
     const std::uint64_t b = std::uint64_t{0xCD9E8D57U} * counter[2];

@@ -42,7 +42,7 @@ struct GenerateArguments {
   std::string model;
   std::string adapter;
   std::vector<std::string> prompts;  ///< one user message each
-  std::string data;                  ///< or: the first `limit` rows of a messages JSONL, last answer left out
+  std::string data;  ///< or: the first `limit` rows of a messages JSONL, last answer left out
   std::int64_t limit = 3;
   std::string chat_template = "model";
   std::string dtype = "bfloat16";

@@ -19,7 +19,7 @@ namespace {
   const fs::path program = sibling_program("tailor-compute");
   // OpenMP threads spin for milliseconds at the end of every parallel loop. Where another process
   // wants a core, that costs more than half of the speed; sleeping after a short spin costs nothing
-  // measurable on a quiet machine (docs/log.md). Read when libgomp is loaded, so it is set here.
+  // measurable where the machine is quiet. Read when libgomp is loaded, so it is set here.
   setenv("GOMP_SPINCOUNT", "1000", 0);
   execv(program.c_str(), argv);
   throw io_error(errno, "cannot start tailor-compute", program.string());

@@ -81,12 +81,8 @@ def main() -> None:
         if moe:
             peer += ["--targets", "q_proj,k_proj,v_proj,o_proj", "--target-params",
                      "feed_forward.experts.gate_up_proj,feed_forward.experts.down_proj"]
-        run(peer + ["--data", arguments.data, "--dump-tokenized", str(work / "rows.jsonl"), "--steps", "1"], environment)
-        rows = (work / "rows.jsonl").read_text().splitlines()
-        while len(rows) < arguments.steps * ROWS:
-            run(peer + ["--data", arguments.data, "--dump-tokenized", str(work / "rows.jsonl"),
-                        "--steps", str(arguments.steps)], environment)
-            rows = (work / "rows.jsonl").read_text().splitlines()
+        run(peer + ["--data", arguments.data, "--dump-tokenized", str(work / "rows.jsonl"),
+                    "--steps", str(arguments.steps), "--time-limit", "1"], environment)
         documents_of(work / "rows.jsonl", work / "documents.jsonl")
 
         results = {"tailor": [], "peer": [], "gemm": []}

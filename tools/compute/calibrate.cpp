@@ -32,7 +32,7 @@ double gflops_of(at::ScalarType dtype) {
 
 int run_calibrate(bool json) {
   // A training step reaches about this share of a bare matrix product on a CPU: norms, attention
-  // and the thin LoRA products take the rest (docs/benchmarks.md has the measurement).
+  // and the thin LoRA products take the rest. An assumption until it is measured on quiet machines.
   constexpr double kStepShare = 0.6;
   const int threads = set_threads(0);
   const double bf16 = gflops_of(at::kBFloat16), f32 = gflops_of(at::kFloat);
