@@ -264,8 +264,9 @@ inline CrossEntropyRow cross_entropy(const double* z, std::int64_t V, std::int32
     if (z[i] > z[out.best]) out.best = i;
   }
   const double top = z[out.best];
-  double total = 0;
-  for (std::int64_t i = 0; i < V; ++i) total += std::exp(z[i] - top);
+  long double sum = 0;  // of so many equal terms that double's own rounding would show
+  for (std::int64_t i = 0; i < V; ++i) sum += std::exp(z[i] - top);
+  const auto total = static_cast<double>(sum);
   out.loss = top - z[target] + std::log(total);
   out.gradient.resize(at(V));
   for (std::int64_t i = 0; i < V; ++i) {
