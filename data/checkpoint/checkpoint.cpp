@@ -43,8 +43,12 @@ std::optional<fs::path> newest_snapshot(const fs::path& repository) {
   return newest;
 }
 
-/// Shard file names: those of the index, or the single file.
-std::vector<std::string> shard_names(const fs::path& folder) {
+/// Shard file names: those of the index, or the single file; and the tensors an index promises.
+struct Shards {
+  std::vector<std::string> names;
+  std::map<std::string, std::string> promised;  ///< tensor -> shard
+};
+Shards find_shards(const fs::path& folder) {
   const fs::path index = folder / kIndexName;
   std::error_code error;
   if (fs::exists(index, error)) {
@@ -52,16 +56,19 @@ std::vector<std::string> shard_names(const fs::path& folder) {
     const JsonReader reader(json, index.string());
     const Json& map = reader.at("weight_map");
     std::set<std::string> names;
+    Shards out;
     for (const auto& [tensor, file] : map.items()) {
       if (!file.is_string()) {
         throw Error(Fault::bad_file, {"weight_map gives tensor '" + tensor + "' no file name",
                                       index.string(), "Download the index again."});
       }
       names.insert(file.get<std::string>());
+      out.promised[tensor] = file.get<std::string>();
     }
-    return {names.begin(), names.end()};
+    out.names.assign(names.begin(), names.end());
+    return out;
   }
-  if (fs::exists(folder / "model.safetensors", error)) return {"model.safetensors"};
+  if (fs::exists(folder / "model.safetensors", error)) return {{"model.safetensors"}, {}};
   for (const auto& entry : fs::directory_iterator(folder, error)) {
     const std::string extension = entry.path().extension();
     if (extension == ".bin" || extension == ".pt" || extension == ".pth") {
@@ -107,7 +114,8 @@ Checkpoint Checkpoint::open(const fs::path& folder) {
   Checkpoint out;
   out.folder_ = folder;
   std::map<std::string, Tensor, std::less<>> stored;
-  for (const std::string& name : shard_names(folder)) {
+  const Shards shards = find_shards(folder);
+  for (const std::string& name : shards.names) {
     const fs::path path = inside_folder(folder, name);
     std::error_code error;
     if (!fs::exists(path, error)) {
@@ -126,6 +134,14 @@ Checkpoint Checkpoint::open(const fs::path& folder) {
                                       "Remove files of another download from the model's folder."});
       }
     }
+  }
+  for (const auto& [tensor, shard] : shards.promised) {
+    const auto found = stored.find(tensor);
+    if (found != stored.end() && shards.names[found->second.shard] == shard) continue;
+    throw Error(Fault::bad_file,
+                {"shard " + shard + " lacks tensor '" + tensor + "', which the index says it holds",
+                 (folder / kIndexName).string(),
+                 "Index and shards are of different downloads: fetch the folder again."});
   }
   const bool wrapped = std::any_of(stored.begin(), stored.end(), [](const auto& entry) {
     return entry.first.starts_with(kWrapperPrefix);

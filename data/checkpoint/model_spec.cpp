@@ -51,7 +51,8 @@ RopeSpec read_rope(const JsonReader& config) {
     out.low_freq_factor = rope.number("low_freq_factor");
     out.high_freq_factor = rope.number("high_freq_factor");
     out.original_positions = rope.number("original_max_position_embeddings");
-    if (!(out.factor >= 1) || !(out.high_freq_factor > out.low_freq_factor) ||
+    // Llama 4 Scout is published with equal factors: the ramp between them is empty then.
+    if (!(out.factor >= 1) || !(out.high_freq_factor >= out.low_freq_factor) ||
         !(out.original_positions > 0)) {
       refuse(rope.where(), "llama3 rope scaling has impossible factors",
              "Check that config.json is the one published with the weights.");

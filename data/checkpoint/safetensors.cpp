@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <set>
 
 #include "base/error.h"
 #include "base/json.h"
@@ -30,6 +31,7 @@ constexpr std::array<DtypeRow, 11> kDtypes = {{{Dtype::f64, "F64", 8},
                                                {Dtype::boolean, "BOOL", 1}}};
 constexpr std::int64_t kHeaderBytesMax = 100'000'000;
 constexpr std::size_t kLengthBytes = 8;
+constexpr std::uint64_t kOffsetMax = std::uint64_t{1} << 62U;
 
 [[noreturn]] void refuse(const fs::path& path, const std::string& what,
                          const std::string& tensor = {}) {
@@ -48,10 +50,16 @@ TensorInfo read_entry(const Json& entry, const std::string& name, std::int64_t d
   if (known == kDtypes.end()) refuse(path, "element type '" + dtype + "' is not known", name);
   TensorInfo info{known->dtype, {}, 0, 0};
   std::int64_t bytes = known->bytes;
-  for (const Json& size : reader.at("shape")) {
-    if (!size.is_number_unsigned()) refuse(path, "shape is not a list of sizes", name);
+  const Json& shape = reader.at("shape");
+  if (!shape.is_array()) refuse(path, "shape is not a list of sizes", name);
+  for (const Json& size : shape) {
+    if (!size.is_number_unsigned() || size.get<std::uint64_t>() > kOffsetMax) {
+      refuse(path, "shape is not a list of sizes", name);
+    }
     info.shape.push_back(size.get<std::int64_t>());
-    bytes = checked_multiply(bytes, info.shape.back());
+    if (__builtin_mul_overflow(bytes, info.shape.back(), &bytes)) {
+      refuse(path, "shape " + info.shape_text() + " has more bytes than 64 bits count", name);
+    }
   }
   const Json& offsets = reader.at("data_offsets");
   if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
@@ -60,7 +68,6 @@ TensorInfo read_entry(const Json& entry, const std::string& name, std::int64_t d
   }
   const auto begin = offsets[0].get<std::uint64_t>();
   const auto end = offsets[1].get<std::uint64_t>();
-  constexpr std::uint64_t kOffsetMax = std::uint64_t{1} << 62U;
   if (begin > end || end > kOffsetMax) refuse(path, "data_offsets run backwards", name);
   info.offset = data_begin + static_cast<std::int64_t>(begin);
   info.bytes = static_cast<std::int64_t>(end - begin);
@@ -71,6 +78,20 @@ TensorInfo read_entry(const Json& entry, const std::string& name, std::int64_t d
            name);
   }
   return info;
+}
+
+/// A parsed object keeps the last of two equal keys, so they are looked for in the text.
+void refuse_duplicates(std::string_view text, const fs::path& path) {
+  std::set<std::string> names;
+  const auto look = [&](int depth, Json::parse_event_t event, const Json& parsed) {
+    if (event == Json::parse_event_t::key && depth == 1 &&
+        !names.insert(parsed.get<std::string>()).second) {
+      refuse(path, "tensor is listed twice", parsed.get<std::string>());
+    }
+    return true;
+  };
+  const Json again = Json::parse(text, look);
+  TAILOR_CHECK(again.is_object());
 }
 
 }  // namespace
@@ -119,6 +140,7 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file, cons
   const std::string_view text(reinterpret_cast<const char*>(file.data()) + kLengthBytes, length);
   const Json header = parse_json(text, path.string() + " (header)");
   if (!header.is_object()) refuse(path, "header is not a JSON object");
+  refuse_duplicates(text, path);
 
   SafetensorsHeader out;
   for (const auto& [name, entry] : header.items()) {
@@ -131,11 +153,7 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file, cons
       }
       continue;
     }
-    const bool fresh =
-        out.tensors
-            .emplace(name, read_entry(entry, name, static_cast<std::int64_t>(data_begin), path))
-            .second;
-    if (!fresh) refuse(path, "tensor is listed twice", name);
+    out.tensors.emplace(name, read_entry(entry, name, static_cast<std::int64_t>(data_begin), path));
   }
   std::vector<std::pair<std::int64_t, const std::pair<const std::string, TensorInfo>*>> by_offset;
   for (const auto& entry : out.tensors) by_offset.emplace_back(entry.second.offset, &entry);
