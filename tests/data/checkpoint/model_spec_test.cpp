@@ -1,0 +1,272 @@
+#include "data/checkpoint/model_spec.h"
+
+#include <gmock/gmock.h>
+
+#include "data/checkpoint/checkpoint.h"
+#include "tests/data/checkpoint/folder_fixture.h"
+
+namespace tailor {
+namespace {
+
+using testing::HasSubstr;
+using testing_support::error_of;
+
+Json golden_config(const std::string& name) {
+  return read_json(fs::path(TAILOR_SOURCE_DIR) / "tests/golden" / name);
+}
+Json llama() { return golden_config("llama_tiny/model/config.json"); }
+Json llama4() { return golden_config("llama4_maverick_tiny/model/config.json"); }
+ModelSpec spec_of(const Json& config) { return model_spec_from_config(config, "config.json"); }
+std::string refusal(const Json& config) {
+  return error_of([&] { spec_of(config); });
+}
+Json with(Json config, const std::string& key, const Json& value) {
+  config[key] = value;
+  return config;
+}
+Json without(Json config, const std::string& key) {
+  config.erase(key);
+  return config;
+}
+
+/// As meta-llama/Llama-4-Maverick-17B-128E-Instruct publishes it, with what decides the model.
+Json published_maverick() {
+  Json text = {{"attention_bias", false},
+               {"attention_chunk_size", 8192},
+               {"attn_scale", 0.1},
+               {"attn_temperature_tuning", 4},
+               {"floor_scale", 8192},
+               {"for_llm_compressor", false},
+               {"head_dim", 128},
+               {"hidden_act", "silu"},
+               {"hidden_size", 5120},
+               {"interleave_moe_layer_step", 2},
+               {"intermediate_size", 8192},
+               {"intermediate_size_mlp", 16384},
+               {"max_position_embeddings", 1048576},
+               {"model_type", "llama4_text"},
+               {"no_rope_layers", Json::array()},
+               {"num_attention_heads", 40},
+               {"num_experts_per_tok", 1},
+               {"num_hidden_layers", 48},
+               {"num_key_value_heads", 8},
+               {"num_local_experts", 128},
+               {"rms_norm_eps", 1e-5},
+               {"rope_scaling", nullptr},
+               {"rope_theta", 500000.0},
+               {"torch_dtype", "bfloat16"},
+               {"use_qk_norm", false},
+               {"vocab_size", 202048}};
+  return {{"architectures", {"Llama4ForConditionalGeneration"}},
+          {"model_type", "llama4"},
+          {"text_config", text},
+          {"tie_word_embeddings", false},
+          {"vision_config", {{"model_type", "llama4_vision_model"}}}};
+}
+
+TEST(ModelSpec, maverick_as_published) {
+  const ModelSpec spec = spec_of(published_maverick());
+  EXPECT_EQ(spec.family, Family::llama4);
+  EXPECT_EQ(spec.architecture, "Llama4ForConditionalGeneration");
+  EXPECT_EQ(spec.layer_count(), 48);
+  EXPECT_EQ(spec.moe_layer_count(), 24);
+  EXPECT_EQ(spec.dense_width, 16384);
+  EXPECT_EQ(spec.expert_width, 8192);
+  EXPECT_EQ(spec.query_width(), 5120);
+  EXPECT_EQ(spec.kv_width(), 1024);
+  EXPECT_TRUE(spec.temperature);
+  EXPECT_FALSE(spec.qk_norm);
+  EXPECT_TRUE(spec.rope.pairs);
+  EXPECT_EQ(spec.rope.kind, RopeSpec::Kind::plain);
+  EXPECT_EQ(spec.rope.theta, 500000);
+  for (std::size_t l = 0; l < 48; ++l) {
+    EXPECT_EQ(spec.layers[l].moe, l % 2 == 1) << l;
+    EXPECT_EQ(spec.layers[l].rope, l % 4 != 3) << l;
+    EXPECT_EQ(spec.layers[l].attention_chunk, l % 4 != 3 ? 8192 : 0) << l;
+  }
+  // Meta's model card: 400B in all, 17B active.
+  EXPECT_NEAR(static_cast<double>(spec.parameters()), 400e9, 4e9);
+  EXPECT_NEAR(static_cast<double>(spec.active_parameters()), 17e9, 0.5e9);
+}
+
+TEST(ModelSpec, scout_as_published) {
+  Json config = published_maverick();
+  Json& text = config["text_config"];
+  text["num_local_experts"] = 16;
+  text["interleave_moe_layer_step"] = 1;
+  text["use_qk_norm"] = true;
+  text["rope_scaling"] = {{"factor", 16.0},
+                          {"high_freq_factor", 1.0},
+                          {"low_freq_factor", 1.0},
+                          {"original_max_position_embeddings", 8192},
+                          {"rope_type", "llama3"}};
+  const ModelSpec spec = spec_of(config);
+  EXPECT_EQ(spec.moe_layer_count(), 48);
+  EXPECT_TRUE(spec.qk_norm);
+  EXPECT_EQ(spec.rope.kind, RopeSpec::Kind::llama3);
+  EXPECT_EQ(spec.rope.factor, 16);
+  EXPECT_EQ(spec.rope.high_freq_factor, spec.rope.low_freq_factor);
+  EXPECT_NEAR(static_cast<double>(spec.parameters()), 109e9, 2e9);
+  EXPECT_NEAR(static_cast<double>(spec.active_parameters()), 17e9, 0.5e9);
+}
+
+TEST(ModelSpec, llama_as_published) {
+  // HuggingFaceTB/SmolLM2-135M-Instruct.
+  const ModelSpec spec = spec_of({{"architectures", {"LlamaForCausalLM"}},
+                                  {"attention_bias", false},
+                                  {"hidden_act", "silu"},
+                                  {"hidden_size", 576},
+                                  {"intermediate_size", 1536},
+                                  {"max_position_embeddings", 8192},
+                                  {"mlp_bias", false},
+                                  {"model_type", "llama"},
+                                  {"num_attention_heads", 9},
+                                  {"num_hidden_layers", 30},
+                                  {"num_key_value_heads", 3},
+                                  {"pretraining_tp", 1},
+                                  {"rms_norm_eps", 1e-5},
+                                  {"rope_interleaved", false},
+                                  {"rope_scaling", nullptr},
+                                  {"rope_theta", 100000},
+                                  {"tie_word_embeddings", true},
+                                  {"torch_dtype", "bfloat16"},
+                                  {"vocab_size", 49152}});
+  EXPECT_EQ(spec.head_dim, 64);
+  EXPECT_TRUE(spec.tied_head);
+  EXPECT_FALSE(spec.rope.pairs);
+  EXPECT_EQ(spec.moe_layer_count(), 0);
+  EXPECT_EQ(spec.parameters(), 134'515'008) << "as the hub counts them";
+  EXPECT_EQ(spec.active_parameters(), spec.parameters());
+}
+
+TEST(ModelSpec, parameters_are_the_checkpoint_s) {
+  for (const char* name : {"llama_tiny", "llama4_maverick_tiny", "llama4_scout_tiny"}) {
+    const fs::path folder = fs::path(TAILOR_SOURCE_DIR) / "tests/golden" / name / "model";
+    std::int64_t elements = 0;
+    const Checkpoint checkpoint = Checkpoint::open(folder);
+    for (const auto& entry : checkpoint.tensors()) elements += entry.second.info.elements();
+    EXPECT_EQ(read_model_spec(folder).parameters(), elements) << name;
+  }
+}
+
+TEST(ModelSpec, both_spellings_of_rotary_embedding) {
+  const auto same = [](const RopeSpec& a, const RopeSpec& b) {
+    return a.kind == b.kind && a.theta == b.theta && a.factor == b.factor &&
+           a.low_freq_factor == b.low_freq_factor && a.high_freq_factor == b.high_freq_factor &&
+           a.original_positions == b.original_positions && a.pairs == b.pairs;
+  };
+  const Json v5 = golden_config("llama4_scout_tiny/model/config.json");
+  Json v4 = without(v5, "rope_parameters");
+  v4["rope_scaling"] = without(v5.at("rope_parameters"), "rope_theta");
+  v4["rope_theta"] = v5.at("rope_parameters").at("rope_theta");
+  EXPECT_TRUE(same(spec_of(v5).rope, spec_of(v4).rope));
+  EXPECT_EQ(spec_of(v4).rope.kind, RopeSpec::Kind::llama3);
+  EXPECT_EQ(spec_of(v4).rope.theta, 500000);
+  v4["rope_scaling"].erase("rope_type");
+  v4["rope_scaling"]["type"] = "llama3";  // before transformers 4.43
+  EXPECT_TRUE(same(spec_of(v5).rope, spec_of(v4).rope));
+
+  const ModelSpec wrapped = spec_of(golden_config("llama4_conditional_tiny/model/config.json"));
+  const ModelSpec old = spec_of(golden_config("llama4_conditional_tiny/config.v4style.json"));
+  EXPECT_TRUE(same(wrapped.rope, old.rope));
+  EXPECT_EQ(wrapped.parameters(), old.parameters());
+  for (std::size_t l = 0; l < wrapped.layers.size(); ++l) {
+    EXPECT_EQ(wrapped.layers[l].rope, old.layers[l].rope);
+    EXPECT_EQ(wrapped.layers[l].attention_chunk, old.layers[l].attention_chunk);
+  }
+  EXPECT_EQ(spec_of(without(without(llama(), "rope_parameters"), "rope_theta")).rope.theta, 10000);
+}
+
+TEST(ModelSpec, llama4_defaults) {
+  Json config = llama4();
+  for (const char* key :
+       {"no_rope_layers", "layer_types", "moe_layers", "attention_chunk_size", "use_qk_norm",
+        "attn_temperature_tuning", "floor_scale", "attn_scale", "interleave_moe_layer_step",
+        "no_rope_layer_interval", "num_experts_per_tok", "rms_norm_eps", "tie_word_embeddings"}) {
+    config.erase(key);
+  }
+  const ModelSpec spec = spec_of(config);
+  EXPECT_TRUE(spec.qk_norm);
+  EXPECT_TRUE(spec.temperature);
+  EXPECT_EQ(spec.temperature_floor, 8192);
+  EXPECT_EQ(spec.temperature_scale, 0.1);
+  EXPECT_EQ(spec.experts_per_token, 1);
+  EXPECT_EQ(spec.norm_eps, 1e-5);
+  EXPECT_FALSE(spec.tied_head);
+  for (std::size_t l = 0; l < 4; ++l) {
+    EXPECT_TRUE(spec.layers[l].moe);
+    EXPECT_EQ(spec.layers[l].rope, l != 3);
+    EXPECT_EQ(spec.layers[l].attention_chunk, l != 3 ? 8192 : 0);
+  }
+  EXPECT_FALSE(spec_of(with(llama4(), "attn_temperature_tuning", 0)).temperature);
+  EXPECT_EQ(spec_of(with(llama4(), "moe_layers", Json::array({2}))).moe_layer_count(), 1);
+  EXPECT_EQ(spec_of(with(llama4(), "moe_layers", Json::array())).moe_layer_count(), 0)
+      << "an empty list is a list";
+}
+
+TEST(ModelSpec, each_option_that_is_not_implemented_is_refused_by_name) {
+  EXPECT_EQ(refusal(with(llama(), "hidden_act", "gelu")),
+            "error: hidden_act is \"gelu\", which Tailor does not implement\n"
+            "  where: config.json\n"
+            "  mend:  Models with hidden_act: \"silu\" can be trained.\n");
+  EXPECT_THAT(refusal(with(llama(), "mlp_bias", true)), HasSubstr("mlp_bias is true"));
+  EXPECT_THAT(refusal(with(llama(), "attention_bias", true)), HasSubstr("attention_bias is true"));
+  EXPECT_THAT(refusal(with(llama4(), "attention_bias", true)), HasSubstr("attention_bias is true"));
+  Json rope = llama();
+  rope["rope_parameters"]["rope_type"] = "yarn";
+  EXPECT_EQ(refusal(rope),
+            "error: rope type 'yarn' is not implemented\n"
+            "  where: config.json, rope_parameters\n"
+            "  mend:  Rope types 'default' and 'llama3' can be trained.\n");
+  rope["rope_parameters"] = {{"rope_type", "llama3"},
+                             {"factor", 0.5},
+                             {"low_freq_factor", 1},
+                             {"high_freq_factor", 4},
+                             {"original_max_position_embeddings", 8192}};
+  EXPECT_THAT(refusal(rope), HasSubstr("impossible factors"));
+  EXPECT_THAT(
+      refusal(with(llama4(), "layer_types", Json::array({"sliding_attention", "x", "x", "x"}))),
+      HasSubstr("layer_types[0] is \"sliding_attention\", which is not implemented"));
+  EXPECT_EQ(refusal(with(with(llama(), "model_type", "qwen3_moe"), "architectures",
+                         Json::array({"Qwen3MoeForCausalLM"}))),
+            "error: model_type 'qwen3_moe' is not supported (architecture Qwen3MoeForCausalLM)\n"
+            "  where: config.json\n"
+            "  mend:  Supported: llama (LlamaForCausalLM), llama4 (Llama4ForCausalLM and the "
+            "language part of Llama4ForConditionalGeneration).\n");
+}
+
+TEST(ModelSpec, sizes_that_are_missing_or_impossible) {
+  for (const char* key : {"hidden_size", "num_attention_heads", "vocab_size", "num_hidden_layers",
+                          "intermediate_size", "intermediate_size_mlp", "num_local_experts"}) {
+    EXPECT_THAT(refusal(without(llama4(), key)), HasSubstr(key));
+    EXPECT_THAT(refusal(with(llama4(), key, 0)), HasSubstr(std::string(key) + " is 0")) << key;
+    EXPECT_THAT(refusal(with(llama4(), key, -3)), HasSubstr(key));
+    EXPECT_THAT(refusal(with(llama4(), key, "64")), HasSubstr("must be an integer"));
+    EXPECT_THAT(refusal(with(llama4(), key, 1LL << 40)), HasSubstr(key));
+  }
+  EXPECT_THAT(refusal(with(llama4(), "num_hidden_layers", 20000)), HasSubstr("20000"));
+  EXPECT_THAT(refusal(with(llama4(), "num_key_value_heads", 3)), HasSubstr("do not divide over 3"));
+  EXPECT_THAT(refusal(with(llama4(), "head_dim", 15)), HasSubstr("width 15"));
+  EXPECT_THAT(refusal(with(llama4(), "num_experts_per_tok", 9)),
+              HasSubstr("num_experts_per_tok is 9 of 8 experts"));
+  EXPECT_THAT(refusal(with(llama4(), "no_rope_layers", Json::array({1}))),
+              HasSubstr("no_rope_layers has 1 entries for 4 layers"));
+  EXPECT_THAT(refusal(with(llama4(), "layer_types", Json::array({"full_attention"}))),
+              HasSubstr("layer_types does not name every layer"));
+  EXPECT_THAT(refusal(with(without(llama4(), "moe_layers"), "interleave_moe_layer_step", 0)),
+              HasSubstr("layer intervals must be 1 or more"));
+  EXPECT_THAT(refusal(without(llama(), "model_type")), HasSubstr("'model_type' is missing"));
+  EXPECT_THAT(refusal(Json::array()), HasSubstr("a JSON object is needed"));
+  EXPECT_THAT(refusal(without(published_maverick(), "text_config")), HasSubstr("'text_config'"));
+}
+
+TEST(ModelSpec, no_config) {
+  EXPECT_EQ(error_of([] { read_model_spec("/nowhere"); }),
+            "error: config.json is missing\n"
+            "  where: /nowhere\n"
+            "  mend:  Name the folder of a Hugging Face model: config.json beside its safetensors "
+            "files.\n");
+}
+
+}  // namespace
+}  // namespace tailor
