@@ -187,6 +187,10 @@ class PeftReader {
                    std::string(dtype_name(info.dtype)),
                file_path_.string() + ", tensor " + key, "Factors are 2-D, in F32, BF16 or F16.");
       }
+      if (info.elements() == 0) {
+        refuse("factor has shape " + info.shape_text() + ", which holds nothing",
+               file_path_.string() + ", tensor " + key, "Ranks start at 1.");
+      }
       Factor factor{info.shape[0], info.shape[1], {}};
       const std::int64_t width = dtype_bytes(info.dtype);
       for (std::int64_t i = 0; i < info.elements(); ++i) {
@@ -292,6 +296,12 @@ class PeftReader {
     }
     need_shape(*pair->a, pair->a->rows, in, name + ".lora_A");
     need_shape(*pair->b, out, pair->a->rows, name + ".lora_B");
+    const bool down = site.projection == Projection::experts_down;
+    const std::string first = site.module + (down ? ".0.down_proj" : ".0.gate_proj");
+    if (alpha_of(name) != alpha_of(first)) {
+      refuse("alpha_pattern gives '" + name + "' another alpha than '" + first + "'",
+             config_path_.string(), "Scale the B of each expert so that one alpha fits all.");
+    }
     return *pair;
   }
 
