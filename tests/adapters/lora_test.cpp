@@ -1,0 +1,181 @@
+// Which matrices a recipe's targets mean, and what factors start from.
+
+#include "adapters/lora.h"
+
+#include <gmock/gmock.h>
+
+#include <cmath>
+#include <set>
+
+#include "base/error.h"
+
+namespace tailor {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+ModelSpec spec_of(const std::string& fixture) {
+  return read_model_spec(fs::path(TAILOR_SOURCE_DIR) / "tests/golden" / fixture / "model");
+}
+Adapter create(const ModelSpec& spec, const std::vector<std::string>& targets,
+               std::uint64_t seed = 7) {
+  LoraOptions options;
+  options.rank = 4;
+  options.expert_rank = 3;
+  options.expert_alpha = 6;
+  options.targets = targets;
+  return Adapter::create(spec, options, seed);
+}
+/// "1 q_proj", layer and projection of every site.
+std::vector<std::string> names(const Adapter& adapter) {
+  std::vector<std::string> out;
+  for (const LoraSite& site : adapter.sites()) {
+    out.push_back(std::to_string(site.layer) + " " + std::string(projection_name(site.projection)));
+  }
+  return out;
+}
+
+TEST(LoraTargets, groups) {
+  const ModelSpec spec = spec_of("llama4_maverick_tiny");  // layers 1 and 3 are mixtures
+  EXPECT_THAT(names(create(spec, {"dense_mlp"})),
+              ElementsAre("0 gate_proj", "0 up_proj", "0 down_proj", "2 gate_proj", "2 up_proj",
+                          "2 down_proj"));
+  EXPECT_THAT(names(create(spec, {"experts"})),
+              ElementsAre("1 experts.gate_up_proj", "1 experts.down_proj", "3 experts.gate_up_proj",
+                          "3 experts.down_proj"));
+  EXPECT_THAT(names(create(spec, {"router"})), ElementsAre("1 router", "3 router"));
+  EXPECT_EQ(create(spec, {"attention"}).sites().size(), 16U);
+  EXPECT_EQ(create(spec, {"shared_expert"}).sites().size(), 6U);
+  EXPECT_EQ(create(spec, {"all"}).sites().size(), all_sites(spec).size());
+  EXPECT_EQ(create(spec, {"attention", "all"}).sites().size(), all_sites(spec).size());
+}
+
+TEST(LoraTargets, module_names_as_peft_matches_them) {
+  const ModelSpec spec = spec_of("llama4_maverick_tiny");
+  EXPECT_EQ(create(spec, {"q_proj", "v_proj"}).sites().size(), 8U);
+  // "gate_proj" is the last part of the dense and of the shared expert's name.
+  EXPECT_THAT(names(create(spec, {"gate_proj"})),
+              ElementsAre("0 gate_proj", "1 gate_proj", "2 gate_proj", "3 gate_proj"));
+  EXPECT_THAT(names(create(spec, {"shared_expert.gate_proj"})),
+              ElementsAre("1 gate_proj", "3 gate_proj"));
+  EXPECT_THAT(names(create(spec, {"layers.2.self_attn.q_proj"})), ElementsAre("2 q_proj"));
+  EXPECT_THAT(names(create(spec, {"model.layers.2.self_attn.q_proj"})), ElementsAre("2 q_proj"));
+  EXPECT_THAT(names(create(spec, {"model.layers.3.feed_forward.experts.down_proj"})),
+              ElementsAre("3 experts.down_proj"));
+  EXPECT_THAT(names(create(spec, {"experts.down_proj"})),
+              ElementsAre("1 experts.down_proj", "3 experts.down_proj"));
+}
+
+TEST(LoraTargets, one_that_matches_nothing) {
+  for (const char* target : {"q_pro", "proj", "_proj", "self_attn", "", ".q_proj", "mlp.q_proj"}) {
+    try {
+      create(spec_of("llama_tiny"), {"q_proj", target});
+      ADD_FAILURE() << target;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.fault(), Fault::usage);
+      EXPECT_EQ(error.parts().what,
+                "LoRA target '" + std::string(target) + "' matches no matrix of this model");
+      EXPECT_THAT(error.parts().mend,
+                  HasSubstr("This model has: attention, dense_mlp, down_proj, gate_proj, k_proj, "
+                            "o_proj, q_proj, up_proj, v_proj."));
+    }
+  }
+  EXPECT_THROW(create(spec_of("llama_tiny"), {"experts"}), Error) << "a dense model has none";
+}
+
+TEST(LoraSites, shapes_ranks_and_scales) {
+  LoraOptions options;
+  options.rank = 4;
+  options.alpha = 8;
+  options.expert_rank = 9;
+  options.expert_alpha = 6;
+  options.targets = {"all"};
+  for (const bool rslora : {false, true}) {
+    options.rslora = rslora;
+    const Adapter adapter = Adapter::create(spec_of("llama4_maverick_tiny"), options, 1);
+    const LoraSite& k = *adapter.find(2, Projection::k_proj);
+    EXPECT_EQ(k.in, 64);
+    EXPECT_EQ(k.out, 32);
+    EXPECT_EQ(k.experts, 1);
+    EXPECT_DOUBLE_EQ(k.scale, rslora ? 4 : 2);
+    const LoraSite& gate_up = *adapter.find(1, Projection::experts_gate_up);
+    EXPECT_EQ(gate_up.in, 64);
+    EXPECT_EQ(gate_up.out, 96);
+    EXPECT_EQ(gate_up.experts, 8);
+    EXPECT_EQ(gate_up.rank, 9);
+    EXPECT_DOUBLE_EQ(gate_up.scale, rslora ? 2 : 6.0 / 9);
+    EXPECT_EQ(adapter.find(0, Projection::experts_down), nullptr);
+    EXPECT_EQ(adapter.find(99, Projection::q_proj), nullptr);
+    std::int64_t total = 0;
+    for (const LoraSite& site : adapter.sites()) {
+      total += site.experts * site.rank * (site.in + site.out);
+    }
+    EXPECT_EQ(adapter.parameter_count(), total);
+  }
+}
+
+TEST(LoraSites, lie_in_the_arena_side_by_side_and_once) {
+  const Adapter adapter = create(spec_of("llama4_maverick_tiny"), {"all"});
+  std::vector<int> owners(adapter.factors().size());
+  for (const LoraSite& site : adapter.sites()) {
+    for (const auto& [offset, size] :
+         {std::pair(site.a_offset, site.a_size()), std::pair(site.b_offset, site.b_size())}) {
+      for (std::int64_t i = 0; i < size; ++i) ++owners[static_cast<std::size_t>(offset + i)];
+    }
+  }
+  EXPECT_THAT(owners, testing::Each(1));
+  // One pass over the input serves q, k and v: their A follow each other.
+  const LoraSite &q = *adapter.find(0, Projection::q_proj),
+                 &k = *adapter.find(0, Projection::k_proj),
+                 &v = *adapter.find(0, Projection::v_proj);
+  EXPECT_EQ(k.a_offset, q.a_offset + q.a_size());
+  EXPECT_EQ(v.a_offset, k.a_offset + k.a_size());
+}
+
+TEST(LoraStart, b_is_zero_and_a_uniform) {
+  const Adapter adapter = create(spec_of("llama4_maverick_tiny"), {"all"});
+  for (const LoraSite& site : adapter.sites()) {
+    EXPECT_THAT(adapter.b_of(site), testing::Each(0.0F));
+    const double bound = 1 / std::sqrt(static_cast<double>(site.in));
+    double sum = 0, squares = 0;
+    for (const float a : adapter.a_of(site)) {
+      ASSERT_LE(std::fabs(a), bound);
+      sum += a;
+      squares += static_cast<double>(a) * a;
+    }
+    const auto n = static_cast<double>(site.a_size());
+    // Mean 0 and variance bound^2 / 3 (that of the squares: 4/45 bound^4), to five deviations.
+    EXPECT_NEAR(sum / n, 0, 5 * bound / std::sqrt(3 * n)) << site.module;
+    EXPECT_NEAR(squares / n, bound * bound / 3, 5 * bound * bound * std::sqrt(4.0 / 45 / n));
+  }
+}
+
+TEST(LoraStart, a_site_s_start_depends_on_seed_and_name_alone) {
+  const ModelSpec spec = spec_of("llama4_maverick_tiny");
+  const Adapter all = create(spec, {"all"}), again = create(spec, {"all"});
+  EXPECT_TRUE(std::ranges::equal(all.factors(), again.factors()));
+  std::set<float> first_numbers;
+  for (const LoraSite& site : all.sites()) {
+    std::string target = site.module;
+    if (site.projection == Projection::experts_gate_up) target += ".gate_up_proj";
+    if (site.projection == Projection::experts_down) target += ".down_proj";
+    const Adapter one = create(spec, {target});
+    ASSERT_EQ(one.sites().size(), 1U) << target;
+    EXPECT_TRUE(std::ranges::equal(one.a_of(one.sites()[0]), all.a_of(site))) << target;
+    first_numbers.insert(all.a_of(site)[0]);
+  }
+  EXPECT_EQ(first_numbers.size(), all.sites().size()) << "no two sites share their numbers";
+  const Adapter other = create(spec, {"all"}, 8);
+  EXPECT_NE(all.factors()[0], other.factors()[0]);
+}
+
+TEST(DescribeSites, a_line_a_group) {
+  EXPECT_THAT(describe_sites(create(spec_of("llama4_maverick_tiny"), {"q_proj", "experts"})),
+              ElementsAre("attention: q_proj in 4 layers, rank 4, 2,048 parameters",
+                          "experts: experts.gate_up_proj, experts.down_proj in 2 layers of 8 "
+                          "experts, rank 3, 13,056 parameters"));
+}
+
+}  // namespace
+}  // namespace tailor
