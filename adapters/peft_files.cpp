@@ -237,11 +237,28 @@ class PeftReader {
     return true;
   }
 
+  /// Name of the fused pair of gate_up or down, or nothing. PEFT wraps the parameters of a module
+  /// one in another: the first is "base_layer", unless it is the only one. Gate_up alone therefore
+  /// has the name that down has beside it, and its shapes tell it: 2 F is never F.
+  std::string fused_key(const std::string& module, bool gate_up) const {
+    const std::string inner = module + ".base_layer";
+    if (pairs_.contains(inner)) {
+      if (gate_up) return inner;
+      return pairs_.contains(module) ? module : std::string();
+    }
+    const auto alone = pairs_.find(module);
+    if (alone == pairs_.end()) return {};
+    const std::int64_t a_side = alone->second.a->columns, b_side = alone->second.b->rows;
+    const std::int64_t D = spec_.hidden, wide = 2 * spec_.expert_width;
+    const bool is_gate_up = (a_side == D && b_side == wide) || (a_side == wide && b_side == D);
+    return is_gate_up == gate_up ? module : std::string();
+  }
+
   bool read_experts(LoraSite& site, std::vector<float>& a, std::vector<float>& b) {
     const bool gate_up = site.projection == Projection::experts_gate_up;
-    const std::string key = site.module + (gate_up ? ".base_layer" : "");
-    if (const FactorPair* pair = find(key)) {
-      read_fused(*pair, key, site, a, b);
+    const std::string key = fused_key(site.module, gate_up);
+    if (!key.empty()) {
+      read_fused(*find(key), key, site, a, b);
       return true;
     }
     if (!pairs_.contains(site.module + ".0." + (gate_up ? "gate_proj" : "down_proj"))) return false;
@@ -256,13 +273,12 @@ class PeftReader {
   void read_fused(const FactorPair& pair, const std::string& key, LoraSite& site,
                   std::vector<float>& a, std::vector<float>& b) {
     const std::int64_t E = site.experts;
-    const auto columns = [&](const std::string& module) {
-      const auto found = pairs_.find(module);
+    const auto columns = [&](bool gate_up) {
+      const auto found = pairs_.find(fused_key(site.module, gate_up));
       return found == pairs_.end() ? std::int64_t{0} : found->second.a->columns;
     };
-    const ExpertLayout layout =
-        detect_expert_layout(spec_, columns(site.module + ".base_layer"), columns(site.module),
-                             version_, file_path_.string() + ", " + key);
+    const ExpertLayout layout = detect_expert_layout(spec_, columns(true), columns(false), version_,
+                                                     file_path_.string() + ", " + key);
     if (pair.a->rows % E != 0 || pair.a->rows == 0) {
       refuse("factor A has " + std::to_string(pair.a->rows) + " rows, which " + std::to_string(E) +
                  " experts do not divide",
@@ -432,7 +448,10 @@ std::vector<TensorBuffer> peft_tensors(const Adapter& adapter, const std::string
           {key + ".lora_B.weight", {site.out, site.rank}, transposed(b, site.rank, site.out)});
       continue;
     }
-    if (site.projection == Projection::experts_gate_up) key += ".base_layer";
+    if (site.projection == Projection::experts_gate_up &&
+        adapter.find(site.layer, Projection::experts_down) != nullptr) {
+      key += ".base_layer";  // see fused_key
+    }
     const std::int64_t E = site.experts;
     out.push_back({key + ".lora_A.weight", {E * site.rank, site.out}, {b.begin(), b.end()}});
     out.push_back(
@@ -459,6 +478,23 @@ std::vector<std::string> target_modules(const Adapter& adapter, const ModelSpec&
   }
   const std::set<std::string>& names = exact ? short_names : full_names;
   return {names.begin(), names.end()};
+}
+
+/// target_parameters for PEFT, by the same rule.
+std::vector<std::string> target_parameters(const Adapter& adapter, const ModelSpec& spec) {
+  std::vector<std::string> out;
+  for (const auto& [projection, name] : {std::pair(Projection::experts_down, ".down_proj"),
+                                         std::pair(Projection::experts_gate_up, ".gate_up_proj")}) {
+    std::vector<std::string> full_names;
+    for (const LoraSite& site : adapter.sites()) {
+      if (site.projection == projection) full_names.push_back(site.module + name);
+    }
+    if (static_cast<std::int64_t>(full_names.size()) == spec.moe_layer_count()) {
+      full_names = {std::string("feed_forward.experts") + name};
+    }
+    out.insert(out.end(), full_names.begin(), full_names.end());
+  }
+  return out;
 }
 
 Json peft_config(const Adapter& adapter, const ModelSpec& spec, const PeftWriteOptions& options) {
@@ -504,8 +540,7 @@ Json peft_config(const Adapter& adapter, const ModelSpec& spec, const PeftWriteO
     config["lora_alpha"] = static_cast<std::int64_t>(common.second);
   }
   if (has_experts) {
-    config["target_parameters"] = {"feed_forward.experts.down_proj",
-                                   "feed_forward.experts.gate_up_proj"};
+    config["target_parameters"] = target_parameters(adapter, spec);
   }
   return config;
 }

@@ -320,6 +320,41 @@ TEST_F(PeftFiles, every_layout_of_experts_gives_the_same_products) {
   }
 }
 
+TEST_F(PeftFiles, one_parameter_of_the_experts_alone) {
+  // PEFT wraps the parameters of a module one in another; one alone is never "base_layer".
+  const ModelSpec spec = spec_of("llama4_maverick_tiny");
+  for (const auto& [target, name] : {std::pair("experts.gate_up_proj", "gate_up_proj"),
+                                     std::pair("experts.down_proj", "down_proj")}) {
+    for (const bool everywhere : {true, false}) {
+      SCOPED_TRACE(testing::Message() << target << (everywhere ? ", all layers" : ", layer 1"));
+      const std::string module = "model.layers.1.feed_forward.experts";
+      LoraOptions options;
+      options.targets = {"q_proj", everywhere ? target : module + "." + name};
+      const Adapter source = Adapter::create(spec, options, 3);
+      write_peft_adapter(folder_, source, spec, {});
+      const Matrices matrices = load(file());
+      EXPECT_TRUE(matrices.contains(std::string(kExperts) + ".lora_A.weight"));
+      EXPECT_FALSE(matrices.contains(std::string(kExperts) + ".base_layer.lora_A.weight"));
+      EXPECT_EQ(read_json(config()).at("target_parameters"),
+                Json::array({everywhere ? std::string("feed_forward.experts.") + name
+                                        : module + "." + name}));
+      const Adapter again = read();
+      ASSERT_EQ(again.sites().size(), source.sites().size());
+      EXPECT_TRUE(std::ranges::equal(again.factors(), source.factors()));
+    }
+  }
+  // Both in layer 1, gate_up alone in layer 3.
+  LoraOptions options;
+  options.targets = {"model.layers.1.feed_forward.experts.down_proj", "experts.gate_up_proj"};
+  const Adapter mixed = Adapter::create(spec, options, 3);
+  write_peft_adapter(folder_, mixed, spec, {});
+  EXPECT_TRUE(load(file()).contains(std::string(kExperts) + ".base_layer.lora_A.weight"));
+  EXPECT_EQ(read().sites().size(), 3U);
+  EXPECT_EQ(read_json(config()).at("target_parameters"),
+            Json::array({"model.layers.1.feed_forward.experts.down_proj",
+                         "feed_forward.experts.gate_up_proj"}));
+}
+
 TEST_F(PeftFiles, experts_whose_gate_and_up_have_their_own_a) {
   take();
   fs::copy_file(golden("llama4_maverick_tiny/lora/adapter_vllm_2d/adapter_model.safetensors"),
