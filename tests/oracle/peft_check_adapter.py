@@ -2,8 +2,8 @@
 """Loads a base model and a LoRA adapter with transformers and PEFT, and measures rows of tokens.
 
 Prints one JSON document: loss is the mean over all label tokens of all rows, losses the mean of
-each row. Rows run one by one, so nothing depends on packing or padding. Computes in float32 with
-eager attention. Fails when an adapter tensor was missing or left over, or when the adapter does
+each row. Rows run one by one, so nothing depends on packing or padding. Computes with eager
+attention, in float32 unless told otherwise. Fails when an adapter tensor was missing or left over, or when the adapter does
 not change the base's logits.
 
 Router factors, which PEFT cannot load into Llama 4, are added to the router's weight.
@@ -113,6 +113,10 @@ def parse_arguments():
         "--logits-file", type=Path,
         help="also write row.0, row.1, ... [T, V] to this safetensors file",
     )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the base model; PEFT keeps the factors in float32 (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -121,7 +125,7 @@ def main():
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     rows = read_rows(arguments.rows)
-    base = load_base(arguments.model_dir, torch.float32).eval()
+    base = load_base(arguments.model_dir, getattr(torch, arguments.dtype)).eval()
     base_logits = logits_of(base, rows[0])
     model, tensors = load_adapter(base, arguments.adapter_dir)
     summary, logits = measure(model.eval(), rows)
