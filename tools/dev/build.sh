@@ -28,7 +28,10 @@ tailor_build() { # ROOT PRESET TARGET...
   mkdir -p "$folder" || return 74
   exec 9>"$folder/.lock" || return 74
   flock 9 || return 74
-  if [ ! -e "$folder/build.ninja" ]; then
+  # Configured for another environment (tools/requirements.txt changed), or never.
+  if [ ! -e "$folder/build.ninja" ] ||
+    ! grep -q "^TAILOR_VENV:[A-Z]*=$TAILOR_VENV\$" "$folder/CMakeCache.txt" ||
+    ! grep -q "^CMAKE_MAKE_PROGRAM:[A-Z]*=$TAILOR_VENV/bin/ninja\$" "$folder/CMakeCache.txt"; then
     echo "tailor: configuring build/$preset" >&2
     (cd "$root" && "$TAILOR_VENV/bin/cmake" --preset "$preset") >"$folder/configure.log" 2>&1 9>&- || {
       tail -n 20 "$folder/configure.log" >&2
