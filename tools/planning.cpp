@@ -56,12 +56,6 @@ std::int64_t bytes_of(const std::vector<DataSource>& sources) {
   return total;
 }
 
-DataStats stats_of(const SplitReport& report) {
-  std::error_code error;
-  const auto bytes = fs::file_size(report.store, error);
-  return {report.rows, report.trained_tokens, error ? 0 : static_cast<std::int64_t>(bytes)};
-}
-
 }  // namespace
 
 fs::path MachineCalibration::path() { return cache_folder() / "machine-calibration.json"; }
@@ -82,10 +76,11 @@ std::optional<MachineCalibration> MachineCalibration::read() {
   }
 }
 
-std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& machine) {
+std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& machine,
+                                          Measure measure) {
   if (machine.kind != Machine::Kind::cpu || recipe.machine.profile) return std::nullopt;
   std::optional<MachineCalibration> found = MachineCalibration::read();
-  if (!found && calibrate()) found = MachineCalibration::read();
+  if (!found && measure == Measure::once && calibrate()) found = MachineCalibration::read();
   if (!found) return std::nullopt;
   const bool wide = recipe.compute.dtype == ComputeType::float32;
   return Calibration{wide ? found->gflops_float32 : found->gflops_bfloat16,
@@ -98,16 +93,23 @@ Machine recipe_machine(const Recipe& recipe) {
              : this_machine(recipe.output_dir);
 }
 
-PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<DataStats>& data) {
+PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<DataStats>& data,
+                          Measure measure) {
   const Recipe& recipe = resolved.file.recipe;
   PlannedRecipe out{recipe_machine(recipe), {}};
   PlanExtras extras;
   extras.data = data;
-  extras.calibration = calibration_of(recipe, out.machine);
+  extras.calibration = calibration_of(recipe, out.machine, measure);
   extras.at_unix_ms = RealClock().unix_ms();
   out.plan = make_plan(recipe, resolved.facts, out.machine,
                        PriceBook::read(recipes_folder() / "prices.yaml"), extras);
   return out;
+}
+
+DataStats stats_of(const SplitReport& report) {
+  std::error_code error;
+  const auto bytes = fs::file_size(report.store, error);
+  return {report.rows, report.trained_tokens, error ? 0 : static_cast<std::int64_t>(bytes)};
 }
 
 std::optional<DataStats> data_stats(const Recipe& recipe, bool always) {

@@ -18,9 +18,12 @@ struct MachineCalibration {
   static std::optional<MachineCalibration> read();
 };
 
-/// The calibration for a recipe: of this machine and only where the plan is for it. Measures it
-/// once, in a child process, where that was not done yet.
-std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& machine);
+/// Whether a calibration that is missing is measured, once, in a child process.
+enum class Measure { once, never };
+
+/// The calibration for a recipe: of this machine and only where the plan is for it.
+std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& machine,
+                                          Measure measure);
 
 /// The machine the recipe names, or this one.
 Machine recipe_machine(const Recipe& recipe);
@@ -30,7 +33,11 @@ struct PlannedRecipe {
   Plan plan;
 };
 /// make_plan() with the recipe's machine, the shipped prices of today and what is measured.
-PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<DataStats>& data);
+PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<DataStats>& data,
+                          Measure measure);
+
+/// What a plan takes from prepared data.
+DataStats stats_of(const SplitReport& report);
 
 /// Rows of the recipe's data, tokenised where need be. Without `always` nothing is read where
 /// training.max_steps says how long the run is, and nothing above 64 MB.

@@ -131,6 +131,42 @@ DataOptions data_options(const Recipe& recipe) {
   return out;
 }
 
+Tokenizer load_tokenizer(const fs::path& model_folder, std::int64_t vocab) {
+  Tokenizer tokenizer = Tokenizer::load(model_folder);
+  if (tokenizer.vocab_size() > vocab) {
+    throw Error(Fault::bad_file, {"the tokenizer has " + count_text(tokenizer.vocab_size()) +
+                                      " tokens, the model's vocabulary " + count_text(vocab),
+                                  (model_folder / "tokenizer.json").string(),
+                                  "Use the tokenizer.json that was published with these weights."});
+  }
+  return tokenizer;
+}
+
+std::optional<Tokenizer> model_tokenizer(const fs::path& model_folder, std::int64_t vocab) {
+  std::error_code error;
+  if (!fs::exists(model_folder / "tokenizer.json", error)) return std::nullopt;
+  return load_tokenizer(model_folder, vocab);
+}
+
+PrepareReport prepare_data(const DataOptions& options, const std::optional<Tokenizer>& tokenizer,
+                           std::optional<std::int64_t> vocab) {
+  PrepareReport report;
+  {
+    ProgressLine line;
+    report = prepare(options, tokenizer ? &*tokenizer : nullptr,
+                     [&](std::int64_t records, std::int64_t bytes, std::int64_t total) {
+                       line.show("preparing data: " + count_text(records) + " records, " +
+                                 bytes_text(bytes) + " of " + bytes_text(total));
+                     });
+  }
+  // With a tokenizer, ids are bounded by its vocabulary, and that by the model's.
+  if (!tokenizer && vocab) {
+    check_ids(report.train.store, *vocab);
+    if (report.validation) check_ids(report.validation->store, *vocab);
+  }
+  return report;
+}
+
 std::optional<Tokenizer> recipe_tokenizer(const Recipe& recipe) {
   fs::path folder;
   try {
@@ -139,40 +175,18 @@ std::optional<Tokenizer> recipe_tokenizer(const Recipe& recipe) {
     if (!all_tokenized(recipe.data)) throw;
     return std::nullopt;
   }
-  std::error_code error;
-  if (!fs::exists(folder / "tokenizer.json", error)) return std::nullopt;
-  Tokenizer tokenizer = Tokenizer::load(folder);
-  const std::int64_t vocab = read_model_spec(folder).vocab;
-  if (tokenizer.vocab_size() > vocab) {
-    throw Error(Fault::bad_file, {"the tokenizer has " + count_text(tokenizer.vocab_size()) +
-                                      " tokens, the model's vocabulary " + count_text(vocab),
-                                  (folder / "tokenizer.json").string(),
-                                  "Use the tokenizer.json that was published with these weights."});
-  }
-  return tokenizer;
+  return model_tokenizer(folder, read_model_spec(folder).vocab);
 }
 
 PrepareReport prepare_recipe_data(const Recipe& recipe) {
   const std::optional<Tokenizer> tokenizer = recipe_tokenizer(recipe);
-  PrepareReport report;
-  {
-    ProgressLine line;
-    report = prepare(data_options(recipe), tokenizer ? &*tokenizer : nullptr,
-                     [&](std::int64_t records, std::int64_t bytes, std::int64_t total) {
-                       line.show("preparing data: " + count_text(records) + " records, " +
-                                 bytes_text(bytes) + " of " + bytes_text(total));
-                     });
+  std::optional<std::int64_t> vocab;
+  try {
+    vocab = read_model_spec(find_model_folder(recipe.base_model)).vocab;
+  } catch (const Error& error) {
+    if (error.fault() != Fault::usage) throw;  // the model is not here: its vocabulary is unknown
   }
-  if (!tokenizer) {
-    try {
-      const std::int64_t vocab = read_model_spec(find_model_folder(recipe.base_model)).vocab;
-      check_ids(report.train.store, vocab);
-      if (report.validation) check_ids(report.validation->store, vocab);
-    } catch (const Error& error) {
-      if (error.fault() != Fault::usage) throw;  // the model is not here: its vocabulary is unknown
-    }
-  }
-  return report;
+  return prepare_data(data_options(recipe), tokenizer, vocab);
 }
 
 }  // namespace tailor

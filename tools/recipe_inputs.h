@@ -32,13 +32,23 @@ ResolvedRecipe resolve_recipe(RecipeFile file);
 /// The `data:` block as the data layer takes it.
 DataOptions data_options(const Recipe& recipe);
 
+/// The tokenizer in a model's folder. Throws Error{bad_file} when it has more tokens than the
+/// model.
+Tokenizer load_tokenizer(const fs::path& model_folder, std::int64_t vocab);
+/// load_tokenizer, or nothing where there is no tokenizer.json.
+std::optional<Tokenizer> model_tokenizer(const fs::path& model_folder, std::int64_t vocab);
+
+/// prepare() with a progress line on a terminal. Throws Error{bad_file} also for ids of tokenised
+/// rows that a vocabulary of `vocab` does not have; null: not known, not checked.
+PrepareReport prepare_data(const DataOptions& options, const std::optional<Tokenizer>& tokenizer,
+                           std::optional<std::int64_t> vocab);
+
 /// The tokenizer of the recipe's model, or nothing where the model has none and only tokenised rows
 /// can be read. Throws Error{usage} when the model is not here, Error{bad_file} when the tokenizer
 /// has more tokens than the model.
 std::optional<Tokenizer> recipe_tokenizer(const Recipe& recipe);
 
-/// prepare() of the recipe's data with a progress line on a terminal. Throws Error{bad_file} also
-/// for ids the model's vocabulary does not have.
+/// prepare_data() of the recipe's data, for its model where that is here.
 PrepareReport prepare_recipe_data(const Recipe& recipe);
 
 }  // namespace tailor

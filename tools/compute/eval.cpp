@@ -6,10 +6,12 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/log.h"
+#include "base/memory.h"
 #include "base/text.h"
 #include "data/tokens/token_store.h"
 #include "tools/compute/setup.h"
 #include "tools/compute_verbs.h"
+#include "tools/recipe_inputs.h"
 #include "trainer/trainer.h"
 
 namespace tailor {
@@ -45,7 +47,6 @@ int run_eval(const EvalArguments& arguments) {
   set_threads(arguments.threads);
   const fs::path folder = find_model_folder(arguments.model);
   const ModelSpec spec = read_model_spec(folder);
-  const std::optional<Tokenizer> tokenizer = find_tokenizer(folder);
 
   DataOptions data;
   for (const std::string& path : arguments.data) data.train.push_back({path, 1.0, std::nullopt});
@@ -55,7 +56,9 @@ int run_eval(const EvalArguments& arguments) {
   data.sequence_len = arguments.sequence_len;
   data.packing = false;  // one document a row, in file order: losses belong to lines
   data.cache = cache_folder();
-  const PrepareReport prepared = prepare_data(data, tokenizer, spec);
+  const PrepareReport prepared =
+      prepare_data(data, model_tokenizer(folder, spec.vocab), spec.vocab);
+  release_free_memory();
   const auto store = std::make_shared<const TokenStore>(TokenStore::open(prepared.train.store));
 
   OpenedModel model = open_model(folder, dtype);

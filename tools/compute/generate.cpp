@@ -12,6 +12,7 @@
 #include "data/text/records.h"
 #include "tools/compute/setup.h"
 #include "tools/compute_verbs.h"
+#include "tools/recipe_inputs.h"
 
 namespace tailor {
 namespace {
@@ -84,7 +85,7 @@ int run_generate(const GenerateArguments& arguments) {
   require_cpu(arguments.device, "--device");
   set_threads(arguments.threads);
   const fs::path folder = find_model_folder(arguments.model);
-  const Tokenizer tokenizer = Tokenizer::load(folder);
+  const Tokenizer tokenizer = load_tokenizer(folder, read_model_spec(folder).vocab);
   const ChatTemplate chat = ChatTemplate::load(tokenizer, arguments.chat_template);
   const std::vector<Question> questions = read_questions(arguments);
   if (questions.empty()) {
@@ -92,7 +93,6 @@ int run_generate(const GenerateArguments& arguments) {
                                "Give --prompt \"...\" or --data FILE."});
   }
   OpenedModel model = open_model(folder, compute_type(arguments.dtype));
-  require_vocabulary(tokenizer, model.spec);
   std::optional<Adapter> adapter;
   if (!arguments.adapter.empty()) {
     adapter = read_peft_adapter(arguments.adapter, model.spec);

@@ -2,12 +2,9 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 
-#include "data/text/tokenizer.h"
-#include "data/tokens/prepare.h"
-#include "recipes/read.h"
+#include "recipes/recipe.h"
 #include "trainer/models/decoder.h"
 
 namespace tailor {
@@ -37,15 +34,5 @@ struct OpenedModel {
 };
 /// Throws Error{does_not_fit} when the weights are larger than the memory that is free.
 OpenedModel open_model(const fs::path& folder, at::ScalarType dtype);
-
-/// The tokenizer of a model's folder, or null when it has no tokenizer.json.
-std::optional<Tokenizer> find_tokenizer(const fs::path& model_folder);
-/// Throws Error{bad_file} when the tokenizer has ids the model's embedding lacks.
-void require_vocabulary(const Tokenizer& tokenizer, const ModelSpec& spec);
-
-DataOptions data_options(const DataRecipe& recipe);
-/// prepare() with a progress line on stderr for large files.
-PrepareReport prepare_data(const DataOptions& options, const std::optional<Tokenizer>& tokenizer,
-                           const ModelSpec& spec);
 
 }  // namespace tailor

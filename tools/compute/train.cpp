@@ -10,6 +10,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/log.h"
+#include "base/memory.h"
 #include "base/text.h"
 #include "data/runs/ledger.h"
 #include "data/runs/metrics.h"
@@ -21,14 +22,12 @@
 #include "recipes/machine.h"
 #include "recipes/model_facts.h"
 #include "recipes/plan.h"
-#include "recipes/price_book.h"
-#include "recipes/shipped.h"
 #include "recipes/write.h"
 #include "tools/compute/interrupt.h"
 #include "tools/compute/progress.h"
 #include "tools/compute/setup.h"
 #include "tools/compute_verbs.h"
-#include "tools/paths.h"
+#include "tools/planning.h"
 #include "trainer/run_state.h"
 #include "trainer/trainer.h"
 
@@ -102,23 +101,12 @@ std::string host_name() {
   return ::gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "unknown";
 }
 
-std::optional<Calibration> read_calibration(ComputeType dtype) {
-  const fs::path path = cache_folder() / "machine-calibration.json";
-  std::error_code error;
-  if (!fs::exists(path, error)) return std::nullopt;
-  const Json json = read_json(path);
-  const JsonReader reader(json, path.string());
-  return Calibration{
-      reader.number(dtype == ComputeType::bfloat16 ? "gflops_bfloat16" : "gflops_float32"),
-      "measured on " + reader.text("measured", "this machine")};
-}
-
 /// One run from its recipe to its report; see run_train. Members in the order they come to be.
 class Run {
  public:
   explicit Run(const TrainArguments& arguments)
       : arguments_(arguments), began_steady_ms_(clock_.steady_ms()) {
-    file_ = read_recipe(find_recipe(arguments.recipe, recipes_folder()), arguments.overrides);
+    file_ = open_recipe(arguments.recipe, arguments.overrides);
     refuse_unsupported(recipe());
     if (recipe().cost.ledger && recipe().cost.ledger->starts_with("postgres")) {
       throw Error(Fault::usage,
@@ -157,7 +145,9 @@ class Run {
     drop_targets_that_do_not_apply();
     adapter_ = std::make_unique<Adapter>(make_adapter(recipe(), spec_));
     for (const std::string& line : describe_sites(*adapter_)) log_info("LoRA on " + line);
-    data_ = prepare_data(data_options(recipe().data), find_tokenizer(model_folder_), spec_);
+    data_ = prepare_data(data_options(recipe()), model_tokenizer(model_folder_, spec_.vocab),
+                         spec_.vocab);
+    release_free_memory();
     train_store_ = std::make_shared<const TokenStore>(TokenStore::open(data_.train.store));
     if (data_.validation) {
       validation_store_ =
@@ -192,23 +182,17 @@ class Run {
   }
 
   void make_the_plan() {
-    const Machine machine = recipe().machine.profile ? find_machine(*recipe().machine.profile,
-                                                                    recipes_folder() / "machines")
-                                                     : this_machine(".");
-    sku_ = machine.sku;
+    const Machine machine = recipe_machine(recipe());
     if (machine.kind != Machine::Kind::cpu) {
       throw Error(
           Fault::device,
           {"machine profile '" + machine.name + "' has GPUs, this version computes on the CPU only",
            recipe().name + ": machine.profile", "Set machine.profile: auto to train here."});
     }
-    PlanExtras extras;
-    extras.data = DataStats{train_store_->rows(), train_store_->trained_tokens(),
-                            static_cast<std::int64_t>(fs::file_size(data_.train.store))};
-    extras.calibration = read_calibration(recipe().compute.dtype);
-    extras.at_unix_ms = clock_.unix_ms();
-    plan_ = make_plan(recipe(), model_facts(spec_, recipe().base_model), machine,
-                      PriceBook::read(recipes_folder() / "prices.yaml"), extras);
+    sku_ = machine.sku;
+    plan_ = plan_recipe({file_, model_facts(spec_, recipe().base_model), {}}, stats_of(data_.train),
+                        Measure::never)
+                .plan;
     for (const std::string& warning : plan_.warnings) log_warning(warning);
     if (!plan_.fits) throw does_not_fit(plan_);
   }

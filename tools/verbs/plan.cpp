@@ -82,7 +82,8 @@ void print_plan(const PlannedRecipe& planned, const ResolvedRecipe& recipe, bool
 
 int run_plan(const PlanArguments& arguments) {
   const ResolvedRecipe recipe = resolve_recipe(arguments.recipe, arguments.overrides);
-  const PlannedRecipe planned = plan_recipe(recipe, data_stats(recipe.file.recipe, arguments.data));
+  const PlannedRecipe planned =
+      plan_recipe(recipe, data_stats(recipe.file.recipe, arguments.data), Measure::once);
   if (arguments.json) {
     Json out = plan_json(planned.plan);
     out["recipe"] = recipe.file.name;
