@@ -170,6 +170,25 @@ TEST_P(EveryModel, a_rerun_gives_the_same_bits) {
   }
 }
 
+TEST_P(EveryModel, passes_of_one_shape_take_no_more_memory_and_recomputing_less) {
+  const TinyModel model = load_tiny(folder(), at::kFloat);
+  const Adapter adapter = random_adapter(model.spec);
+  const Tokens tokens = random_documents(model.spec.vocab, {13, 9, 5, 18}, {2, 2});
+  TrainPass pass;
+  pass.keep = Activations::recomputed;
+  run_pass(*model.decoder, adapter, tokens, pass);
+  const std::int64_t recomputed = model.decoder->pass_bytes_peak();
+  run_pass(*model.decoder, adapter, tokens, pass);
+  EXPECT_EQ(model.decoder->pass_bytes_peak(), recomputed);
+  pass.keep = Activations::kept;
+  run_pass(*model.decoder, adapter, tokens, pass);
+  const std::int64_t kept = model.decoder->pass_bytes_peak();
+  EXPECT_GT(kept, recomputed);
+  model.decoder->evaluate(tokens.input());
+  run_pass(*model.decoder, adapter, tokens, pass);
+  EXPECT_EQ(model.decoder->pass_bytes_peak(), kept);
+}
+
 TEST_P(EveryModel, dropout_is_the_same_recomputed_and_for_any_micro_batches) {
   TinyModel model = load_tiny(folder(), at::kDouble);
   const Adapter adapter = random_adapter(model.spec);

@@ -59,15 +59,17 @@ AttentionShape Attention<S>::shape(std::int64_t q_stride, std::int64_t kv_stride
 }
 
 template <class S>
-AttentionKept Attention<S>::allocate(std::int64_t tokens) const {
-  const at::TensorOptions stored(kDtype<S>), summed(kDtype<AccumOf<S>>);
+AttentionKept Attention<S>::allocate(std::int64_t tokens, TensorStack& stack) const {
+  const auto take = [&](std::int64_t columns, at::ScalarType dtype) {
+    return stack.take({tokens, columns}, dtype);
+  };
   AttentionKept kept;
-  kept.qkv = at::empty({tokens, spec_.query_width() + 2 * spec_.kv_width()}, stored);
-  kept.o = at::empty({tokens, spec_.query_width()}, stored);
-  kept.lse = at::empty({tokens, spec_.heads}, summed);
-  if (qk_shape().norm) kept.rstd = at::empty({tokens, spec_.heads + spec_.kv_heads}, summed);
-  if (!lora_qkv_.empty()) kept.xa_qkv = at::empty({tokens, lora_qkv_.rank()}, stored);
-  if (!lora_o_.empty()) kept.xa_o = at::empty({tokens, lora_o_.rank()}, stored);
+  kept.qkv = take(spec_.query_width() + 2 * spec_.kv_width(), kDtype<S>);
+  kept.o = take(spec_.query_width(), kDtype<S>);
+  kept.lse = take(spec_.heads, kDtype<AccumOf<S>>);
+  if (qk_shape().norm) kept.rstd = take(spec_.heads + spec_.kv_heads, kDtype<AccumOf<S>>);
+  if (!lora_qkv_.empty()) kept.xa_qkv = take(lora_qkv_.rank(), kDtype<S>);
+  if (!lora_o_.empty()) kept.xa_o = take(lora_o_.rank(), kDtype<S>);
   return kept;
 }
 
@@ -78,7 +80,8 @@ void Attention<S>::forward(const TokenLayout<AccumOf<S>>& layout, std::size_t in
   using A = AccumOf<S>;
   const TokenRange range = layout.micro_batches()[index];
   const std::int64_t T = range.size();
-  const at::Tensor n_TD = at::empty_like(x_TD);
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor n_TD = context_.scratch(x_TD.sizes());
   ops::rms_norm<S>(x_TD, weights_.input_norm_D, spec_.norm_eps, n_TD);
   ops::linear(n_TD, weights_.qkv_OD, kept.qkv);
   if (!lora_qkv_.empty()) lora_qkv_.forward(n_TD, kept.qkv, kept.xa_qkv, 0, token_ids(range.begin));
@@ -115,12 +118,13 @@ void Attention<S>::backward(const TokenLayout<AccumOf<S>>& layout, std::size_t i
   using A = AccumOf<S>;
   const TokenRange range = layout.micro_batches()[index];
   const std::int64_t T = range.size();
-  const at::Tensor d_o = at::empty_like(kept.o);
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor d_o = context_.scratch(kept.o.sizes());
   ops::linear_backward(dh_TD, weights_.o_DO, d_o);
   if (!lora_o_.empty()) lora_o_.backward(kept.o, dh_TD, kept.xa_o, d_o, 0, token_ids(range.begin));
 
   const QkShape qk = qk_shape();
-  const at::Tensor d_qkv = at::empty_like(kept.qkv);
+  const at::Tensor d_qkv = context_.scratch(kept.qkv.sizes());
   const auto segments = layout.segments(index, layer_.attention_chunk);
   const AttentionShape heads = shape(qk.stride, qk.stride);
   const std::int64_t tasks = static_cast<std::int64_t>(segments.size()) * spec_.kv_heads;
@@ -142,11 +146,11 @@ void Attention<S>::backward(const TokenLayout<AccumOf<S>>& layout, std::size_t i
 
   at::Tensor dn_TD;
   if (wants_dx) {
-    dn_TD = at::empty_like(x_TD);
+    dn_TD = context_.scratch(x_TD.sizes());
     ops::linear_backward(d_qkv, weights_.qkv_OD, dn_TD);
   }
   if (!lora_qkv_.empty()) {
-    const at::Tensor n_TD = at::empty_like(x_TD);
+    const at::Tensor n_TD = context_.scratch(x_TD.sizes());
     ops::rms_norm<S>(x_TD, weights_.input_norm_D, spec_.norm_eps, n_TD);
     lora_qkv_.backward(n_TD, d_qkv, kept.xa_qkv, dn_TD, 0, token_ids(range.begin));
   }
@@ -160,8 +164,9 @@ void Attention<S>::forward_cached(std::int64_t first, const at::Tensor& x_TD,
                                   const at::Tensor& h_TD, const KeyValueCache& cache) const {
   using A = AccumOf<S>;
   const std::int64_t T = x_TD.size(0), Q = spec_.query_width(), KV = spec_.kv_width();
-  const AttentionKept kept = allocate(T);
-  const at::Tensor n_TD = at::empty_like(x_TD);
+  const Frame frame(context_.scratch_stack());
+  const AttentionKept kept = allocate(T, context_.scratch_stack());
+  const at::Tensor n_TD = context_.scratch(x_TD.sizes());
   ops::rms_norm<S>(x_TD, weights_.input_norm_D, spec_.norm_eps, n_TD);
   ops::linear(n_TD, weights_.qkv_OD, kept.qkv);
   if (!lora_qkv_.empty()) lora_qkv_.forward(n_TD, kept.qkv, kept.xa_qkv, 0, nullptr);

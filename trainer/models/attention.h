@@ -31,9 +31,9 @@ class Attention {
   Attention(const ModelSpec& spec, int layer, const LayerWeights& weights,
             const PassContext<S>& context);
 
-  AttentionKept allocate(std::int64_t tokens) const;
+  AttentionKept allocate(std::int64_t tokens, TensorStack& stack) const;
 
-  /// x, h: rows of micro-batch `index` of the layout; kept: its rows. Allocates scratch only.
+  /// x, h: rows of micro-batch `index` of the layout; kept: its rows. Takes scratch only.
   void forward(const TokenLayout<AccumOf<S>>& layout, std::size_t index, const at::Tensor& x_TD,
                const at::Tensor& h_TD, const AttentionKept& kept) const;
   /// dx = gradient of x from dh; adds factor gradients. dx may be dh. With `wants_dx` false (the

@@ -7,6 +7,7 @@
 
 #include "adapters/lora.h"
 #include "trainer/ops.h"
+#include "trainer/workspace.h"
 
 namespace tailor {
 
@@ -14,6 +15,7 @@ namespace tailor {
 /// and the dropout of this step. Gradients of factors are summed in AccumOf<S> over micro-batches.
 template <class S>
 struct PassContext {
+  Workspace* workspace = nullptr;    ///< where all tensors of the pass live; never null in a pass
   const Adapter* adapter = nullptr;  ///< null: the base model alone
   const S* factors = nullptr;        ///< arena of adapter, cast once a step
   AccumOf<S>* gradients = nullptr;   ///< arena of equal layout; null: forward only
@@ -21,6 +23,12 @@ struct PassContext {
   std::uint64_t seed = 0;
   std::uint64_t step = 0;
   const std::uint64_t* token_id = nullptr;  ///< [T] identity of each token in the global batch
+
+  TensorStack& scratch_stack() const { return workspace->scratch; }
+  /// A tensor of the blocks' dtype that lives until the caller's Frame ends.
+  at::Tensor scratch(at::IntArrayRef shape) const {
+    return workspace->scratch.take(shape, kDtype<S>);
+  }
 };
 
 /// LoRA on one or several projections that read the same input, as (site, first column of y) pairs.

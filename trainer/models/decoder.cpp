@@ -34,7 +34,7 @@ struct Layer {
 };
 
 /// What one layer keeps for its backward pass. With Activations::recomputed only x, routing and
-/// router_xa are held a layer; the rest is scratch that all layers share.
+/// router_xa are on the stack of what is kept; the rest is scratch, gone with the layer.
 template <class S>
 struct LayerKept {
   at::Tensor x_TD, h_TD;
@@ -56,7 +56,11 @@ class DecoderOf final : public Decoder {
 
  public:
   DecoderOf(ModelSpec spec, ModelWeights weights)
-      : spec_(std::move(spec)), weights_(std::move(weights)) {}
+      : spec_(std::move(spec)), weights_(std::move(weights)) {
+    context_.workspace = &workspace_;
+  }
+  DecoderOf(const DecoderOf&) = delete;  // blocks hold the address of context_
+  DecoderOf& operator=(const DecoderOf&) = delete;
 
   const ModelSpec& spec() const override { return spec_; }
   const ModelWeights& weights() const override { return weights_; }
@@ -93,18 +97,25 @@ class DecoderOf final : public Decoder {
   }
 
   LossResult evaluate(const TokenInput& input) override {
+    const Frame kept(workspace_.kept), scratch(workspace_.scratch);
     const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, nullptr);
-    return head_loss<S>(weights_, spec_.norm_eps, x_TD, input.target, 0, at::Tensor());
+    return head_loss<S>(weights_, spec_.norm_eps, x_TD, input.target, 0, at::Tensor(),
+                        workspace_.scratch);
   }
 
   Trace trace(const TokenInput& input) override {
     Trace out;
+    const Frame kept_frame(workspace_.kept), scratch_frame(workspace_.scratch);
     const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, &out);
     const at::Tensor n_TD = at::empty_like(x_TD);
     ops::rms_norm<S>(x_TD, weights_.norm_D, spec_.norm_eps, n_TD);
     out.hidden_TD.push_back(n_TD);
     out.logits_TV = head_logits<S>(weights_, spec_.norm_eps, x_TD);
     return out;
+  }
+
+  std::int64_t pass_bytes_peak() const override {
+    return workspace_.kept.bytes_peak() + workspace_.scratch.bytes_peak();
   }
 
   GenerationState start_generation(std::int64_t positions_max) override {
@@ -117,28 +128,31 @@ class DecoderOf final : public Decoder {
   }
 
   at::Tensor next_logits(GenerationState& state, std::span<const std::int32_t> ids) override {
-    at::Tensor x_TD = embed(ids);
+    const Frame kept_frame(workspace_.kept);
+    const at::Tensor x_TD = embed(ids);
     const std::int64_t T = x_TD.size(0);
     TAILOR_CHECK(T > 0 && state.position + T <= state.kv.front().size(0));
+    LayerKept<S> kept;
+    kept.h_TD = take_kept({T, spec_.hidden});
     for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
+      const Frame of_layer(workspace_.kept), scratch(workspace_.scratch);
       const Layer<S> layer(spec_, l, weights_.layers[l], context_);
-      LayerKept<S> kept;
-      kept.h_TD = at::empty_like(x_TD);
       layer.attention.forward_cached(state.position, x_TD, kept.h_TD, {state.kv[l]});
-      const at::Tensor out_TD = at::empty_like(x_TD);
       const TokenRange all{0, T};
-      feed_forward(layer, std::span(&all, 1), kept, out_TD, false);
-      x_TD = out_TD;
+      feed_forward(layer, std::span(&all, 1), kept, x_TD, false);
     }
     state.position += T;
     return head_logits<S>(weights_, spec_.norm_eps, x_TD.narrow(0, T - 1, 1))[0];
   }
 
  private:
-  at::Tensor embed(std::span<const std::int32_t> ids) const {
+  at::Tensor take_kept(at::IntArrayRef shape) { return workspace_.kept.take(shape, kDtype<S>); }
+
+  /// Rows of the embedding, on the stack of what is kept.
+  at::Tensor embed(std::span<const std::int32_t> ids) {
     const auto T = static_cast<std::int64_t>(ids.size());
     for (const std::int32_t id : ids) TAILOR_CHECK(id >= 0 && id < spec_.vocab);
-    at::Tensor x_TD = at::empty({T, spec_.hidden}, at::TensorOptions(kDtype<S>));
+    const at::Tensor x_TD = take_kept({T, spec_.hidden});
     at::parallel_for(0, T, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
       kernels<S>().gather_rows(begin, end, spec_.hidden, data<S>(weights_.embedding_VD), ids.data(),
                                nullptr, data<S>(x_TD));
@@ -151,7 +165,7 @@ class DecoderOf final : public Decoder {
   }
 
   at::Tensor norm_after_attention(const Layer<S>& layer, const at::Tensor& h_TD) const {
-    const at::Tensor n_TD = at::empty_like(h_TD);
+    const at::Tensor n_TD = context_.scratch(h_TD.sizes());
     ops::rms_norm<S>(h_TD, layer.weights.post_norm_D, spec_.norm_eps, n_TD);
     return n_TD;
   }
@@ -166,16 +180,19 @@ class DecoderOf final : public Decoder {
   }
 
   /// out = h + feed-forward(norm(h)): dense and shared parts a micro-batch at a time, routed
-  /// experts over all of them. With `keep`, kept.mlp and kept.experts are allocated and filled.
+  /// experts over all of them. With `keep`, kept.mlp and kept.experts are taken and filled.
   void feed_forward(const Layer<S>& layer, std::span<const TokenRange> micro_batches,
-                    LayerKept<S>& kept, const at::Tensor& out_TD, bool keep) const {
+                    LayerKept<S>& kept, const at::Tensor& out_TD, bool keep) {
     const std::int64_t T = kept.h_TD.size(0);
-    if (keep) kept.mlp = layer.mlp.allocate(T);
+    const Frame frame(workspace_.scratch);
+    if (keep) kept.mlp = layer.mlp.allocate(T, workspace_.kept);
     const auto mlp_kept = [&](TokenRange range) {
-      return keep ? kept.mlp.rows(range.begin, range.size()) : layer.mlp.allocate(range.size());
+      return keep ? kept.mlp.rows(range.begin, range.size())
+                  : layer.mlp.allocate(range.size(), workspace_.scratch);
     };
     if (!layer.moe) {
       for (const TokenRange range : micro_batches) {
+        const Frame of_micro_batch(workspace_.scratch);
         const at::Tensor h = rows_of(kept.h_TD, range);
         layer.mlp.forward(norm_after_attention(layer, h), h, rows_of(out_TD, range),
                           mlp_kept(range), token_ids(range));
@@ -184,28 +201,30 @@ class DecoderOf final : public Decoder {
     }
     kept.routing = layer.router->start(T);
     kept.router_xa = layer.router->allocate_kept(T);
-    const at::Tensor n_TD = at::empty_like(kept.h_TD);
+    const at::Tensor n_TD = context_.scratch(kept.h_TD.sizes());
     for (const TokenRange range : micro_batches) {
+      const Frame of_micro_batch(workspace_.scratch);
       const at::Tensor h = rows_of(kept.h_TD, range), n = rows_of(n_TD, range);
       ops::rms_norm<S>(h, layer.weights.post_norm_D, spec_.norm_eps, n);
       layer.router->forward(n, range.begin, kept.routing, rows_of(kept.router_xa, range));
       layer.mlp.forward(n, h, rows_of(out_TD, range), mlp_kept(range), token_ids(range));
     }
     layer.router->finish(kept.routing);
-    ExpertsKept experts = layer.experts->allocate(kept.routing.rows(), keep);
+    ExpertsKept experts = layer.experts->allocate(kept.routing.rows(), keep,
+                                                  keep ? workspace_.kept : workspace_.scratch);
     layer.experts->forward(n_TD, kept.routing, out_TD, experts);
     if (keep) kept.experts = std::move(experts);
   }
 
   /// Forward through all layers keeping nothing but, if asked, a trace.
-  at::Tensor run_forward(const Layout& layout, std::span<const std::int32_t> ids,
-                         Trace* trace) const {
+  at::Tensor run_forward(const Layout& layout, std::span<const std::int32_t> ids, Trace* trace) {
     LayerKept<S> kept;
     kept.x_TD = embed(ids);
-    kept.h_TD = at::empty_like(kept.x_TD);
+    kept.h_TD = take_kept(kept.x_TD.sizes());
     for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
+      const Frame of_layer(workspace_.kept), scratch(workspace_.scratch);
       const Layer<S> layer(spec_, l, weights_.layers[l], context_);
-      kept.attention = layer.attention.allocate(layout.tokens());
+      kept.attention = layer.attention.allocate(layout.tokens(), workspace_.scratch);
       if (trace != nullptr) trace->hidden_TD.push_back(kept.x_TD.clone());
       attention_forward(layer, layout, kept);
       feed_forward(layer, layout.micro_batches(), kept, kept.x_TD, false);
@@ -223,29 +242,33 @@ class DecoderOf final : public Decoder {
     const Layout layout(spec_, input);
     const bool keep = pass.keep == Activations::kept;
     const std::int64_t T = layout.tokens();
+    const Frame kept_frame(workspace_.kept), scratch_frame(workspace_.scratch);
     std::vector<LayerKept<S>> kept(spec_.layers.size());
+    std::vector<TensorStack::Mark> before(kept.size());  // where a layer's kept tensors begin
     at::Tensor x_TD = embed(input.ids);
-    const at::Tensor h_scratch = keep ? at::Tensor() : at::empty_like(x_TD);
+    const at::Tensor h_scratch = keep ? at::Tensor() : context_.scratch(x_TD.sizes());
     for (std::size_t l = 0; l < kept.size(); ++l) {
+      before[l] = workspace_.kept.mark();
+      const Frame scratch(workspace_.scratch);
       const Layer<S> layer(spec_, l, weights_.layers[l], context_);
       LayerKept<S>& mine = kept[l];
       mine.x_TD = x_TD;
-      mine.h_TD = keep ? at::empty_like(x_TD) : h_scratch;
-      mine.attention = layer.attention.allocate(T);
+      mine.h_TD = keep ? take_kept(x_TD.sizes()) : h_scratch;
+      mine.attention = layer.attention.allocate(T, keep ? workspace_.kept : workspace_.scratch);
       attention_forward(layer, layout, mine);
-      x_TD = at::empty_like(x_TD);
+      x_TD = take_kept(x_TD.sizes());
       feed_forward(layer, layout.micro_batches(), mine, x_TD, keep);
       if (!keep) mine.attention = {};
     }
-    const at::Tensor dx_TD = at::empty_like(x_TD);
-    LossResult result =
-        head_loss<S>(weights_, spec_.norm_eps, x_TD, input.target, pass.gradient_scale, dx_TD);
-    x_TD.reset();
+    const at::Tensor dx_TD = context_.scratch(x_TD.sizes());
+    LossResult result = head_loss<S>(weights_, spec_.norm_eps, x_TD, input.target,
+                                     pass.gradient_scale, dx_TD, workspace_.scratch);
     for (std::size_t l = kept.size(); l-- > 0;) {
+      const Frame scratch(workspace_.scratch);
       const Layer<S> layer(spec_, l, weights_.layers[l], context_);
       LayerKept<S>& mine = kept[l];
       if (!keep) {  // phase 1: every micro-batch again, up to the feed-forward part
-        mine.attention = layer.attention.allocate(T);
+        mine.attention = layer.attention.allocate(T, workspace_.scratch);
         attention_forward(layer, layout, mine);
       }
       feed_forward_backward(layer, layout.micro_batches(), mine, dx_TD, keep);
@@ -255,36 +278,41 @@ class DecoderOf final : public Decoder {
         layer.attention.backward(layout, m, rows_of(mine.x_TD, range), dx,
                                  mine.attention.rows(range), dx, l != 0);
       }
-      mine = {};  // its memory serves the layers below
+      mine = {};
+      workspace_.kept.release(before[l]);
     }
     return result;
   }
 
   /// dx_TD enters as the gradient of the layer's output and leaves as that of h.
   void feed_forward_backward(const Layer<S>& layer, std::span<const TokenRange> micro_batches,
-                             LayerKept<S>& kept, const at::Tensor& dx_TD, bool keep) const {
+                             LayerKept<S>& kept, const at::Tensor& dx_TD, bool keep) {
+    const Frame frame(workspace_.scratch);
     const auto mlp_backward = [&](const at::Tensor& n, TokenRange range, const at::Tensor& dn) {
-      MlpKept mine =
-          keep ? kept.mlp.rows(range.begin, range.size()) : layer.mlp.allocate(range.size());
+      const Frame of_micro_batch(workspace_.scratch);
+      const MlpKept mine = keep ? kept.mlp.rows(range.begin, range.size())
+                                : layer.mlp.allocate(range.size(), workspace_.scratch);
       if (!keep) layer.mlp.recompute(n, mine, token_ids(range));
       layer.mlp.backward(n, rows_of(dx_TD, range), mine, dn, token_ids(range));
     };
     if (!layer.moe) {
       for (const TokenRange range : micro_batches) {
+        const Frame of_micro_batch(workspace_.scratch);
         const at::Tensor h = rows_of(kept.h_TD, range), dx = rows_of(dx_TD, range);
-        const at::Tensor n = norm_after_attention(layer, h), dn = at::empty_like(n);
+        const at::Tensor n = norm_after_attention(layer, h), dn = context_.scratch(n.sizes());
         mlp_backward(n, range, dn);
         ops::rms_norm_backward<S>(h, layer.weights.post_norm_D, dn, dx, spec_.norm_eps, dx);
       }
       return;
     }
     const at::Tensor n_TD = norm_after_attention(layer, kept.h_TD);
-    const at::Tensor dn_TD = at::empty_like(n_TD);
+    const at::Tensor dn_TD = context_.scratch(n_TD.sizes());
     for (const TokenRange range : micro_batches) {
       mlp_backward(rows_of(n_TD, range), range, rows_of(dn_TD, range));
     }
     const ExpertsKept experts =
-        keep ? kept.experts : layer.experts->allocate(kept.routing.rows(), false);
+        keep ? kept.experts
+             : layer.experts->allocate(kept.routing.rows(), false, workspace_.scratch);
     std::vector<A> d_gate;
     layer.experts->backward(n_TD, kept.routing, dx_TD, experts, dn_TD, d_gate);
     for (const TokenRange range : micro_batches) {
@@ -298,6 +326,7 @@ class DecoderOf final : public Decoder {
 
   ModelSpec spec_;
   ModelWeights weights_;
+  Workspace workspace_;
   PassContext<S> context_;
   at::Tensor factors_;
 };

@@ -71,6 +71,9 @@ class Decoder {
   virtual LossResult evaluate(const TokenInput& input) = 0;
   virtual Trace trace(const TokenInput& input) = 0;
 
+  /// Most bytes of activations and scratch that were alive at once in any pass so far.
+  virtual std::int64_t pass_bytes_peak() const = 0;
+
   virtual GenerationState start_generation(std::int64_t positions_max) = 0;
   /// Appends `ids` and returns the logits [V] after the last of them.
   virtual at::Tensor next_logits(GenerationState& state, std::span<const std::int32_t> ids) = 0;

@@ -26,6 +26,20 @@ void combine(const at::Tensor& rows, const Routing<AccumOf<S>>& routing, const A
   });
 }
 
+/// Products get this many rows or a multiple: a matrix library compiles a kernel for every number
+/// of rows it meets, and an expert's share is another in every step (measured: 12 % of a step). The
+/// rows past an expert's own are zero on the way in; on the way out they fall on the next expert's
+/// rows, which are written after them, or on the spare rows behind the last.
+constexpr std::int64_t kRowMultiple = 16;
+
+std::int64_t padded(std::int64_t rows) {
+  return (rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
+}
+
+void zero_past(const at::Tensor& tensor, std::int64_t rows) {
+  if (rows < tensor.size(0)) tensor.narrow(0, rows, tensor.size(0) - rows).zero_();
+}
+
 std::int64_t rows_max(const std::vector<std::int64_t>& expert_begin) {
   std::int64_t most = 0;
   for (std::size_t e = 0; e + 1 < expert_begin.size(); ++e) {
@@ -54,12 +68,13 @@ Experts<S>::Experts(const ModelSpec& spec, int layer, const LayerWeights& weight
       lora_down_(context, layer, {Projection::experts_down}, {0}) {}
 
 template <class S>
-ExpertsKept Experts<S>::allocate(std::int64_t rows, bool keep_gate_up) const {
-  const at::TensorOptions stored(kDtype<S>);
+ExpertsKept Experts<S>::allocate(std::int64_t rows, bool keep_gate_up, TensorStack& stack) const {
   ExpertsKept kept;
-  if (keep_gate_up) kept.gate_up = at::empty({rows, 2 * spec_.expert_width}, stored);
-  if (!lora_gate_up_.empty()) kept.xa_gate_up = at::empty({rows, lora_gate_up_.rank()}, stored);
-  if (!lora_down_.empty()) kept.xa_down = at::empty({rows, lora_down_.rank()}, stored);
+  if (keep_gate_up) {
+    kept.gate_up = stack.take({rows + kRowMultiple, 2 * spec_.expert_width}, kDtype<S>);
+  }
+  if (!lora_gate_up_.empty()) kept.xa_gate_up = stack.take({rows, lora_gate_up_.rank()}, kDtype<S>);
+  if (!lora_down_.empty()) kept.xa_down = stack.take({rows, lora_down_.rank()}, kDtype<S>);
   return kept;
 }
 
@@ -67,32 +82,36 @@ template <class S>
 void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& routing,
                          const at::Tensor& out_TD, const ExpertsKept& kept) const {
   const std::int64_t D = spec_.hidden, F = spec_.expert_width;
-  const std::int64_t most = rows_max(routing.expert_begin);
-  const at::Tensor x_scratch = at::empty({most, D}, n_TD.options());
-  const at::Tensor m_scratch = at::empty({most, F}, n_TD.options());
+  const std::int64_t most = padded(rows_max(routing.expert_begin));
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor x_scratch = context_.scratch({most, D});
+  const at::Tensor m_scratch = context_.scratch({most, F});
   const at::Tensor gate_up_scratch =
-      kept.gate_up.defined() ? at::Tensor() : at::empty({most, 2 * F}, n_TD.options());
-  const at::Tensor y = at::empty({routing.rows(), D}, n_TD.options());
+      kept.gate_up.defined() ? at::Tensor() : context_.scratch({most, 2 * F});
+  const at::Tensor y = context_.scratch({routing.rows() + kRowMultiple, D});
   for (std::int64_t e = 0; e < spec_.experts; ++e) {
     const std::int64_t begin = routing.expert_begin[static_cast<std::size_t>(e)];
     const std::int64_t n = routing.expert_begin[static_cast<std::size_t>(e) + 1] - begin;
     if (n == 0) continue;
-    const at::Tensor x = slice(x_scratch, 0, n), m = slice(m_scratch, 0, n),
-                     y_e = slice(y, begin, n);
+    const std::int64_t p = padded(n);
+    const at::Tensor x_p = slice(x_scratch, 0, p), x = slice(x_p, 0, n);
+    const at::Tensor m_p = slice(m_scratch, 0, p), m = slice(m_p, 0, n);
     const at::Tensor gate_up =
-        kept.gate_up.defined() ? slice(kept.gate_up, begin, n) : slice(gate_up_scratch, 0, n);
+        kept.gate_up.defined() ? slice(kept.gate_up, begin, p) : slice(gate_up_scratch, 0, p);
     gather<S>(n_TD, routing.token_of_row.data() + begin, routing.gate_of_row.data() + begin, x);
+    zero_past(x_p, n);
     at::Tensor to = gate_up;
-    at::mm_out(to, x, weights_.experts_gate_up_EDO[e]);
+    at::mm_out(to, x_p, weights_.experts_gate_up_EDO[e]);
     if (!lora_gate_up_.empty()) {
-      lora_gate_up_.forward(x, gate_up, slice(kept.xa_gate_up, begin, n), e,
+      lora_gate_up_.forward(x, slice(gate_up, 0, n), slice(kept.xa_gate_up, begin, n), e,
                             row_ids(routing, begin));
     }
-    ops::swiglu<S>(gate_up, m);
-    to = y_e;
-    at::mm_out(to, m, weights_.experts_down_EFD[e]);
+    ops::swiglu<S>(gate_up, m_p);
+    to = slice(y, begin, p);
+    at::mm_out(to, m_p, weights_.experts_down_EFD[e]);
     if (!lora_down_.empty()) {
-      lora_down_.forward(m, y_e, slice(kept.xa_down, begin, n), e, row_ids(routing, begin));
+      lora_down_.forward(m, slice(y, begin, n), slice(kept.xa_down, begin, n), e,
+                         row_ids(routing, begin));
     }
   }
   combine<S>(y, routing, nullptr, out_TD);
@@ -103,44 +122,54 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
                           const at::Tensor& dout_TD, const ExpertsKept& kept,
                           const at::Tensor& dn_TD, std::vector<AccumOf<S>>& d_gate) const {
   const std::int64_t D = spec_.hidden, F = spec_.expert_width, rows = routing.rows();
-  const std::int64_t most = rows_max(routing.expert_begin);
-  const at::Tensor x_scratch = at::empty({most, D}, n_TD.options());
-  const at::Tensor dy_scratch = at::empty({most, D}, n_TD.options());
-  const at::Tensor m_scratch = at::empty({most, F}, n_TD.options());
-  const at::Tensor dm_scratch = at::empty({most, F}, n_TD.options());
-  const at::Tensor d_gate_up_scratch = at::empty({most, 2 * F}, n_TD.options());
+  const std::int64_t most = padded(rows_max(routing.expert_begin));
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor x_scratch = context_.scratch({most, D}),
+                   dy_scratch = context_.scratch({most, D});
+  const at::Tensor m_scratch = context_.scratch({most, F}),
+                   dm_scratch = context_.scratch({most, F});
+  const at::Tensor d_gate_up_scratch = context_.scratch({most, 2 * F});
   const at::Tensor gate_up_scratch =
-      kept.gate_up.defined() ? at::Tensor() : at::empty({most, 2 * F}, n_TD.options());
-  const at::Tensor dx = at::empty({rows, D}, n_TD.options());
+      kept.gate_up.defined() ? at::Tensor() : context_.scratch({most, 2 * F});
+  const at::Tensor dx = context_.scratch({rows + kRowMultiple, D});
   for (std::int64_t e = 0; e < spec_.experts; ++e) {
     const std::int64_t begin = routing.expert_begin[static_cast<std::size_t>(e)];
     const std::int64_t n = routing.expert_begin[static_cast<std::size_t>(e) + 1] - begin;
     if (n == 0) continue;
-    const at::Tensor x = slice(x_scratch, 0, n), dy = slice(dy_scratch, 0, n);
-    const at::Tensor m = slice(m_scratch, 0, n), dm = slice(dm_scratch, 0, n);
-    const at::Tensor d_gate_up = slice(d_gate_up_scratch, 0, n), dx_e = slice(dx, begin, n);
+    const std::int64_t p = padded(n);
+    const at::Tensor x_p = slice(x_scratch, 0, p), x = slice(x_p, 0, n);
+    const at::Tensor dy_p = slice(dy_scratch, 0, p), dy = slice(dy_p, 0, n);
+    const at::Tensor dm_p = slice(dm_scratch, 0, p), dm = slice(dm_p, 0, n);
+    const at::Tensor d_gate_up_p = slice(d_gate_up_scratch, 0, p);
+    const at::Tensor d_gate_up = slice(d_gate_up_p, 0, n), m = slice(m_scratch, 0, n);
     const at::Tensor xa_gate_up = slice(kept.xa_gate_up, begin, n);
     const std::uint64_t* ids = row_ids(routing, begin);
     const std::int32_t* token = routing.token_of_row.data() + begin;
-    at::Tensor gate_up =
-        kept.gate_up.defined() ? slice(kept.gate_up, begin, n) : slice(gate_up_scratch, 0, n);
+    at::Tensor gate_up_p =
+        kept.gate_up.defined() ? slice(kept.gate_up, begin, n) : slice(gate_up_scratch, 0, p);
+    const at::Tensor gate_up = slice(gate_up_p, 0, n);
     gather<S>(n_TD, token, routing.gate_of_row.data() + begin, x);
     gather<S>(dout_TD, token, nullptr, dy);
+    zero_past(dy_p, n);
     if (!kept.gate_up.defined()) {
-      at::mm_out(gate_up, x, weights_.experts_gate_up_EDO[e]);
+      zero_past(x_p, n);
+      at::mm_out(gate_up_p, x_p, weights_.experts_gate_up_EDO[e]);
       if (!lora_gate_up_.empty()) lora_gate_up_.forward(x, gate_up, xa_gate_up, e, ids);
     }
-    at::Tensor to = dm;
-    at::mm_out(to, dy, weights_.experts_down_EFD[e].t());
+    at::Tensor to = dm_p;
+    at::mm_out(to, dy_p, weights_.experts_down_EFD[e].t());
     if (!lora_down_.empty()) {
       ops::swiglu<S>(gate_up, m);
       if (!kept.gate_up.defined()) lora_down_.down_only(m, slice(kept.xa_down, begin, n), e, ids);
       lora_down_.backward(m, dy, slice(kept.xa_down, begin, n), dm, e, ids);
     }
     ops::swiglu_backward<S>(gate_up, dm, d_gate_up);
-    to = dx_e;
-    at::mm_out(to, d_gate_up, weights_.experts_gate_up_EDO[e].t());
-    if (!lora_gate_up_.empty()) lora_gate_up_.backward(x, d_gate_up, xa_gate_up, dx_e, e, ids);
+    zero_past(d_gate_up_p, n);
+    to = slice(dx, begin, p);
+    at::mm_out(to, d_gate_up_p, weights_.experts_gate_up_EDO[e].t());
+    if (!lora_gate_up_.empty()) {
+      lora_gate_up_.backward(x, d_gate_up, xa_gate_up, slice(dx, begin, n), e, ids);
+    }
   }
   d_gate.resize(static_cast<std::size_t>(rows));
   at::parallel_for(0, rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {

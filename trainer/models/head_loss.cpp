@@ -16,7 +16,7 @@ std::int64_t chunk_rows(std::int64_t vocab, std::int64_t element_bytes) {
 template <class S>
 LossResult head_loss(const ModelWeights& weights, double norm_eps, const at::Tensor& x_TD,
                      std::span<const std::int32_t> target, double gradient_scale,
-                     const at::Tensor& dx_TD) {
+                     const at::Tensor& dx_TD, TensorStack& scratch) {
   const std::int64_t D = x_TD.size(1), V = weights.head_VD.size(0);
   std::vector<std::int32_t> rows, wanted;
   for (std::size_t t = 0; t < target.size(); ++t) {
@@ -32,9 +32,11 @@ LossResult head_loss(const ModelWeights& weights, double norm_eps, const at::Ten
   if (dx_TD.defined()) dx_TD.zero_();
   const std::int64_t chunk = std::min(count, chunk_rows(V, static_cast<std::int64_t>(sizeof(S))));
   if (count == 0) return result;
-  const at::Tensor x_chunk = at::empty({chunk, D}, x_TD.options());
-  const at::Tensor n_chunk = at::empty({chunk, D}, x_TD.options());
-  const at::Tensor logits_chunk = at::empty({chunk, V}, x_TD.options());
+  const Frame frame(scratch);
+  const at::Tensor x_chunk = scratch.take({chunk, D}, kDtype<S>);
+  const at::Tensor n_chunk = scratch.take({chunk, D}, kDtype<S>);
+  const at::Tensor logits_chunk = scratch.take({chunk, V}, kDtype<S>);
+  const at::Tensor dx_chunk = scratch.take({dx_TD.defined() ? chunk : 0, D}, kDtype<S>);
   std::vector<std::int32_t> best(static_cast<std::size_t>(chunk));
   for (std::int64_t begin = 0; begin < count; begin += chunk) {
     const std::int64_t n = std::min(chunk, count - begin);
@@ -57,7 +59,7 @@ LossResult head_loss(const ModelWeights& weights, double norm_eps, const at::Ten
     }
     if (!dx_TD.defined()) continue;
     ops::linear_backward(logits, weights.head_VD, normed);  // normed now holds its own gradient
-    const at::Tensor dx = at::zeros({n, D}, x_TD.options());
+    const at::Tensor dx = dx_chunk.narrow(0, 0, n).zero_();
     ops::rms_norm_backward<S>(x, weights.norm_D, normed, dx, norm_eps, dx);
     for (std::int64_t i = 0; i < n; ++i) {
       std::copy_n(data<S>(dx) + i * D, D, data<S>(dx_TD) + std::int64_t{token[i]} * D);
@@ -74,11 +76,14 @@ at::Tensor head_logits(const ModelWeights& weights, double norm_eps, const at::T
 }
 
 template LossResult head_loss<double>(const ModelWeights&, double, const at::Tensor&,
-                                      std::span<const std::int32_t>, double, const at::Tensor&);
+                                      std::span<const std::int32_t>, double, const at::Tensor&,
+                                      TensorStack&);
 template LossResult head_loss<float>(const ModelWeights&, double, const at::Tensor&,
-                                     std::span<const std::int32_t>, double, const at::Tensor&);
+                                     std::span<const std::int32_t>, double, const at::Tensor&,
+                                     TensorStack&);
 template LossResult head_loss<Bf16>(const ModelWeights&, double, const at::Tensor&,
-                                    std::span<const std::int32_t>, double, const at::Tensor&);
+                                    std::span<const std::int32_t>, double, const at::Tensor&,
+                                    TensorStack&);
 template at::Tensor head_logits<double>(const ModelWeights&, double, const at::Tensor&);
 template at::Tensor head_logits<float>(const ModelWeights&, double, const at::Tensor&);
 template at::Tensor head_logits<Bf16>(const ModelWeights&, double, const at::Tensor&);

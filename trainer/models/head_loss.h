@@ -8,6 +8,7 @@
 
 #include "trainer/models/weights.h"
 #include "trainer/ops.h"
+#include "trainer/workspace.h"
 
 namespace tailor {
 
@@ -26,7 +27,7 @@ struct LossResult {
 template <class S>
 LossResult head_loss(const ModelWeights& weights, double norm_eps, const at::Tensor& x_TD,
                      std::span<const std::int32_t> target, double gradient_scale,
-                     const at::Tensor& dx_TD);
+                     const at::Tensor& dx_TD, TensorStack& scratch);
 
 /// Logits [rows, V] in float32 of rows of the residual stream, for tests and for generating.
 template <class S>

@@ -55,7 +55,8 @@ void LoraGroup<S>::down_only(const at::Tensor& x, const at::Tensor& xa, std::int
     ops::lora_down<S>(x, a_of(first), rank_, first.scale, data<S>(xa), rank_);
     return;
   }
-  const at::Tensor kept = drops() ? at::empty(x.sizes(), x.options()) : x;
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor kept = drops() ? context_.scratch(x.sizes()) : x;
   for (const Part& part : parts_) {
     const LoraSite& site = *part.site;
     if (drops()) drop<S>(x, context_.dropout, dropout_key(site, expert), token_id, kept);
@@ -85,7 +86,8 @@ void LoraGroup<S>::backward(const at::Tensor& x, const at::Tensor& dy, const at:
                             const std::uint64_t* token_id) const {
   const std::int64_t T = x.size(0);
   if (T == 0) return;
-  const at::Tensor d = at::empty({T, rank_}, x.options());
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor d = context_.scratch({T, rank_});
   for (const Part& part : parts_) {
     const LoraSite& site = *part.site;
     const std::int64_t a_at = site.a_offset + expert * site.rank * site.in;
@@ -97,7 +99,8 @@ void LoraGroup<S>::backward(const at::Tensor& x, const at::Tensor& dy, const at:
                           data<S>(dy_part), dy.stride(0), context_.gradients + b_at);
     if (drops()) {
       const std::uint64_t key = dropout_key(site, expert);
-      const at::Tensor kept = at::empty(x.sizes(), x.options());
+      const Frame of_part(context_.scratch_stack());
+      const at::Tensor kept = context_.scratch(x.sizes());
       drop<S>(x, context_.dropout, key, token_id, kept);
       ops::lora_gradient<S>(T, site.rank, site.in, d_part, rank_, data<S>(kept), kept.stride(0),
                             context_.gradients + a_at);

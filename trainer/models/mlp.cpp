@@ -20,6 +20,7 @@ std::int64_t MlpKept::bytes() const {
 template <class S>
 Mlp<S>::Mlp(Kind kind, int layer, const LayerWeights& weights, const PassContext<S>& context)
     : weights_(weights),
+      context_(context),
       lora_gate_up_(context, layer,
                     {kind == Kind::dense ? Projection::gate_proj : Projection::shared_gate_proj,
                      kind == Kind::dense ? Projection::up_proj : Projection::shared_up_proj},
@@ -29,12 +30,12 @@ Mlp<S>::Mlp(Kind kind, int layer, const LayerWeights& weights, const PassContext
                  {0}) {}
 
 template <class S>
-MlpKept Mlp<S>::allocate(std::int64_t tokens) const {
-  const at::TensorOptions stored(kDtype<S>);
+MlpKept Mlp<S>::allocate(std::int64_t tokens, TensorStack& stack) const {
   MlpKept kept;
-  kept.gate_up = at::empty({tokens, weights_.gate_up_OD.size(0)}, stored);
-  if (!lora_gate_up_.empty()) kept.xa_gate_up = at::empty({tokens, lora_gate_up_.rank()}, stored);
-  if (!lora_down_.empty()) kept.xa_down = at::empty({tokens, lora_down_.rank()}, stored);
+  kept.gate_up = stack.take({tokens, weights_.gate_up_OD.size(0)}, kDtype<S>);
+  if (!lora_gate_up_.empty())
+    kept.xa_gate_up = stack.take({tokens, lora_gate_up_.rank()}, kDtype<S>);
+  if (!lora_down_.empty()) kept.xa_down = stack.take({tokens, lora_down_.rank()}, kDtype<S>);
   return kept;
 }
 
@@ -50,8 +51,9 @@ void Mlp<S>::gate_up(const at::Tensor& n_TD, const MlpKept& kept,
 template <class S>
 void Mlp<S>::forward(const at::Tensor& n_TD, const at::Tensor& base_TD, const at::Tensor& out_TD,
                      const MlpKept& kept, const std::uint64_t* token_id) const {
+  const Frame frame(context_.scratch_stack());
   gate_up(n_TD, kept, token_id);
-  const at::Tensor m_TF = at::empty({n_TD.size(0), weights_.down_DF.size(1)}, n_TD.options());
+  const at::Tensor m_TF = context_.scratch({n_TD.size(0), weights_.down_DF.size(1)});
   ops::swiglu<S>(kept.gate_up, m_TF);
   at::Tensor out = out_TD;
   at::addmm_out(out, base_TD, m_TF, weights_.down_DF.t());
@@ -63,7 +65,8 @@ void Mlp<S>::recompute(const at::Tensor& n_TD, const MlpKept& kept,
                        const std::uint64_t* token_id) const {
   gate_up(n_TD, kept, token_id);
   if (lora_down_.empty()) return;
-  const at::Tensor m_TF = at::empty({n_TD.size(0), weights_.down_DF.size(1)}, n_TD.options());
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor m_TF = context_.scratch({n_TD.size(0), weights_.down_DF.size(1)});
   ops::swiglu<S>(kept.gate_up, m_TF);
   lora_down_.down_only(m_TF, kept.xa_down, 0, token_id);
 }
@@ -72,14 +75,15 @@ template <class S>
 void Mlp<S>::backward(const at::Tensor& n_TD, const at::Tensor& dout_TD, const MlpKept& kept,
                       const at::Tensor& dn_TD, const std::uint64_t* token_id) const {
   const std::int64_t T = n_TD.size(0), F = weights_.down_DF.size(1);
-  const at::Tensor dm_TF = at::empty({T, F}, n_TD.options());
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor dm_TF = context_.scratch({T, F});
   ops::linear_backward(dout_TD, weights_.down_DF, dm_TF);
   if (!lora_down_.empty()) {
-    const at::Tensor m_TF = at::empty({T, F}, n_TD.options());
+    const at::Tensor m_TF = context_.scratch({T, F});
     ops::swiglu<S>(kept.gate_up, m_TF);
     lora_down_.backward(m_TF, dout_TD, kept.xa_down, dm_TF, 0, token_id);
   }
-  const at::Tensor d_gate_up = at::empty_like(kept.gate_up);
+  const at::Tensor d_gate_up = context_.scratch(kept.gate_up.sizes());
   ops::swiglu_backward<S>(kept.gate_up, dm_TF, d_gate_up);
   ops::linear_backward(d_gate_up, weights_.gate_up_OD, dn_TD);
   if (!lora_gate_up_.empty()) {

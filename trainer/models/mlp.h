@@ -22,7 +22,7 @@ class Mlp {
   enum class Kind { dense, shared_expert };
   Mlp(Kind kind, int layer, const LayerWeights& weights, const PassContext<S>& context);
 
-  MlpKept allocate(std::int64_t tokens) const;
+  MlpKept allocate(std::int64_t tokens, TensorStack& stack) const;
   /// out = base + y(n); fills kept. out may be base.
   void forward(const at::Tensor& n_TD, const at::Tensor& base_TD, const at::Tensor& out_TD,
                const MlpKept& kept, const std::uint64_t* token_id) const;
@@ -36,6 +36,7 @@ class Mlp {
   void gate_up(const at::Tensor& n_TD, const MlpKept& kept, const std::uint64_t* token_id) const;
 
   const LayerWeights& weights_;
+  const PassContext<S>& context_;
   LoraGroup<S> lora_gate_up_, lora_down_;
 };
 

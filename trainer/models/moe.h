@@ -41,7 +41,8 @@ class Router {
          const PassContext<S>& context);
 
   Routing<AccumOf<S>> start(std::int64_t tokens) const;
-  at::Tensor allocate_kept(std::int64_t tokens) const;  ///< xa of the router's own factors
+  /// xa of the router's own factors, on the stack of what is kept.
+  at::Tensor allocate_kept(std::int64_t tokens) const;
   /// Fills tokens [begin, begin + n) of `routing`.
   void forward(const at::Tensor& n_TD, std::int64_t begin, Routing<AccumOf<S>>& routing,
                const at::Tensor& xa) const;
@@ -69,7 +70,7 @@ class Experts {
           const PassContext<S>& context);
 
   /// With `keep_gate_up` false only the thin products are kept.
-  ExpertsKept allocate(std::int64_t rows, bool keep_gate_up) const;
+  ExpertsKept allocate(std::int64_t rows, bool keep_gate_up, TensorStack& stack) const;
   /// out += experts(n).
   void forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& routing, const at::Tensor& out_TD,
                const ExpertsKept& kept) const;
@@ -80,7 +81,6 @@ class Experts {
                 std::vector<AccumOf<S>>& d_gate) const;
 
  private:
-  struct Rows;  // one expert's share of the pool
   const std::uint64_t* row_ids(const Routing<AccumOf<S>>& routing, std::int64_t begin) const {
     return routing.id_of_row.empty() ? nullptr : routing.id_of_row.data() + begin;
   }

@@ -26,8 +26,8 @@ Routing<AccumOf<S>> Router<S>::start(std::int64_t tokens) const {
 
 template <class S>
 at::Tensor Router<S>::allocate_kept(std::int64_t tokens) const {
-  return lora_.empty() ? at::Tensor()
-                       : at::empty({tokens, lora_.rank()}, at::TensorOptions(kDtype<S>));
+  if (lora_.empty()) return {};
+  return context_.workspace->kept.take({tokens, lora_.rank()}, kDtype<S>);
 }
 
 template <class S>
@@ -35,11 +35,13 @@ void Router<S>::forward(const at::Tensor& n_TD, std::int64_t begin, Routing<Accu
                         const at::Tensor& xa) const {
   using A = AccumOf<S>;
   const std::int64_t T = n_TD.size(0), E = spec_.experts, K = routing.K;
-  const at::Tensor logits_TE = at::empty({T, E}, n_TD.options());
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor logits_TE = context_.scratch({T, E});
   ops::linear(n_TD, weights_.router_ED, logits_TE);
   const std::uint64_t* ids = context_.token_id == nullptr ? nullptr : context_.token_id + begin;
   if (!lora_.empty()) lora_.forward(n_TD, logits_TE, xa, 0, ids);
-  const at::Tensor wide = logits_TE.to(kDtype<A>);
+  const at::Tensor wide = context_.scratch_stack().take({T, E}, kDtype<A>);
+  wide.copy_(logits_TE);
   const A* logits = data<A>(wide);
   for (std::int64_t t = 0; t < T; ++t) {
     const A* row = logits + t * E;
@@ -89,7 +91,8 @@ void Router<S>::backward(const at::Tensor& n_TD, std::int64_t begin,
                          const at::Tensor& xa, const at::Tensor& dn_TD) const {
   using A = AccumOf<S>;
   const std::int64_t T = n_TD.size(0), E = spec_.experts, K = routing.K;
-  const at::Tensor wide = at::zeros({T, E}, n_TD.options().dtype(kDtype<A>));
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor wide = context_.scratch_stack().take({T, E}, kDtype<A>).zero_();
   A* d_logits = data<A>(wide);
   for (std::int64_t t = 0; t < T; ++t) {
     for (std::int64_t k = 0; k < K; ++k) {
@@ -99,7 +102,7 @@ void Router<S>::backward(const at::Tensor& n_TD, std::int64_t begin,
       d_logits[t * E + routing.expert[slot]] = d * gate * (A{1} - gate);
     }
   }
-  const at::Tensor d_logits_TE = wide.to(kDtype<S>);
+  const at::Tensor d_logits_TE = context_.scratch({T, E}).copy_(wide);
   at::Tensor dn = dn_TD;
   at::addmm_out(dn, dn_TD, d_logits_TE, weights_.router_ED);
   const std::uint64_t* ids = context_.token_id == nullptr ? nullptr : context_.token_id + begin;
