@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Tailor against transformers + PEFT on this machine: same model, same documents, rank, dtype and threads, runs interleaved.
 
-Prints tokens per second, peak resident memory and the ratios, and Tailor's share of what a bare bfloat16 matrix product
-reaches in the same minutes. Tokens are real ones: padding never counts, on either side.
+Prints tokens per second, peak resident memory and the ratios against PEFT with float32 factors (its default) and with
+bfloat16 factors, and which share of a step Tailor spends as if it did nothing but the step's matrix products, at their
+own shapes and at the speed LibTorch's bare mm reaches in the same minutes. Tokens are real ones: padding never counts,
+on either side. Times are of steps after the warm-up; memory is the peak of the whole process, loading included.
 
-usage: compare_peft.py MODEL_DIR TRAIN.jsonl [--rounds 3] [--steps 12] [--program build/release/bin/tailor]
+usage: compare_peft.py MODEL_DIR TRAIN.jsonl [--rounds 3] [--steps 33] [--program build/release/bin/tailor]
 """
 
 import argparse
@@ -43,17 +45,42 @@ def documents_of(rows: Path, to: Path) -> None:
                     out.write(json.dumps({"input_ids": ids, "labels": labels}) + "\n")
 
 
-def flops_per_token(config: dict, label_share: float) -> float:
-    """Matrix products of forward and input gradients of one token, LoRA's own left out."""
+def products_of(config: dict, tokens: int, label_tokens: int) -> list[tuple[int, int, int, int]]:
+    """The matrix products of one training step as (rows, in, out, how often): forward and input gradients of the frozen
+    weights, each once. LoRA's own, attention's scores and the lowest layer's input gradient are left out."""
     c = config.get("text_config", config)
     d, q = c["hidden_size"], c["num_attention_heads"] * c["head_dim"]
     kv = c["num_key_value_heads"] * c["head_dim"]
-    layers = c["num_hidden_layers"]
-    moe = len(c.get("moe_layers") or [])
-    dense_width = c.get("intermediate_size_mlp", c["intermediate_size"])
-    per_token = layers * d * (2 * q + 2 * kv) + (layers - moe) * 3 * d * dense_width
-    per_token += moe * (1 + c.get("num_experts_per_tok", 0)) * 3 * d * c["intermediate_size"]
-    return 4 * (per_token + label_share * d * c["vocab_size"])
+    layers, moe = c["num_hidden_layers"], len(c.get("moe_layers") or [])
+    dense_width, width = c.get("intermediate_size_mlp", c["intermediate_size"]), c["intermediate_size"]
+    forward = [(tokens, d, q + 2 * kv, layers), (tokens, q, d, layers),
+               (tokens, d, 2 * dense_width, layers - moe), (tokens, dense_width, d, layers - moe),
+               (label_tokens, d, c["vocab_size"], 1)]
+    if moe:
+        experts, chosen = c["num_local_experts"], c["num_experts_per_tok"]
+        rows = tokens * chosen // experts  # an even split; a skewed one has some larger products
+        forward += [(tokens, d, 2 * width, moe), (tokens, width, d, moe),
+                    (rows, d, 2 * width, moe * experts), (rows, width, d, moe * experts)]
+    return [p for p in forward if p[3]] + [(m, n, k, times) for m, k, n, times in forward if times]
+
+
+BARE = """
+import sys, time, torch
+torch.set_num_threads(int(sys.argv[1]))
+total = 0.0
+for shape in sys.argv[2:]:
+    m, k, n, times = map(int, shape.split(","))
+    x, w = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
+    y = torch.empty(m, n, dtype=torch.bfloat16)
+    torch.mm(x, w.t(), out=y)
+    best = float("inf")
+    for _ in range(15):
+        began = time.perf_counter()
+        torch.mm(x, w.t(), out=y)
+        best = min(best, time.perf_counter() - began)
+    total += times * best
+print(total)
+"""
 
 
 def main() -> None:
@@ -61,10 +88,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=33)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--program", default="build/release/bin/tailor")
-    parser.add_argument("--peer-factors", choices=["fp32", "bf16"], default="bf16")
     arguments = parser.parse_args()
     config = json.loads((Path(arguments.model) / "config.json").read_text())
     moe = config["model_type"].startswith("llama4")
@@ -75,8 +101,6 @@ def main() -> None:
         peer = [sys.executable, str(HERE / "peer_peft.py"), arguments.model, "--dtype", "bf16",
                 "--rank", str(RANK), "--alpha", str(ALPHA), "--seq-len", str(SEQUENCE), "--batch", str(ROWS),
                 "--threads", str(arguments.threads), "--untimed", str(WARM_UP)]
-        if arguments.peer_factors == "bf16":
-            peer.append("--bf16-adapter")
         targets = "attention, experts" if moe else "attention, dense_mlp"
         if moe:
             peer += ["--targets", "q_proj,k_proj,v_proj,o_proj", "--target-params",
@@ -85,7 +109,8 @@ def main() -> None:
                     "--steps", str(arguments.steps), "--time-limit", "1"], environment)
         documents_of(work / "rows.jsonl", work / "documents.jsonl")
 
-        results = {"tailor": [], "peer": [], "gemm": []}
+        ours, bare = [], []
+        theirs = {"float32": [], "bfloat16": []}
         for number in range(arguments.rounds):
             (work / "recipe.yaml").write_text(
                 f"name: bench\nbase_model: {Path(arguments.model).resolve()}\noutput_dir: {work}/run{number}\n"
@@ -98,28 +123,35 @@ def main() -> None:
             _, memory = run([arguments.program, "train", str(work / "recipe.yaml"), "--json"], environment)
             steps = [json.loads(line) for line in open(work / f"run{number}/metrics.jsonl")]
             steps = [step for step in steps if "loss" in step][WARM_UP:]
-            speed = sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps)
-            share = sum(s["trained_tokens"] for s in steps) / sum(s["tokens"] for s in steps)
-            results["tailor"].append((speed, memory, steps[-1]["loss"]))
-            text, memory = run(peer + ["--tokenized", str(work / "rows.jsonl"), "--steps", str(arguments.steps)], environment)
-            answer = json.loads(text)
-            results["peer"].append((answer["tokens_per_second"], memory))
-            text, _ = run([str(Path(arguments.program).with_name("tailor-compute")), "calibrate", "--json"], environment)
-            results["gemm"].append(json.loads(text)["matmul_gflops_bfloat16"])
-            print(f"round {number + 1}: tailor {speed:.0f} tokens/s {results['tailor'][-1][1]:.0f} MB, "
-                  f"peer {results['peer'][-1][0]:.0f} tokens/s {memory:.0f} MB, "
-                  f"bare bf16 product {results['gemm'][-1]:.0f} GFLOP/s", flush=True)
+            seconds = sum(s["seconds"] for s in steps)
+            tokens, labels = sum(s["tokens"] for s in steps), sum(s["trained_tokens"] for s in steps)
+            ours.append((tokens / seconds, memory))
+            shapes = products_of(config, tokens // len(steps), labels // len(steps))
+            text, _ = run([sys.executable, "-c", BARE, str(arguments.threads),
+                           *(",".join(map(str, shape)) for shape in shapes)], environment)
+            gflop = 2e-9 * sum(m * k * n * times for m, k, n, times in shapes)
+            bare.append((float(text) * len(steps) / seconds, gflop / float(text)))
+            for factors, options in (("float32", []), ("bfloat16", ["--bf16-adapter"])):
+                text, memory = run(peer + ["--tokenized", str(work / "rows.jsonl"), "--steps", str(arguments.steps)]
+                                   + options, environment)
+                theirs[factors].append((json.loads(text)["tokens_per_second"], memory))
+            print(f"round {number + 1}: tailor {ours[-1][0]:.0f} tokens/s {ours[-1][1]:.0f} MB; "
+                  + "; ".join(f"peer, {name} factors, {r[-1][0]:.0f} tokens/s {r[-1][1]:.0f} MB" for name, r in theirs.items())
+                  + f"; bare products {bare[-1][1]:.0f} GFLOP/s, {100 * bare[-1][0]:.0f} % of our step", flush=True)
 
-    ours = statistics.median(r[0] for r in results["tailor"])
-    theirs = statistics.median(r[0] for r in results["peer"])
-    memory = max(r[1] for r in results["tailor"]) / max(r[1] for r in results["peer"])
-    gflops = ours * flops_per_token(config, share) / 1e9
+    def middle(results):
+        return statistics.median(r[0] for r in results)
+
     print(json.dumps({
         "model": Path(arguments.model).name, "rounds": arguments.rounds, "steps_timed": arguments.steps - WARM_UP,
-        "peer_factors": arguments.peer_factors, "tailor_tokens_per_second": round(ours, 1),
-        "peer_tokens_per_second": round(theirs, 1), "speed_ratio": round(ours / theirs, 2),
-        "peak_memory_ratio": round(memory, 2), "tailor_gflops": round(gflops, 1),
-        "share_of_bare_product": round(gflops / statistics.median(results["gemm"]), 2),
+        "tailor_tokens_per_second": round(middle(ours), 1), "tailor_peak_mb": round(max(r[1] for r in ours)),
+        "peer": {name: {
+            "tokens_per_second": round(middle(results), 1), "peak_mb": round(max(r[1] for r in results)),
+            "speed_ratio": round(middle(ours) / middle(results), 2),
+            "peak_memory_ratio": round(max(r[1] for r in ours) / max(r[1] for r in results), 2),
+        } for name, results in theirs.items()},
+        "share_of_bare_products": round(middle(bare), 2),
+        "bare_products_gflops": round(statistics.median(r[1] for r in bare)),
         "load_average": os.getloadavg()[0]}))
 
 
