@@ -398,12 +398,22 @@ class Planner {
                      : advice(Home::host)});
     }
 
-    const TokenFlops flops = token_flops(recipe_, model_, keep);
+    TokenFlops flops = token_flops(recipe_, model_, keep);
+    // The head meets only the tokens that carry loss; how many those are, the data says.
+    double loss_share = 1;
+    if (extras_.data && extras_.data->rows > 0) {
+      loss_share =
+          std::min(1.0, static_cast<double>(extras_.data->trained_tokens) /
+                            static_cast<double>(extras_.data->rows * recipe_.data.sequence_len));
+      flops.backward_other -= 4 * static_cast<double>(model_.head_parameters()) * (1 - loss_share);
+    }
     plan.flops_per_token = {
         flops.total(), "FLOP",
         "forward " + short_text((flops.forward_other + flops.forward_expert) / 1e9) +
             " + backward " + short_text((flops.backward_other + flops.backward_expert) / 1e9) +
-            " GFLOP" + (keep ? "" : ", recompute included")};
+            " GFLOP" + (keep ? "" : ", recompute included") +
+            (loss_share < 1 ? ", the head for " + short_text(100 * loss_share) + " % of the tokens"
+                            : "")};
     const bool measured = extras_.calibration.has_value() && extras_.calibration->gflops > 0;
     const double profile = value == 4 ? machine_.gflops_float32 : machine_.gflops_bfloat16;
     const double threads_share =
@@ -436,6 +446,10 @@ class Planner {
       plan.crossover_tokens_per_step = {std::nullopt, "tokens", "nothing is streamed"};
     }
     load_seconds_ = weights / machine_.disk_bytes_per_second;
+    if (measured && extras_.calibration->disturbed) {
+      plan.warnings.push_back(
+          "CPU speed was measured while others used this machine: run `tailor calibrate` again");
+    }
     if (!measured) plan.warnings.push_back("CPU speed is assumed (" + machine_.gflops_source + ")");
   }
 

@@ -384,9 +384,10 @@ class CommandLine {
   }
 
   void add_calibrate() {
-    with_json(verb<CalibrateArguments>(app_, "calibrate",
-                                       "Measure this machine's matrix products, for `tailor plan`",
-                                       "tailor calibrate"));
+    with_json(verb<CalibrateArguments>(
+        app_, "calibrate",
+        "Measure what a training step reaches on this machine, for `tailor plan`",
+        "tailor calibrate"));
   }
 
   CLI::App& deepest() {

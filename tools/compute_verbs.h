@@ -55,7 +55,7 @@ struct GenerateArguments {
 };
 int run_generate(const GenerateArguments& arguments);
 
-/// Measures this machine's matrix products for a second or two and writes
+/// Measures training steps and bare matrix products for a few seconds and writes
 /// <cache>/machine-calibration.json, which `plan` reads.
 int run_calibrate(bool json);
 

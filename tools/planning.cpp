@@ -29,7 +29,7 @@ bool calibrate() {
   } catch (const Error&) {
     return false;
   }
-  log_info("measuring this machine's matrix products, once (a few seconds)");
+  log_info("measuring what a training step reaches on this machine, once (a few seconds)");
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
   posix_spawn_file_actions_adddup2(&actions, STDERR_FILENO, STDOUT_FILENO);
@@ -67,7 +67,8 @@ std::optional<MachineCalibration> MachineCalibration::read() {
     const Json json = read_json(path());
     const JsonReader reader(json, path().string());
     MachineCalibration out{reader.number("gflops_bfloat16"), reader.number("gflops_float32"),
-                           reader.text("measured", "an unknown day")};
+                           reader.text("measured", "an unknown day"),
+                           reader.number("busy_share", 0)};
     if (!(out.gflops_bfloat16 > 0) || !(out.gflops_float32 > 0)) return std::nullopt;
     return out;
   } catch (const Error& broken) {
@@ -84,7 +85,8 @@ std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& m
   if (!found) return std::nullopt;
   const bool wide = recipe.compute.dtype == ComputeType::float32;
   return Calibration{wide ? found->gflops_float32 : found->gflops_bfloat16,
-                     "measured on this machine on " + found->measured};
+                     "measured on this machine on " + found->measured,
+                     found->busy_share > kBusyShare};
 }
 
 Machine recipe_machine(const Recipe& recipe) {

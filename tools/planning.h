@@ -7,10 +7,14 @@
 
 namespace tailor {
 
-/// Speeds of this machine's matrix products, as `tailor calibrate` measured them.
+/// Above this share of its cores in others' use, what is measured on a machine says little.
+constexpr double kBusyShare = 0.15;
+
+/// What training steps reach on this machine, as `tailor calibrate` measured it.
 struct MachineCalibration {
   double gflops_bfloat16 = 0, gflops_float32 = 0;
-  std::string measured;  ///< date
+  std::string measured;   ///< date
+  double busy_share = 0;  ///< of the cores that others used meanwhile
 
   /// <cache>/machine-calibration.json.
   static fs::path path();

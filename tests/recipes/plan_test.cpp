@@ -212,7 +212,7 @@ TEST(Plan, json_has_every_promised_figure_with_its_working) {
 
 TEST(Plan, on_the_cpu_is_flops_over_measured_speed) {
   PlanExtras extras;
-  extras.calibration = Calibration{100, "measured"};
+  extras.calibration = Calibration{100, "measured", false};
   const Planned planned = plan_of("demo-maverick.yaml", {}, demo(), "cpu", extras);
   const double flops =
       token_flops(planned.file.recipe, demo(), planned.plan.keep_activations).total();

@@ -60,7 +60,7 @@ Check check_torch() {
 Check check_calibration() {
   const auto found = MachineCalibration::read();
   if (!found) {
-    return {"calibration", false, "the speed of this machine's matrix products was not measured",
+    return {"calibration", false, "what a training step reaches on this machine was not measured",
             "Run: tailor calibrate"};
   }
   return {"calibration", true,
