@@ -8,6 +8,11 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "trainer/kernels/kernels.h"
 
@@ -39,6 +44,16 @@ inline To bits_as(From value) {
 template <class A>
 inline Vec<A> splat(A value) {
   return Vec<A>{} + value;
+}
+
+/// v, of which the compiler no longer knows that it came from memory: else it reads it again for
+/// every use, and a tile waits for loads.
+template <class A>
+inline Vec<A> in_register(Vec<A> v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
 }
 
 inline float to_float(Bf16 value) { return bits_as<float>(std::uint32_t{value.bits} << 16U); }
@@ -89,6 +104,39 @@ inline A sum_lanes(Vec<A> v) {
   return lanes[0];
 }
 
+/// The sums of `count` vectors that lie one after another, each as sum_lanes would have it.
+template <class A>
+inline void sum_each(const A* vectors, std::int64_t count, A* sums) {
+  std::int64_t i = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {  // eight at a time: the upper halves of the tree merge
+    for (; i + 8 <= count; i += 8) {
+      Vec<float> v[8];
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) v[j] = load(vectors + (i + j) * kLanes<A>);
+      constexpr I32x16 kEights = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+      constexpr I32x16 kFours = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+      constexpr I32x16 kTwos = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
+      constexpr I32x16 kOnes = {0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14};
+#pragma GCC unroll 4
+      for (int j = 0; j < 8; j += 2) {
+        v[j] = __builtin_shuffle(v[j], v[j + 1], kEights) +
+               __builtin_shuffle(v[j], v[j + 1], kEights + 8);
+      }
+#pragma GCC unroll 2
+      for (int j = 0; j < 8; j += 4) {
+        v[j] = __builtin_shuffle(v[j], v[j + 2], kFours) +
+               __builtin_shuffle(v[j], v[j + 2], kFours + 4);
+      }
+      v[0] = __builtin_shuffle(v[0], v[4], kTwos) + __builtin_shuffle(v[0], v[4], kTwos + 2);
+      v[0] = __builtin_shuffle(v[0], kOnes) + __builtin_shuffle(v[0], kOnes + 1);
+      std::memcpy(sums + i, &v[0], 8 * sizeof(float));
+    }
+  }
+#endif
+  for (; i < count; ++i) sums[i] = sum_lanes<A>(load(vectors + i * kLanes<A>));
+}
+
 template <class A>
 inline A max_lanes(Vec<A> v) {
   A lanes[kLanes<A>];
@@ -128,8 +176,15 @@ inline Vec<double> exp_vec(Vec<double> x) {
   return x;
 }
 
-/// Calls body(i, n) over [0, size) in steps of one vector; the last step may have n < lanes.
-/// Loads and stores of a short step go through a padded copy, so body is written once.
+#if defined(__AVX512BW__)
+/// The mask of the first n of 16 lanes.
+inline __mmask16 first_lanes(std::int64_t n) {
+  return static_cast<__mmask16>((1U << static_cast<unsigned>(n)) - 1U);
+}
+#endif
+
+/// The first n numbers at p, zeros behind them: n is less than a vector's lanes. The last step over
+/// a row is short, and goes through a mask or a padded copy.
 template <class A>
 inline Vec<A> load_part(const A* p, std::int64_t n) {
   A lanes[kLanes<A>] = {};
@@ -137,12 +192,25 @@ inline Vec<A> load_part(const A* p, std::int64_t n) {
   return load(lanes);
 }
 inline Vec<float> load_part(const Bf16* p, std::int64_t n) {
+#if defined(__AVX512BW__)
+  const auto raw = bits_as<U16x16>(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  return bits_as<Vec<float>>(__builtin_convertvector(raw, U32x16) << 16U);
+#else
   Bf16 lanes[kLanes<float>] = {};
   for (std::int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return load(lanes);
+#endif
 }
 template <class S, class A>
 inline void store_part(S* p, Vec<A> v, std::int64_t n) {
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<S, Bf16>) {
+    Bf16 lanes[kLanes<float>];
+    store(lanes, v);
+    _mm256_mask_storeu_epi16(p, first_lanes(n), _mm256_loadu_epi16(lanes));
+    return;
+  }
+#endif
   S lanes[kLanes<A>];
   store(lanes, v);
   for (std::int64_t i = 0; i < n; ++i) p[i] = lanes[i];
@@ -157,6 +225,68 @@ inline void store_up_to(S* p, Vec<A> v, std::int64_t n) {
     store(p, v);
   } else {
     store_part<S, A>(p, v, n);
+  }
+}
+
+/// 2 * kLanes numbers as two vectors. Of Bf16, those of even and those of odd index: as a number is
+/// the upper half of a float, that takes one operation a vector, where widening neighbours takes
+/// two, of which one competes with all others that cross lanes. Else the two halves in order.
+template <class A>
+struct Pair {
+  Vec<A> first, second;
+};
+template <class A>
+constexpr std::int64_t kPairLanes = 2 * kLanes<A>;
+
+inline Pair<float> load_pair(const Bf16* p) {
+  U32x16 raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return {bits_as<Vec<float>>(raw << 16U), bits_as<Vec<float>>(raw & 0xFFFF0000U)};
+}
+template <class A>
+inline Pair<A> load_pair(const A* p) {
+  return {load(p), load(p + kLanes<A>)};
+}
+inline void store_pair(Bf16* p, Pair<float> v) {
+  const auto low = bits_as<U32x16>(v.first), high = bits_as<U32x16>(v.second);
+  const U32x16 raw = ((low + 0x7FFFU + ((low >> 16U) & 1U)) >> 16U) |
+                     ((high + 0x7FFFU + ((high >> 16U) & 1U)) & 0xFFFF0000U);
+  std::memcpy(p, &raw, sizeof raw);
+}
+template <class A>
+inline void store_pair(A* p, Pair<A> v) {
+  store(p, v.first);
+  store(p + kLanes<A>, v.second);
+}
+template <class S, class A = AccumOf<S>>
+inline Pair<A> load_pair_part(const S* p, std::int64_t n) {
+  S lanes[kPairLanes<A>] = {};
+  std::memcpy(lanes, p, static_cast<std::size_t>(n) * sizeof(S));
+  return load_pair(lanes);
+}
+template <class S, class A = AccumOf<S>>
+inline void store_pair_part(S* p, Pair<A> v, std::int64_t n) {
+  S lanes[kPairLanes<A>];
+  store_pair(lanes, v);
+  std::memcpy(p, lanes, static_cast<std::size_t>(n) * sizeof(S));
+}
+/// A pair of S from two vectors in order, and back.
+template <class S, class A>
+inline Pair<A> split(Pair<A> v) {
+  if constexpr (!std::is_same_v<S, Bf16>) return v;
+  if constexpr (std::is_same_v<S, Bf16>) {
+    constexpr I32x16 kEven = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    return {__builtin_shuffle(v.first, v.second, kEven),
+            __builtin_shuffle(v.first, v.second, kEven + 1)};
+  }
+}
+template <class S, class A>
+inline Pair<A> in_order(Pair<A> v) {
+  if constexpr (!std::is_same_v<S, Bf16>) return v;
+  if constexpr (std::is_same_v<S, Bf16>) {
+    constexpr I32x16 kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    return {__builtin_shuffle(v.first, v.second, kLow),
+            __builtin_shuffle(v.first, v.second, kLow + 8)};
   }
 }
 
