@@ -54,13 +54,15 @@ void swiglu(const at::Tensor& gate_up, const at::Tensor& m_TF) {
   });
 }
 
+/// m_TF, if defined, becomes what swiglu gives.
 template <class S>
 void swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dm_TF,
-                     const at::Tensor& d_gate_up) {
+                     const at::Tensor& d_gate_up, const at::Tensor& m_TF = {}) {
+  S* m = m_TF.defined() ? data<S>(m_TF) : nullptr;
   const std::int64_t F = dm_TF.size(1);
   at::parallel_for(0, dm_TF.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
     kernels<S>().swiglu_backward(begin, end, F, data<S>(gate_up), data<S>(dm_TF),
-                                 data<S>(d_gate_up));
+                                 data<S>(d_gate_up), m);
   });
 }
 

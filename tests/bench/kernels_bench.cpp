@@ -41,6 +41,7 @@ std::vector<Case> cases() {
   constexpr std::int64_t T = kTokens;
   static const auto x = numbers(T * 2 * kFeedForward), w = numbers(kFeedForward * 64);
   static auto y = numbers(T * 2 * kFeedForward), z = numbers(T * 2 * kFeedForward);
+  static auto m = numbers(T * kFeedForward);
   static std::vector<float> g(static_cast<std::size_t>(64 * kFeedForward));
   std::vector<Case> out;
   const auto add = [&](std::string name, std::int64_t elements, std::int64_t operations,
@@ -65,7 +66,10 @@ std::vector<Case> cases() {
   add("swiglu", 3 * T * kFeedForward, 0,
       [](const Kernels<Bf16>& k) { k.swiglu(0, T, kFeedForward, x.data(), y.data()); });
   add("swiglu_backward", 5 * T * kFeedForward, 0, [](const Kernels<Bf16>& k) {
-    k.swiglu_backward(0, T, kFeedForward, x.data(), z.data(), y.data());
+    k.swiglu_backward(0, T, kFeedForward, x.data(), z.data(), y.data(), nullptr);
+  });
+  add("swiglu_backward with m", 6 * T * kFeedForward, 0, [](const Kernels<Bf16>& k) {
+    k.swiglu_backward(0, T, kFeedForward, x.data(), z.data(), y.data(), m.data());
   });
   add("rms_norm", 2 * T * kModel, 0,
       [](const Kernels<Bf16>& k) { k.rms_norm(0, T, kModel, x.data(), w.data(), 1e-5, y.data()); });

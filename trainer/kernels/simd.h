@@ -32,6 +32,7 @@ constexpr std::int64_t kLanes = 64 / static_cast<std::int64_t>(sizeof(A));
 typedef std::uint32_t U32x16 __attribute__((vector_size(64)));
 typedef std::int32_t I32x16 __attribute__((vector_size(64)));
 typedef std::uint16_t U16x16 __attribute__((vector_size(32)));
+typedef std::uint16_t U16x32 __attribute__((vector_size(64)));
 
 template <class To, class From>
 inline To bits_as(From value) {
@@ -79,11 +80,17 @@ inline Vec<float> load(const Bf16* p) {
 }
 inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
+// AVX512-BF16's conversion rounds the same way, but flushes denormals (below 2^-126) to zero.
 inline void store(Bf16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  const __m256bh raw = _mm512_cvtneps_pbh(bits_as<__m512>(v));
+  std::memcpy(p, &raw, sizeof raw);
+#else
   const auto bits = bits_as<U32x16>(v);
   const U32x16 rounded = (bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U;
   const U16x16 raw = __builtin_convertvector(rounded, U16x16);
   std::memcpy(p, &raw, sizeof raw);
+#endif
 }
 
 inline float scalar(float value) { return value; }
@@ -93,9 +100,19 @@ inline void put(float* p, float value) { *p = value; }
 inline void put(double* p, double value) { *p = value; }
 inline void put(Bf16* p, float value) { *p = to_bf16(value); }
 
+constexpr I32x16 kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 /// Sum of the lanes, always in the same order (a tree), whatever the instruction set.
 template <class A>
 inline A sum_lanes(Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {
+    v += __builtin_shuffle(v, kLaneNumbers ^ 8);
+    v += __builtin_shuffle(v, kLaneNumbers ^ 4);
+    v += __builtin_shuffle(v, kLaneNumbers ^ 2);
+    return v[0] + v[1];
+  }
+#endif
   A lanes[kLanes<A>];
   std::memcpy(lanes, &v, sizeof v);
   for (std::int64_t width = kLanes<A> / 2; width > 0; width /= 2) {
@@ -139,6 +156,9 @@ inline void sum_each(const A* vectors, std::int64_t count, A* sums) {
 
 template <class A>
 inline A max_lanes(Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) return _mm512_reduce_max_ps(bits_as<__m512>(v));
+#endif
   A lanes[kLanes<A>];
   std::memcpy(lanes, &v, sizeof v);
   A best = lanes[0];
@@ -146,16 +166,31 @@ inline A max_lanes(Vec<A> v) {
   return best;
 }
 
-/// e^x, within 2 units in the last place for x in [-87, 88]; 0 below (flushed), inf never reached
-/// by our callers (softmax and sigmoid arguments are <= 0). Range reduction x = n ln2 + r with ln2
-/// in two parts, then the degree-6 Taylor-Chebyshev polynomial of Cephes' expf.
-inline Vec<float> exp_vec(Vec<float> x) {
-  const Vec<float> low = splat(-87.336F);
-  const I32x16 under = x < low;
-  x = under ? low : x;
-  x = x > splat(88.0F) ? splat(88.0F) : x;
+/// The larger and the smaller of two numbers, lane by lane; x where x is no number.
+inline Vec<float> at_least(Vec<float> x, float low) {
+#if defined(__AVX512F__)
+  return bits_as<Vec<float>>(_mm512_max_ps(_mm512_set1_ps(low), bits_as<__m512>(x)));
+#else
+  return x < splat(low) ? splat(low) : x;
+#endif
+}
+inline Vec<float> at_most(Vec<float> x, float high) {
+#if defined(__AVX512F__)
+  return bits_as<Vec<float>>(_mm512_min_ps(_mm512_set1_ps(high), bits_as<__m512>(x)));
+#else
+  return x > splat(high) ? splat(high) : x;
+#endif
+}
+
+constexpr float kExpLow = -87.336F, kExpHigh = 88;
+
+/// e^x, within 2 units in the last place, for x in [kExpLow, kExpHigh] and NaN. Range reduction
+/// x = n ln2 + r with ln2 in two parts, then the degree-6 Taylor-Chebyshev polynomial of Cephes'
+/// expf, at least 1 where n is the smallest exponent, so that n may be added to its bits.
+inline Vec<float> exp_in_range(Vec<float> x) {
   constexpr float kMagic = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec<float> n = (x * 1.44269504088896341F + kMagic) - kMagic;
+  const Vec<float> shifted = x * 1.44269504088896341F + kMagic;
+  const Vec<float> n = shifted - kMagic;
   const Vec<float> r = x - n * 0.693359375F - n * -2.12194440e-4F;
   Vec<float> y = splat(1.9875691500e-4F);
   y = y * r + 1.3981999507e-3F;
@@ -163,10 +198,21 @@ inline Vec<float> exp_vec(Vec<float> x) {
   y = y * r + 4.1665795894e-2F;
   y = y * r + 1.6666665459e-1F;
   y = y * r + 5.0000001201e-1F;
-  y = y * (r * r) + r + 1.0F;
-  const I32x16 exponent = (__builtin_convertvector(n, I32x16) + 127) << 23;
-  y = y * bits_as<Vec<float>>(exponent);
-  return under ? Vec<float>{} : y;
+  y = y * r + 1.0F;
+  y = y * r + 1.0F;
+  return bits_as<Vec<float>>(bits_as<U32x16>(y) + (bits_as<U32x16>(shifted) << 23U));
+}
+
+/// e^x; 0 below kExpLow (flushed), e^kExpHigh above, which our callers never reach.
+inline Vec<float> exp_vec(Vec<float> x) {
+  const Vec<float> y = exp_in_range(at_most(at_least(x, kExpLow), kExpHigh));
+#if defined(__AVX512F__)
+  const __mmask16 kept =
+      _mm512_cmp_ps_mask(bits_as<__m512>(x), _mm512_set1_ps(kExpLow), _CMP_NLT_UQ);
+  return bits_as<Vec<float>>(_mm512_maskz_mov_ps(kept, bits_as<__m512>(y)));
+#else
+  return x < splat(kExpLow) ? Vec<float>{} : y;
+#endif
 }
 inline Vec<double> exp_vec(Vec<double> x) {
   double lanes[kLanes<double>];
@@ -237,6 +283,22 @@ struct Pair {
 };
 template <class A>
 constexpr std::int64_t kPairLanes = 2 * kLanes<A>;
+template <class A>
+inline Pair<A> operator*(Pair<A> a, Pair<A> b) {
+  return {a.first * b.first, a.second * b.second};
+}
+template <class A>
+inline Pair<A> operator*(Pair<A> a, A b) {
+  return {a.first * b, a.second * b};
+}
+template <class A>
+inline Pair<A> operator+(Pair<A> a, Pair<A> b) {
+  return {a.first + b.first, a.second + b.second};
+}
+template <class A>
+inline Pair<A> operator-(Pair<A> a, Pair<A> b) {
+  return {a.first - b.first, a.second - b.second};
+}
 
 inline Pair<float> load_pair(const Bf16* p) {
   U32x16 raw;
@@ -248,10 +310,19 @@ inline Pair<A> load_pair(const A* p) {
   return {load(p), load(p + kLanes<A>)};
 }
 inline void store_pair(Bf16* p, Pair<float> v) {
+#if defined(__AVX512BF16__)
+  constexpr U16x32 kInterleave = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const auto raw =
+      bits_as<U16x32>(_mm512_cvtne2ps_pbh(bits_as<__m512>(v.second), bits_as<__m512>(v.first)));
+  const U16x32 mixed = __builtin_shuffle(raw, kInterleave);
+  std::memcpy(p, &mixed, sizeof mixed);
+#else
   const auto low = bits_as<U32x16>(v.first), high = bits_as<U32x16>(v.second);
   const U32x16 raw = ((low + 0x7FFFU + ((low >> 16U) & 1U)) >> 16U) |
                      ((high + 0x7FFFU + ((high >> 16U) & 1U)) & 0xFFFF0000U);
   std::memcpy(p, &raw, sizeof raw);
+#endif
 }
 template <class A>
 inline void store_pair(A* p, Pair<A> v) {
@@ -269,6 +340,18 @@ inline void store_pair_part(S* p, Pair<A> v, std::int64_t n) {
   S lanes[kPairLanes<A>];
   store_pair(lanes, v);
   std::memcpy(p, lanes, static_cast<std::size_t>(n) * sizeof(S));
+}
+template <class S, class A = AccumOf<S>>
+inline Pair<A> load_pair_up_to(const S* p, std::int64_t n) {
+  return n >= kPairLanes<A> ? load_pair(p) : load_pair_part(p, n);
+}
+template <class S, class A = AccumOf<S>>
+inline void store_pair_up_to(S* p, Pair<A> v, std::int64_t n) {
+  if (n >= kPairLanes<A>) {
+    store_pair(p, v);
+  } else {
+    store_pair_part(p, v, n);
+  }
 }
 /// A pair of S from two vectors in order, and back.
 template <class S, class A>
