@@ -144,7 +144,7 @@ int run(int argc, char** argv) {
     for (int i = 0; i < levels.count; ++i) {
       const auto found = best.seconds.find(one.name + " @" + levels.levels[i].name);
       if (found == best.seconds.end()) continue;
-      if (i == 0) first = found->second;
+      if (first == 0) first = found->second;
       std::printf("%-26s %-16s %9.1f %7.1f %9.1f %10.2f\n", one.name.c_str(), levels.levels[i].name,
                   1e6 * found->second, one.gigabytes / found->second, one.gigaflops / found->second,
                   found->second / first);

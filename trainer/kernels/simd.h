@@ -19,20 +19,30 @@
 namespace tailor {
 namespace {
 
-/// 64 bytes of A: one AVX-512 register, two AVX2 ones, four SSE ones.
+// One register, whatever its size: GCC keeps vectors of several registers in memory.
+#if defined(__AVX512F__)
+#define TAILOR_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define TAILOR_VECTOR_BYTES 32
+#else
+#define TAILOR_VECTOR_BYTES 16
+#endif
+
 template <class A>
 struct VecOf {
-  typedef A type __attribute__((vector_size(64)));
+  typedef A type __attribute__((vector_size(TAILOR_VECTOR_BYTES)));
 };
 template <class A>
 using Vec = typename VecOf<A>::type;
 template <class A>
-constexpr std::int64_t kLanes = 64 / static_cast<std::int64_t>(sizeof(A));
+constexpr std::int64_t kLanes = TAILOR_VECTOR_BYTES / static_cast<std::int64_t>(sizeof(A));
 
-typedef std::uint32_t U32x16 __attribute__((vector_size(64)));
+typedef std::uint32_t VecU32 __attribute__((vector_size(TAILOR_VECTOR_BYTES)));
+typedef std::uint16_t HalfU16 __attribute__((vector_size(TAILOR_VECTOR_BYTES / 2)));
+#if defined(__AVX512F__)
 typedef std::int32_t I32x16 __attribute__((vector_size(64)));
-typedef std::uint16_t U16x16 __attribute__((vector_size(32)));
 typedef std::uint16_t U16x32 __attribute__((vector_size(64)));
+#endif
 
 template <class To, class From>
 inline To bits_as(From value) {
@@ -53,6 +63,8 @@ template <class A>
 inline Vec<A> in_register(Vec<A> v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
+#else
+  asm("" : "+x"(v));
 #endif
   return v;
 }
@@ -74,9 +86,9 @@ inline Vec<double> load(const double* p) {
   return v;
 }
 inline Vec<float> load(const Bf16* p) {
-  U16x16 raw;
+  HalfU16 raw;
   std::memcpy(&raw, p, sizeof raw);
-  return bits_as<Vec<float>>(__builtin_convertvector(raw, U32x16) << 16U);
+  return bits_as<Vec<float>>(__builtin_convertvector(raw, VecU32) << 16U);
 }
 inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
@@ -86,9 +98,9 @@ inline void store(Bf16* p, Vec<float> v) {
   const __m256bh raw = _mm512_cvtneps_pbh(bits_as<__m512>(v));
   std::memcpy(p, &raw, sizeof raw);
 #else
-  const auto bits = bits_as<U32x16>(v);
-  const U32x16 rounded = (bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U;
-  const U16x16 raw = __builtin_convertvector(rounded, U16x16);
+  const auto bits = bits_as<VecU32>(v);
+  const VecU32 rounded = (bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U;
+  const HalfU16 raw = __builtin_convertvector(rounded, HalfU16);
   std::memcpy(p, &raw, sizeof raw);
 #endif
 }
@@ -100,16 +112,15 @@ inline void put(float* p, float value) { *p = value; }
 inline void put(double* p, double value) { *p = value; }
 inline void put(Bf16* p, float value) { *p = to_bf16(value); }
 
-constexpr I32x16 kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-/// Sum of the lanes, always in the same order (a tree), whatever the instruction set.
+/// Sum of the lanes, always in the same order (a tree).
 template <class A>
 inline A sum_lanes(Vec<A> v) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<A, float>) {
-    v += __builtin_shuffle(v, kLaneNumbers ^ 8);
-    v += __builtin_shuffle(v, kLaneNumbers ^ 4);
-    v += __builtin_shuffle(v, kLaneNumbers ^ 2);
+    constexpr I32x16 kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    v += __builtin_shuffle(v, kLane ^ 8);
+    v += __builtin_shuffle(v, kLane ^ 4);
+    v += __builtin_shuffle(v, kLane ^ 2);
     return v[0] + v[1];
   }
 #endif
@@ -200,7 +211,7 @@ inline Vec<float> exp_in_range(Vec<float> x) {
   y = y * r + 5.0000001201e-1F;
   y = y * r + 1.0F;
   y = y * r + 1.0F;
-  return bits_as<Vec<float>>(bits_as<U32x16>(y) + (bits_as<U32x16>(shifted) << 23U));
+  return bits_as<Vec<float>>(bits_as<VecU32>(y) + (bits_as<VecU32>(shifted) << 23U));
 }
 
 /// e^x; 0 below kExpLow (flushed), e^kExpHigh above, which our callers never reach.
@@ -239,8 +250,8 @@ inline Vec<A> load_part(const A* p, std::int64_t n) {
 }
 inline Vec<float> load_part(const Bf16* p, std::int64_t n) {
 #if defined(__AVX512BW__)
-  const auto raw = bits_as<U16x16>(_mm256_maskz_loadu_epi16(first_lanes(n), p));
-  return bits_as<Vec<float>>(__builtin_convertvector(raw, U32x16) << 16U);
+  const auto raw = bits_as<HalfU16>(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+  return bits_as<Vec<float>>(__builtin_convertvector(raw, VecU32) << 16U);
 #else
   Bf16 lanes[kLanes<float>] = {};
   for (std::int64_t i = 0; i < n; ++i) lanes[i] = p[i];
@@ -301,7 +312,7 @@ inline Pair<A> operator-(Pair<A> a, Pair<A> b) {
 }
 
 inline Pair<float> load_pair(const Bf16* p) {
-  U32x16 raw;
+  VecU32 raw;
   std::memcpy(&raw, p, sizeof raw);
   return {bits_as<Vec<float>>(raw << 16U), bits_as<Vec<float>>(raw & 0xFFFF0000U)};
 }
@@ -318,8 +329,8 @@ inline void store_pair(Bf16* p, Pair<float> v) {
   const U16x32 mixed = __builtin_shuffle(raw, kInterleave);
   std::memcpy(p, &mixed, sizeof mixed);
 #else
-  const auto low = bits_as<U32x16>(v.first), high = bits_as<U32x16>(v.second);
-  const U32x16 raw = ((low + 0x7FFFU + ((low >> 16U) & 1U)) >> 16U) |
+  const auto low = bits_as<VecU32>(v.first), high = bits_as<VecU32>(v.second);
+  const VecU32 raw = ((low + 0x7FFFU + ((low >> 16U) & 1U)) >> 16U) |
                      ((high + 0x7FFFU + ((high >> 16U) & 1U)) & 0xFFFF0000U);
   std::memcpy(p, &raw, sizeof raw);
 #endif
@@ -353,24 +364,38 @@ inline void store_pair_up_to(S* p, Pair<A> v, std::int64_t n) {
     store_pair_part(p, v, n);
   }
 }
-/// A pair of S from two vectors in order, and back.
+/// A pair of S from two vectors in order, and back. For Bf16 a pair is no longer in order.
 template <class S, class A>
 inline Pair<A> split(Pair<A> v) {
-  if constexpr (!std::is_same_v<S, Bf16>) return v;
   if constexpr (std::is_same_v<S, Bf16>) {
+#if defined(__AVX512F__)
     constexpr I32x16 kEven = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    return {__builtin_shuffle(v.first, v.second, kEven),
-            __builtin_shuffle(v.first, v.second, kEven + 1)};
+    v = {__builtin_shuffle(v.first, v.second, kEven),
+         __builtin_shuffle(v.first, v.second, kEven + 1)};
+#else
+    A from[kPairLanes<A>], to[kPairLanes<A>];
+    store_pair(from, v);
+    for (std::int64_t i = 0; i < kPairLanes<A>; ++i) to[i / 2 + i % 2 * kLanes<A>] = from[i];
+    v = load_pair(to);
+#endif
   }
+  return v;
 }
 template <class S, class A>
 inline Pair<A> in_order(Pair<A> v) {
-  if constexpr (!std::is_same_v<S, Bf16>) return v;
   if constexpr (std::is_same_v<S, Bf16>) {
+#if defined(__AVX512F__)
     constexpr I32x16 kLow = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    return {__builtin_shuffle(v.first, v.second, kLow),
-            __builtin_shuffle(v.first, v.second, kLow + 8)};
+    v = {__builtin_shuffle(v.first, v.second, kLow),
+         __builtin_shuffle(v.first, v.second, kLow + 8)};
+#else
+    A from[kPairLanes<A>], to[kPairLanes<A>];
+    store_pair(from, v);
+    for (std::int64_t i = 0; i < kPairLanes<A>; ++i) to[i] = from[i / 2 + i % 2 * kLanes<A>];
+    v = load_pair(to);
+#endif
   }
+  return v;
 }
 
 /// Scratch of one kernel call, 64-byte aligned, freed on return.

@@ -6,20 +6,15 @@
 
 #include "trainer/kernels/cpu/tile.h"
 
-// Ranks and rows of a tile of lora_down, and ranks of one of lora_gradient, by registers: 32 of 512
-// bits, 16 of 256 (a Vec is two), 16 of 128 (a Vec is four).
+// Ranks and rows of a tile of lora_down, and ranks of one of lora_gradient: 32 registers, or 16.
 #if defined(__AVX512F__)
 #define TAILOR_DOWN_RANKS 8
 #define TAILOR_DOWN_ROWS 3
 #define TAILOR_GRADIENT_RANKS 8
-#elif defined(__AVX2__)
-#define TAILOR_DOWN_RANKS 4
-#define TAILOR_DOWN_ROWS 1
-#define TAILOR_GRADIENT_RANKS 2
 #else
-#define TAILOR_DOWN_RANKS 2
-#define TAILOR_DOWN_ROWS 1
-#define TAILOR_GRADIENT_RANKS 1
+#define TAILOR_DOWN_RANKS 4
+#define TAILOR_DOWN_ROWS 2
+#define TAILOR_GRADIENT_RANKS 4
 #endif
 
 namespace tailor {
@@ -99,8 +94,8 @@ template <class S>
 void lora_down(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_t D, const S* x,
                std::int64_t x_stride, const S* a, S* xa, std::int64_t xa_stride, double scale) {
   using A = AccumOf<S>;
-  constexpr std::int64_t kRows = 24;                 // their sums stay in the caches
-  constexpr std::int64_t kColumns = 48 * kLanes<A>;  // as do eight ranks of a this wide
+  constexpr std::int64_t kRows = 24;      // their sums stay in the caches
+  constexpr std::int64_t kColumns = 768;  // as do eight ranks of a this wide
   static_assert(kColumns % kPairLanes<A> == 0);
   const std::int64_t deep = pad_to_pairs<A>(D), wide = R * kLanes<A>;
   const Scratch<A> a_DR(R * deep), sums(kRows * wide), total(pad_to_lanes<A>(R));

@@ -3,14 +3,13 @@
 
 #include "trainer/kernels/simd.h"
 
-// Registers decide the tile: 32 of 512 bits on AVX-512; 16 of 256 bits on AVX2, where one Vec is
-// two.
+// Registers decide the tile: 32 on AVX-512, else 16.
 #if defined(__AVX512F__)
 #define TAILOR_TILE_ROWS 6
 #define TAILOR_TILE_VECS 4
 #else
-#define TAILOR_TILE_ROWS 4
-#define TAILOR_TILE_VECS 1
+#define TAILOR_TILE_ROWS 6
+#define TAILOR_TILE_VECS 2
 #endif
 
 namespace tailor {
