@@ -40,13 +40,6 @@ inline void widen_pairs(std::int64_t rows, std::int64_t columns, const S* from, 
   }
 }
 
-/// Calls body(first, size) on [0, count) in pieces of Most, then Most / 2 .. 1, sizes as constants.
-template <int Most, class Body>
-inline void in_tiles(std::int64_t count, const Body& body, std::int64_t first = 0) {
-  for (; first + Most <= count; first += Most) body(first, std::integral_constant<int, Most>{});
-  if constexpr (Most > 1) in_tiles<Most / 2>(count, body, first);
-}
-
 /// sums[m][r] += x[m] * a[r], lane by lane, over `columns`. The ranks' pairs of one column lie side
 /// by side in a, a_step from pair to pair.
 template <int MR, int NR, class S, class A>
