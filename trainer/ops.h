@@ -54,13 +54,15 @@ void swiglu(const at::Tensor& gate_up, const at::Tensor& m_TF) {
   });
 }
 
+/// m_TF, if defined, becomes what swiglu gives.
 template <class S>
 void swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dm_TF,
-                     const at::Tensor& d_gate_up) {
+                     const at::Tensor& d_gate_up, const at::Tensor& m_TF = {}) {
+  S* m = m_TF.defined() ? data<S>(m_TF) : nullptr;
   const std::int64_t F = dm_TF.size(1);
   at::parallel_for(0, dm_TF.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
     kernels<S>().swiglu_backward(begin, end, F, data<S>(gate_up), data<S>(dm_TF),
-                                 data<S>(d_gate_up));
+                                 data<S>(d_gate_up), m);
   });
 }
 
@@ -95,13 +97,11 @@ void lora_up(const S* xa, std::int64_t xa_stride, const S* b_RN, std::int64_t R,
 template <class S>
 void lora_gradient(std::int64_t T, std::int64_t R, std::int64_t N, const S* u,
                    std::int64_t u_stride, const S* v, std::int64_t v_stride, AccumOf<S>* g_RN) {
-  // Columns in whole cache lines, the same cut whatever the number of threads.
-  constexpr std::int64_t kColumns = 192;
-  at::parallel_for(0, (N + kColumns - 1) / kColumns, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t block = begin; block < end; ++block) {
-      const std::int64_t stop = std::min(N, (block + 1) * kColumns);
-      kernels<S>().lora_gradient(block * kColumns, stop, T, R, N, u, u_stride, v, v_stride, g_RN);
-    }
+  // Columns in whole cache lines; a range of them is one call, which lays u out once.
+  constexpr std::int64_t kColumns = 32;
+  at::parallel_for(0, (N + kColumns - 1) / kColumns, 6, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().lora_gradient(begin * kColumns, std::min(N, end * kColumns), T, R, N, u, u_stride,
+                               v, v_stride, g_RN);
   });
 }
 

@@ -369,10 +369,41 @@ TYPED_TEST(KernelsOf, swiglu) {
         kernels.swiglu(begin, end, F, gate_up.raw.data(), out);
       });
       this->check(T, std::vector<S>(d.size()), d, 128, [&](auto begin, auto end, S* out) {
-        kernels.swiglu_backward(begin, end, F, gate_up.raw.data(), dm.raw.data(), out);
+        kernels.swiglu_backward(begin, end, F, gate_up.raw.data(), dm.raw.data(), out, nullptr);
       });
+      // With m asked for: the same gradient, and the m of the forward.
+      std::vector<S> m_forward(m.size()), m_backward(m.size()), alone(d.size()), both(d.size());
+      kernels.swiglu(0, T, F, gate_up.raw.data(), m_forward.data());
+      kernels.swiglu_backward(0, T, F, gate_up.raw.data(), dm.raw.data(), alone.data(), nullptr);
+      kernels.swiglu_backward(0, T, F, gate_up.raw.data(), dm.raw.data(), both.data(),
+                              m_backward.data());
+      EXPECT_TRUE(same_bits(m_backward, m_forward));
+      EXPECT_TRUE(same_bits(both, alone));
     });
   }
+}
+
+TYPED_TEST(KernelsOf, swiglu_of_nan_is_nan_and_of_huge_gates_is_finite) {
+  using S = TypeParam;
+  this->every_level([&](const Kernels<S>& kernels) {
+    const double gates[] = {std::numeric_limits<double>::quiet_NaN(), 1e30, -1e30, 3e38, -3e38};
+    const double want[] = {gates[0], 1e30, 0, 3e38, 0};
+    for (std::size_t i = 0; i < 5; ++i) {
+      const S gate_up[] = {stored<S>(gates[i]), stored<S>(1.0)};
+      const S dm = stored<S>(1.0);
+      S m{}, d[2] = {};
+      kernels.swiglu(0, 1, 1, gate_up, &m);
+      kernels.swiglu_backward(0, 1, 1, gate_up, &dm, d, nullptr);
+      if (i == 0) {
+        EXPECT_TRUE(std::isnan(value_of(m)) && std::isnan(value_of(d[0])));
+        continue;
+      }
+      const double error = 2 * kRoundoff<S> * std::fabs(want[i]);
+      EXPECT_NEAR(value_of(m), want[i], error) << "gate " << gates[i];
+      EXPECT_EQ(value_of(d[0]), gates[i] > 0 ? 1 : 0) << "gate " << gates[i];
+      EXPECT_NEAR(value_of(d[1]), want[i], error) << "gate " << gates[i];
+    }
+  });
 }
 
 TYPED_TEST(KernelsOf, lora_products) {

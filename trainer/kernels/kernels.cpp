@@ -14,7 +14,11 @@ const NamedLevel& chosen_level() {
 
 LevelList runnable_levels() {
   LevelList list{};
-  if (__builtin_cpu_supports("x86-64-v4")) list.levels[list.count++] = {"x86-64-v4", &kLevelV4};
+  const bool v4 = __builtin_cpu_supports("x86-64-v4");
+  if (v4 && __builtin_cpu_supports("avx512bf16")) {
+    list.levels[list.count++] = {"x86-64-v4+bf16", &kLevelV4Bf16};
+  }
+  if (v4) list.levels[list.count++] = {"x86-64-v4", &kLevelV4};
   if (__builtin_cpu_supports("x86-64-v3")) list.levels[list.count++] = {"x86-64-v3", &kLevelV3};
   list.levels[list.count++] = {"x86-64", &kLevelBase};
   return list;

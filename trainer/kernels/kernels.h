@@ -11,9 +11,9 @@ namespace tailor {
 /// S is how numbers are stored: double, float or Bf16. Arithmetic is in AccumOf<S>: double for
 /// double, else float, and a result is rounded to S once, when it is written.
 ///
-/// The files in cpu/ are compiled three times, for x86-64-v4 (AVX-512), v3 (AVX2) and plain x86-64;
-/// kernels<S>() picks the best this machine has. Plain loops that serve as the truth stand in
-/// tests/support/reference_kernels.h.
+/// The files in cpu/ are compiled four times, for x86-64-v4 (AVX-512) with and without AVX512-BF16,
+/// v3 (AVX2) and plain x86-64; kernels<S>() picks the best this machine has. Plain loops that serve
+/// as the truth stand in tests/support/reference_kernels.h.
 struct Bf16 {
   std::uint16_t bits;
 };
@@ -93,9 +93,9 @@ struct Kernels {
 
   /// m = silu(gate) * up; gate_up [T, 2F] holds gate then up; m [T, F].
   void (*swiglu)(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up, S* m);
-  /// d_gate_up [T, 2F] from dm [T, F].
+  /// d_gate_up [T, 2F] from dm [T, F]; and m as swiglu gives it, to the bit, unless null.
   void (*swiglu_backward)(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up,
-                          const S* dm, S* d_gate_up);
+                          const S* dm, S* d_gate_up, S* m);
 
   /// LoRA's three thin products, r small. xa[T, R] = x[T, D] a[R, D]^T.
   void (*lora_down)(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_t D,
@@ -137,7 +137,7 @@ struct Kernels {
 template <class S>
 const Kernels<S>& kernels();
 
-/// "x86-64-v4", "x86-64-v3" or "x86-64": what kernels() chose.
+/// "x86-64-v4+bf16", "x86-64-v4", "x86-64-v3" or "x86-64": what kernels() chose.
 const char* kernel_level();
 
 }  // namespace tailor

@@ -11,7 +11,7 @@ struct LevelTables {
   const Kernels<Bf16>* bf16;
 };
 
-extern const LevelTables kLevelV4, kLevelV3, kLevelBase;
+extern const LevelTables kLevelV4Bf16, kLevelV4, kLevelV3, kLevelBase;
 
 /// For tests: every level this machine can run, best first.
 struct NamedLevel {
@@ -19,7 +19,7 @@ struct NamedLevel {
   const LevelTables* tables;
 };
 struct LevelList {
-  NamedLevel levels[3];
+  NamedLevel levels[4];
   int count;
 };
 LevelList runnable_levels();

@@ -8,21 +8,38 @@
 namespace tailor {
 namespace {
 
-constexpr std::int64_t kBlock = 64;  // queries and keys of one score block
+constexpr std::int64_t kBlock = 64;   // queries and keys of one score block
+constexpr std::int64_t kNarrow = 16;  // queries or keys of a stripe of a block on the diagonal
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-/// Scores of queries [i0, i0 + I) on keys [j0, j0 + J): scale * q k^T, -inf where causality
-/// forbids. q [I, d] rows `q_m` apart, k_dJ transposed keys, s [I, kBlock].
+/// The part of a score block that one go computes: queries [begin, begin + rows) on the first
+/// `keys` keys, which are `padded` to whole vectors; further keys none of them sees.
+struct Stripe {
+  std::int64_t begin, rows, keys, padded;
+};
+
+/// Calls body(stripe) on the queries of a block of I queries and J keys, whose query i sees
+/// `visible` + i keys. On the diagonal, where half of the scores are masked, stripes are narrow.
+template <class A, class Body>
+inline void in_stripes(std::int64_t I, std::int64_t J, std::int64_t visible, const Body& body) {
+  const std::int64_t step = visible >= J ? kBlock : kNarrow;
+  for (std::int64_t i = 0; i < I; i += step) {
+    const std::int64_t rows = smaller(step, I - i), keys = smaller(J, visible + i + rows - 1);
+    if (keys > 0) body(Stripe{i, rows, keys, pad_to_lanes<A>(keys)});
+  }
+}
+
+/// Scores of a stripe: q k^T, -inf where causality forbids and in the padding. q rows `q_m` apart,
+/// k_dJ transposed keys, s [I, kBlock]; query i of the block sees `visible` + i keys.
 template <class A>
-inline void scores(std::int64_t I, std::int64_t J, std::int64_t dim, const A* q, std::int64_t q_m,
-                   const A* k_dJ, A scale, std::int64_t first_visible_end, A* s) {
-  multiply<A>(I, kBlock, dim, q, q_m, 1, k_dJ, kBlock, s, kBlock, false);
-  for (std::int64_t i = 0; i < I; ++i) {
-    const std::int64_t visible = smaller(J, first_visible_end + i);
-    std::int64_t j = 0;
-    for (; j < visible; ++j) s[i * kBlock + j] *= scale;
-    for (; j < kBlock; ++j) s[i * kBlock + j] = -INFINITY;
+inline void scores(const Stripe& stripe, std::int64_t dim, const A* q, std::int64_t q_m,
+                   const A* k_dJ, std::int64_t visible, A* s) {
+  multiply<A>(stripe.rows, stripe.padded, dim, q + stripe.begin * q_m, q_m, 1, k_dJ, kBlock,
+              s + stripe.begin * kBlock, kBlock, false);
+  for (std::int64_t i = stripe.begin; i < stripe.begin + stripe.rows; ++i) {
+    const std::int64_t seen = smaller(stripe.keys, visible + i > 0 ? visible + i : 0);
+    for (std::int64_t j = seen; j < stripe.padded; ++j) s[i * kBlock + j] = -INFINITY;
   }
 }
 
@@ -33,6 +50,7 @@ void attention(std::int64_t task_begin, std::int64_t task_end, const AttentionSe
   using A = AccumOf<S>;
   const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
   const std::int64_t width = pad_to_lanes<A>(dim);
+  const auto scale = static_cast<A>(shape.scale);
   for (std::int64_t task = task_begin; task < task_end; ++task) {
     const AttentionSegment& segment = segments[task / shape.kv_heads];
     const std::int64_t kv_head = task % shape.kv_heads, keys = segment.keys;
@@ -48,7 +66,7 @@ void attention(std::int64_t task_begin, std::int64_t task_end, const AttentionSe
     widen(keys, dim, v + segment.key_begin * shape.v_stride + kv_head * dim, shape.v_stride,
           v_rows.get(), width);
     const Scratch<A> q_block(kBlock * width), s(kBlock * kBlock), out(kBlock * width);
-    A top[kBlock], total[kBlock];
+    A top[kBlock], total[kBlock];  // the largest q k^T, and the sum of exponentials, of a query
     const std::int64_t offset = keys - segment.queries;  // query i sees keys 0 .. i + offset
     for (std::int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
       for (std::int64_t i0 = 0; i0 < segment.queries; i0 += kBlock) {
@@ -62,34 +80,38 @@ void attention(std::int64_t task_begin, std::int64_t task_end, const AttentionSe
         }
         for (std::int64_t j0 = 0; j0 <= i0 + I - 1 + offset && j0 < keys; j0 += kBlock) {
           const std::int64_t J = smaller(kBlock, keys - j0);
-          scores<A>(I, J, dim, q_block.get(), width, k_blocks.get() + j0 * dim,
-                    static_cast<A>(shape.scale), i0 + offset + 1 - j0, s.get());
-          for (std::int64_t i = 0; i < I; ++i) {
-            A* row = s.get() + i * kBlock;
-            Vec<A> tops = splat(top[i]);
-            for (std::int64_t j = 0; j < kBlock; j += kLanes<A>) {
-              const Vec<A> z = load(row + j);
-              tops = z > tops ? z : tops;
-            }
-            const A now = max_lanes<A>(tops);
-            Vec<A> part{};
-            for (std::int64_t j = 0; j < kBlock; j += kLanes<A>) {
-              const Vec<A> e = exp_vec(load(row + j) - now);
-              store(row + j, e);
-              part += e;
-            }
-            const A shrink = std::exp(top[i] - now);
-            total[i] = total[i] * shrink + sum_lanes<A>(part);
-            top[i] = now;
-            if (shrink != A{1}) {
-              A* o_row = out.get() + i * width;
-              for (std::int64_t c = 0; c < width; c += kLanes<A>) {
-                store(o_row + c, load(o_row + c) * shrink);
+          const std::int64_t visible = i0 + offset + 1 - j0;
+          in_stripes<A>(I, J, visible, [&](const Stripe& stripe) {
+            scores<A>(stripe, dim, q_block.get(), width, k_blocks.get() + j0 * dim, visible,
+                      s.get());
+            for (std::int64_t i = stripe.begin; i < stripe.begin + stripe.rows; ++i) {
+              A* row = s.get() + i * kBlock;
+              Vec<A> tops = splat(top[i]);
+              for (std::int64_t j = 0; j < stripe.padded; j += kLanes<A>) {
+                const Vec<A> z = load(row + j);
+                tops = z > tops ? z : tops;
+              }
+              const A now = max_lanes<A>(tops);
+              Vec<A> part{};
+              for (std::int64_t j = 0; j < stripe.padded; j += kLanes<A>) {
+                const Vec<A> e = exp_vec((load(row + j) - now) * scale);
+                store(row + j, e);
+                part += e;
+              }
+              const A shrink = std::exp((top[i] - now) * scale);
+              total[i] = total[i] * shrink + sum_lanes<A>(part);
+              top[i] = now;
+              if (shrink != A{1}) {
+                A* o_row = out.get() + i * width;
+                for (std::int64_t c = 0; c < width; c += kLanes<A>) {
+                  store(o_row + c, load(o_row + c) * shrink);
+                }
               }
             }
-          }
-          multiply<A>(I, width, J, s.get(), kBlock, 1, v_rows.get() + j0 * width, width, out.get(),
-                      width, true);
+            multiply<A>(stripe.rows, width, stripe.keys, s.get() + stripe.begin * kBlock, kBlock, 1,
+                        v_rows.get() + j0 * width, width, out.get() + stripe.begin * width, width,
+                        true);
+          });
         }
         for (std::int64_t i = 0; i < I; ++i) {
           S* to = o + (token + i) * shape.o_stride + h * dim;
@@ -97,7 +119,8 @@ void attention(std::int64_t task_begin, std::int64_t task_end, const AttentionSe
           for (std::int64_t c = 0; c < dim; c += kLanes<A>) {
             store_up_to(to + c, load(out.get() + i * width + c) * inverse, dim - c);
           }
-          if (lse != nullptr) lse[(token + i) * shape.heads + h] = top[i] + std::log(total[i]);
+          if (lse != nullptr)
+            lse[(token + i) * shape.heads + h] = top[i] * scale + std::log(total[i]);
         }
       }
     }
@@ -149,25 +172,35 @@ void attention_backward(std::int64_t task_begin, std::int64_t task_end,
           const std::int64_t I = smaller(kBlock, n - i0);
           const A* q_block = q_rows.get() + i0 * width;
           const A* do_block = do_rows.get() + i0 * width;
-          scores<A>(I, J, dim, q_block, width, k_dJ.get(), scale, i0 + 1 - j0, p.get());
-          multiply<A>(I, kBlock, dim, do_block, width, 1, v_dJ.get(), kBlock, ds.get(), kBlock,
-                      false);
-          for (std::int64_t i = 0; i < I; ++i) {
-            const A log_sum = lse[(first + i0 + i) * shape.heads + h];
-            const A centre = delta.get()[i0 + i];
-            for (std::int64_t j = 0; j < kBlock; j += kLanes<A>) {
-              const std::int64_t at = i * kBlock + j;
-              const Vec<A> probability = exp_vec(load(p.get() + at) - log_sum);
-              store(p.get() + at, probability);
-              store(ds.get() + at, probability * (load(ds.get() + at) - centre) * scale);
+          const std::int64_t visible = i0 + 1 - j0;
+          in_stripes<A>(I, J, visible, [&](const Stripe& stripe) {
+            scores<A>(stripe, dim, q_block, width, k_dJ.get(), visible, p.get());
+            multiply<A>(stripe.rows, stripe.padded, dim, do_block + stripe.begin * width, width, 1,
+                        v_dJ.get(), kBlock, ds.get() + stripe.begin * kBlock, kBlock, false);
+            for (std::int64_t i = stripe.begin; i < stripe.begin + stripe.rows; ++i) {
+              const A log_sum = lse[(first + i0 + i) * shape.heads + h];
+              const A centre = delta.get()[i0 + i];
+              for (std::int64_t j = 0; j < stripe.padded; j += kLanes<A>) {
+                const std::int64_t at = i * kBlock + j;
+                const Vec<A> probability = exp_vec(load(p.get() + at) * scale - log_sum);
+                store(p.get() + at, probability);
+                store(ds.get() + at, probability * (load(ds.get() + at) - centre) * scale);
+              }
             }
+            multiply<A>(stripe.rows, width, stripe.keys, ds.get() + stripe.begin * kBlock, kBlock,
+                        1, k_rows.get() + j0 * width, width,
+                        dq_rows.get() + (i0 + stripe.begin) * width, width, true);
+          });
+          // On the diagonal, too, in stripes: no query before a stripe of keys sees any of it.
+          const std::int64_t step = i0 == j0 ? kNarrow : kBlock;
+          for (std::int64_t j = 0; j < J; j += step) {
+            const std::int64_t from = i0 == j0 ? j : 0, rows = smaller(step, J - j);
+            const std::int64_t at = from * kBlock + j, to = (j0 + j) * width;
+            multiply<A>(rows, width, I - from, p.get() + at, 1, kBlock, do_block + from * width,
+                        width, dv_rows.get() + to, width, true);
+            multiply<A>(rows, width, I - from, ds.get() + at, 1, kBlock, q_block + from * width,
+                        width, dk_rows.get() + to, width, true);
           }
-          multiply<A>(J, width, I, p.get(), 1, kBlock, do_block, width, dv_rows.get() + j0 * width,
-                      width, true);
-          multiply<A>(J, width, I, ds.get(), 1, kBlock, q_block, width, dk_rows.get() + j0 * width,
-                      width, true);
-          multiply<A>(I, width, J, ds.get(), kBlock, 1, k_rows.get() + j0 * width, width,
-                      dq_rows.get() + i0 * width, width, true);
         }
       }
       for (std::int64_t i = 0; i < n; ++i) {

@@ -9,12 +9,12 @@ namespace {
 
 template <class S, class A = AccumOf<S>>
 A sum_of_squares(const S* x, std::int64_t D) {
-  Vec<A> total{};
-  for (std::int64_t i = 0; i < D; i += kLanes<A>) {
-    const Vec<A> v = load_up_to(x + i, D - i);
-    total += v * v;
+  Pair<A> total{};
+  for (std::int64_t i = 0; i < D; i += kPairLanes<A>) {
+    const Pair<A> v = load_pair_up_to(x + i, D - i);
+    total = total + v * v;
   }
-  return sum_lanes<A>(total);
+  return sum_lanes<A>(total.first + total.second);
 }
 
 template <class S>
@@ -25,9 +25,10 @@ void rms_norm(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x, 
     const S* row = x + t * D;
     const A mean = sum_of_squares(row, D) / static_cast<A>(D);
     const A rstd = A{1} / std::sqrt(mean + static_cast<A>(eps));
-    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+    for (std::int64_t i = 0; i < D; i += kPairLanes<A>) {
       const std::int64_t n = D - i;
-      store_up_to(y + t * D + i, load_up_to(row + i, n) * rstd * load_up_to(w + i, n), n);
+      const Pair<A> scaled = load_pair_up_to(row + i, n) * rstd * load_pair_up_to(w + i, n);
+      store_pair_up_to(y + t * D + i, scaled, n);
     }
   }
 }
@@ -41,21 +42,23 @@ void rms_norm_backward(std::int64_t begin, std::int64_t end, std::int64_t D, con
   for (std::int64_t t = begin; t < end; ++t) {
     const S* row = x + t * D;
     const S* grad = dy + t * D;
-    Vec<A> squares{}, products{};
-    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+    Pair<A> squares{}, products{};
+    for (std::int64_t i = 0; i < D; i += kPairLanes<A>) {
       const std::int64_t n = D - i;
-      const Vec<A> v = load_up_to(row + i, n);
-      squares += v * v;
-      products += v * load_up_to(w + i, n) * load_up_to(grad + i, n);
+      const Pair<A> v = load_pair_up_to(row + i, n);
+      squares = squares + v * v;
+      products = products + v * load_pair_up_to(w + i, n) * load_pair_up_to(grad + i, n);
     }
-    const A rstd =
-        A{1} / std::sqrt(sum_lanes<A>(squares) / static_cast<A>(D) + static_cast<A>(eps));
-    const A pull = rstd * rstd * (sum_lanes<A>(products) / static_cast<A>(D));
-    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+    const A square = sum_lanes<A>(squares.first + squares.second);
+    const A product = sum_lanes<A>(products.first + products.second);
+    const A rstd = A{1} / std::sqrt(square / static_cast<A>(D) + static_cast<A>(eps));
+    const A pull = rstd * rstd * (product / static_cast<A>(D));
+    for (std::int64_t i = 0; i < D; i += kPairLanes<A>) {
       const std::int64_t n = D - i;
-      const Vec<A> inner =
-          load_up_to(w + i, n) * load_up_to(grad + i, n) - load_up_to(row + i, n) * pull;
-      store_up_to(dx + t * D + i, load_up_to(dres + t * D + i, n) + inner * rstd, n);
+      const Pair<A> inner = load_pair_up_to(w + i, n) * load_pair_up_to(grad + i, n) -
+                            load_pair_up_to(row + i, n) * pull;
+      const Pair<A> sum = load_pair_up_to(dres + t * D + i, n) + inner * rstd;
+      store_pair_up_to(dx + t * D + i, sum, n);
     }
   }
 }
@@ -126,11 +129,30 @@ void qk_prepare_backward(std::int64_t begin, std::int64_t end, const QkShape& sh
   }
 }
 
+/// 1 / (1 + e^-x), 0 where e^-x has no float.
+inline Vec<float> sigmoid(Vec<float> x) {
+  constexpr float kLow = -87;
+  const Vec<float> e = exp_in_range(-at_most(at_least(x, kLow), -kExpLow));
+#if defined(__AVX512F__)
+  // A division takes ten times as long as any other step here: an estimate to 14 bits, and one of
+  // Newton's steps.
+  const auto below = bits_as<__m512>(e + splat(1.0F));
+  const __m512 near = _mm512_rcp14_ps(below);
+  const __m512 rest = _mm512_fnmadd_ps(below, near, _mm512_set1_ps(1));
+  const __mmask16 kept = _mm512_cmp_ps_mask(bits_as<__m512>(x), _mm512_set1_ps(kLow), _CMP_NLT_UQ);
+  return bits_as<Vec<float>>(_mm512_maskz_fmadd_ps(kept, near, rest, near));
+#else
+  return x < splat(kLow) ? Vec<float>{} : splat(1.0F) / (splat(1.0F) + e);
+#endif
+}
+inline Vec<double> sigmoid(Vec<double> x) {  // of a non-positive number, so it cannot overflow
+  const auto negative = x < Vec<double>{};
+  const Vec<double> e = exp_vec(negative ? x : -x);
+  return (negative ? e : splat(1.0)) / (splat(1.0) + e);
+}
 template <class A>
-Vec<A> sigmoid(Vec<A> x) {  // through exp of a non-positive number, so it cannot overflow
-  const auto negative = x < Vec<A>{};
-  const Vec<A> e = exp_vec(negative ? x : -x);
-  return (negative ? e : splat(A{1})) / (splat(A{1}) + e);
+inline Pair<A> sigmoid(Pair<A> x) {
+  return {sigmoid(x.first), sigmoid(x.second)};
 }
 
 template <class S>
@@ -138,10 +160,10 @@ void swiglu(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_
   using A = AccumOf<S>;
   for (std::int64_t t = begin; t < end; ++t) {
     const S* gate = gate_up + t * 2 * F;
-    for (std::int64_t i = 0; i < F; i += kLanes<A>) {
+    for (std::int64_t i = 0; i < F; i += kPairLanes<A>) {
       const std::int64_t n = F - i;
-      const Vec<A> g = load_up_to(gate + i, n);
-      store_up_to(m + t * F + i, g * sigmoid<A>(g) * load_up_to(gate + F + i, n), n);
+      const Pair<A> g = load_pair_up_to(gate + i, n), u = load_pair_up_to(gate + F + i, n);
+      store_pair_up_to(m + t * F + i, g * sigmoid(g) * u, n);
     }
   }
 }
@@ -149,18 +171,20 @@ void swiglu(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_
 // m = g s(g) u: dg = dm u s (1 + g (1 - s)), du = dm g s.
 template <class S>
 void swiglu_backward(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up,
-                     const S* dm, S* d_gate_up) {
+                     const S* dm, S* d_gate_up, S* m) {
   using A = AccumOf<S>;
+  const Pair<A> one = {splat(A{1}), splat(A{1})};
   for (std::int64_t t = begin; t < end; ++t) {
     const S* gate = gate_up + t * 2 * F;
     S* d_gate = d_gate_up + t * 2 * F;
-    for (std::int64_t i = 0; i < F; i += kLanes<A>) {
+    for (std::int64_t i = 0; i < F; i += kPairLanes<A>) {
       const std::int64_t n = F - i;
-      const Vec<A> g = load_up_to(gate + i, n), u = load_up_to(gate + F + i, n);
-      const Vec<A> d = load_up_to(dm + t * F + i, n);
-      const Vec<A> s = sigmoid<A>(g), silu = g * s;
-      store_up_to(d_gate + i, d * u * s * (splat(A{1}) + g * (splat(A{1}) - s)), n);
-      store_up_to(d_gate + F + i, d * silu, n);
+      const Pair<A> g = load_pair_up_to(gate + i, n), u = load_pair_up_to(gate + F + i, n);
+      const Pair<A> d = load_pair_up_to(dm + t * F + i, n);
+      const Pair<A> s = sigmoid(g), silu = g * s;
+      store_pair_up_to(d_gate + i, d * u * (s + silu * (one - s)), n);
+      store_pair_up_to(d_gate + F + i, d * silu, n);
+      if (m != nullptr) store_pair_up_to(m + t * F + i, silu * u, n);
     }
   }
 }

@@ -3,18 +3,24 @@
 
 #include "trainer/kernels/simd.h"
 
-// Registers decide the tile: 32 of 512 bits on AVX-512; 16 of 256 bits on AVX2, where one Vec is
-// two.
+// Registers decide the tile: 32 on AVX-512, else 16.
 #if defined(__AVX512F__)
 #define TAILOR_TILE_ROWS 6
 #define TAILOR_TILE_VECS 4
 #else
-#define TAILOR_TILE_ROWS 4
-#define TAILOR_TILE_VECS 1
+#define TAILOR_TILE_ROWS 6
+#define TAILOR_TILE_VECS 2
 #endif
 
 namespace tailor {
 namespace {
+
+/// Calls body(first, size) on [0, count) in pieces of Most, then 4, 2 and 1, sizes as constants.
+template <int Most, class Body>
+inline void in_tiles(std::int64_t count, const Body& body, std::int64_t first = 0) {
+  for (; first + Most <= count; first += Most) body(first, std::integral_constant<int, Most>{});
+  if constexpr (Most > 1) in_tiles<(Most > 4 ? 4 : Most / 2)>(count, body, first);
+}
 
 /// acc[m][v] += sum over k of a[m * a_m + k * a_k] * b[k * b_k + v * lanes ...].
 template <int MR, int NV, class A, class B>
@@ -60,14 +66,9 @@ template <int NV, class A>
 inline void column_block(std::int64_t M, std::int64_t K, const A* a, std::int64_t a_m,
                          std::int64_t a_k, const A* b, std::int64_t b_k, A* c, std::int64_t c_m,
                          bool accumulate) {
-  constexpr int MR = TAILOR_TILE_ROWS;
-  std::int64_t m = 0;
-  for (; m + MR <= M; m += MR) {
-    tile_block<MR, NV, A>(K, a + m * a_m, a_m, a_k, b, b_k, c + m * c_m, c_m, accumulate);
-  }
-  for (; m < M; ++m) {
-    tile_block<1, NV, A>(K, a + m * a_m, a_m, a_k, b, b_k, c + m * c_m, c_m, accumulate);
-  }
+  in_tiles<TAILOR_TILE_ROWS>(M, [&](std::int64_t m, auto rows) {
+    tile_block<rows(), NV, A>(K, a + m * a_m, a_m, a_k, b, b_k, c + m * c_m, c_m, accumulate);
+  });
 }
 
 /// c[M, N] (+)= a[M, K] b[K, N]; a has any strides, b and c are row-major, N a multiple of the
@@ -76,14 +77,10 @@ template <class A>
 inline void multiply(std::int64_t M, std::int64_t N, std::int64_t K, const A* a, std::int64_t a_m,
                      std::int64_t a_k, const A* b, std::int64_t b_k, A* c, std::int64_t c_m,
                      bool accumulate) {
-  constexpr std::int64_t kWide = TAILOR_TILE_VECS * kLanes<A>;
-  std::int64_t n = 0;
-  for (; n + kWide <= N; n += kWide) {
-    column_block<TAILOR_TILE_VECS, A>(M, K, a, a_m, a_k, b + n, b_k, c + n, c_m, accumulate);
-  }
-  for (; n < N; n += kLanes<A>) {
-    column_block<1, A>(M, K, a, a_m, a_k, b + n, b_k, c + n, c_m, accumulate);
-  }
+  in_tiles<TAILOR_TILE_VECS>(N / kLanes<A>, [&](std::int64_t first, auto vectors) {
+    const std::int64_t n = first * kLanes<A>;
+    column_block<vectors(), A>(M, K, a, a_m, a_k, b + n, b_k, c + n, c_m, accumulate);
+  });
 }
 
 template <class A>

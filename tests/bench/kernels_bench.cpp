@@ -1,0 +1,159 @@
+// What the kernels of a training step reach on one thread, in bfloat16, at every instruction-set
+// level of this machine: the best of several repetitions, so that other work on the machine
+// disturbs little. The levels of a kernel run next to each other and the ratio is of one run.
+//
+//   build/release/bin/bench_kernels [--benchmark_filter=lora] [--benchmark_repetitions=9]
+
+#include <benchmark/benchmark.h>
+
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "trainer/kernels/levels.h"
+
+namespace tailor {
+namespace {
+
+constexpr std::int64_t kTokens = 1024, kModel = 576, kFeedForward = 1536, kHeadDim = 64;
+constexpr std::int64_t kHeads = 9, kKvHeads = 3, kDocument = 256;
+
+std::vector<Bf16> numbers(std::int64_t count) {
+  std::vector<Bf16> out(static_cast<std::size_t>(count));
+  std::uint32_t state = 1;
+  for (Bf16& x : out) {  // signs and sizes of 2^-3 .. 2^0, from a linear congruence
+    state = state * 1664525U + 1013904223U;
+    x.bits = static_cast<std::uint16_t>(((state >> 16U) & 0x80FFU) + 0x3E00U);
+  }
+  return out;
+}
+
+/// One kernel at one size: what it computes and how many bytes and operations that is.
+struct Case {
+  std::string name;
+  double gigabytes, gigaflops;  ///< a call
+  std::function<void(const Kernels<Bf16>&)> call;
+};
+
+std::vector<Case> cases() {
+  constexpr std::int64_t T = kTokens;
+  static const auto x = numbers(T * 2 * kFeedForward), w = numbers(kFeedForward * 64);
+  static auto y = numbers(T * 2 * kFeedForward), z = numbers(T * 2 * kFeedForward);
+  static auto m = numbers(T * kFeedForward);
+  static std::vector<float> g(static_cast<std::size_t>(64 * kFeedForward));
+  std::vector<Case> out;
+  const auto add = [&](std::string name, std::int64_t elements, std::int64_t operations,
+                       std::function<void(const Kernels<Bf16>&)> call) {
+    out.push_back({std::move(name), 2e-9 * static_cast<double>(elements),
+                   1e-9 * static_cast<double>(operations), std::move(call)});
+  };
+  for (const std::int64_t R : {8, 16, 24}) {
+    for (const std::int64_t D : {kModel, kFeedForward}) {
+      const std::string size = " D" + std::to_string(D) + " R" + std::to_string(R);
+      add("lora_down" + size, T * D, 2 * T * D * R, [=](const Kernels<Bf16>& k) {
+        k.lora_down(0, T, R, D, x.data(), D, w.data(), y.data(), R, 1.0);
+      });
+      add("lora_up" + size, 2 * T * D, 2 * T * D * R, [=](const Kernels<Bf16>& k) {
+        k.lora_up(0, T, R, D, x.data(), R, w.data(), y.data(), D);
+      });
+      add("lora_gradient" + size, T * D, 2 * T * D * R, [=](const Kernels<Bf16>& k) {
+        k.lora_gradient(0, D, T, R, D, w.data(), R, x.data(), D, g.data());
+      });
+    }
+  }
+  add("swiglu", 3 * T * kFeedForward, 0,
+      [](const Kernels<Bf16>& k) { k.swiglu(0, T, kFeedForward, x.data(), y.data()); });
+  add("swiglu_backward", 5 * T * kFeedForward, 0, [](const Kernels<Bf16>& k) {
+    k.swiglu_backward(0, T, kFeedForward, x.data(), z.data(), y.data(), nullptr);
+  });
+  add("swiglu_backward with m", 6 * T * kFeedForward, 0, [](const Kernels<Bf16>& k) {
+    k.swiglu_backward(0, T, kFeedForward, x.data(), z.data(), y.data(), m.data());
+  });
+  add("rms_norm", 2 * T * kModel, 0,
+      [](const Kernels<Bf16>& k) { k.rms_norm(0, T, kModel, x.data(), w.data(), 1e-5, y.data()); });
+  add("rms_norm_backward", 4 * T * kModel, 0, [](const Kernels<Bf16>& k) {
+    k.rms_norm_backward(0, T, kModel, x.data(), w.data(), z.data(), x.data(), 1e-5, y.data());
+  });
+  // Packed documents of 256 tokens, 9 query heads on 3 key heads.
+  static std::vector<AttentionSegment> segments;
+  for (std::int64_t t = 0; t < T; t += kDocument) segments.push_back({t, kDocument, t, kDocument});
+  static const AttentionShape shape{kHeads,
+                                    kKvHeads,
+                                    kHeadDim,
+                                    kHeads * kHeadDim,
+                                    kKvHeads * kHeadDim,
+                                    kKvHeads * kHeadDim,
+                                    kHeads * kHeadDim,
+                                    0.125};
+  static std::vector<float> lse(static_cast<std::size_t>(T * kHeads));
+  const std::int64_t tasks = T / kDocument * kKvHeads;
+  const std::int64_t scores = T * kHeads * kDocument / 2;  // half of them are masked
+  constexpr std::int64_t q = T * kHeads * kHeadDim, kv = T * kKvHeads * kHeadDim;
+  add("attention", 2 * q + 2 * kv, 4 * scores * kHeadDim, [=](const Kernels<Bf16>& k) {
+    k.attention(0, tasks, segments.data(), shape, x.data(), x.data() + q, x.data() + q + kv,
+                y.data(), lse.data());
+  });
+  add("attention_backward", 4 * q + 4 * kv, 10 * scores * kHeadDim, [=](const Kernels<Bf16>& k) {
+    k.attention_backward(0, tasks, segments.data(), shape, x.data(), x.data() + q,
+                         x.data() + q + kv, x.data(), lse.data(), x.data() + 1, y.data(),
+                         y.data() + q, y.data() + q + kv);
+  });
+  return out;
+}
+
+/// Keeps each benchmark's best repetition.
+class Best : public benchmark::BenchmarkReporter {
+ public:
+  std::map<std::string, double> seconds;
+  bool ReportContext(const Context&) override { return true; }
+  void ReportRuns(const std::vector<Run>& runs) override {
+    for (const Run& run : runs) {
+      if (run.run_type != Run::RT_Iteration) continue;
+      const double each = run.real_accumulated_time / static_cast<double>(run.iterations);
+      const auto [at, first] = seconds.emplace(run.run_name.function_name, each);
+      if (!first && each < at->second) at->second = each;
+    }
+  }
+};
+
+int run(int argc, char** argv) {
+  const LevelList levels = runnable_levels();
+  const std::vector<Case> all = cases();
+  for (const Case& one : all) {
+    for (int i = 0; i < levels.count; ++i) {
+      const Kernels<Bf16>& kernels = *levels.levels[i].tables->bf16;
+      const std::string name = one.name + " @" + levels.levels[i].name;
+      benchmark::RegisterBenchmark(name.c_str(),
+                                   [&one, &kernels](benchmark::State& state) {
+                                     for (auto _ : state) one.call(kernels);
+                                   })
+          ->Repetitions(7)
+          ->MinTime(0.02);
+    }
+  }
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  Best best;
+  benchmark::RunSpecifiedBenchmarks(&best);
+  std::printf("%-26s %-16s %9s %7s %9s %10s\n", "kernel", "level", "us", "GB/s", "GFLOP/s",
+              "x of best");
+  for (const Case& one : all) {
+    double first = 0;
+    for (int i = 0; i < levels.count; ++i) {
+      const auto found = best.seconds.find(one.name + " @" + levels.levels[i].name);
+      if (found == best.seconds.end()) continue;
+      if (first == 0) first = found->second;
+      std::printf("%-26s %-16s %9.1f %7.1f %9.1f %10.2f\n", one.name.c_str(), levels.levels[i].name,
+                  1e6 * found->second, one.gigabytes / found->second, one.gigaflops / found->second,
+                  found->second / first);
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace tailor
+
+int main(int argc, char** argv) { return tailor::run(argc, argv); }
