@@ -52,6 +52,13 @@ class LoraGroup {
   /// Adds the factors' gradients and dx += scale (dy B) A.
   void backward(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& xa,
                 const at::Tensor& dx, std::int64_t expert, const std::uint64_t* token_id) const;
+  /// backward() in two halves, for one site whose input x exists only once dx is known. The first
+  /// adds B's gradient and dx, and returns what the second wants, on the scratch stack; the second
+  /// adds A's. Not with dropout.
+  at::Tensor backward_to_input(const at::Tensor& dy, const at::Tensor& xa, const at::Tensor& dx,
+                               std::int64_t expert) const;
+  void gradient_of_a(const at::Tensor& x, const at::Tensor& d, std::int64_t expert) const;
+  bool drops() const { return context_.dropout > 0 && context_.token_id != nullptr; }
 
  private:
   struct Part {
@@ -59,13 +66,37 @@ class LoraGroup {
     std::int64_t column;
     std::int64_t rank_begin;
   };
-  bool drops() const { return context_.dropout > 0 && context_.token_id != nullptr; }
   std::uint64_t dropout_key(const LoraSite& site, std::int64_t expert) const;
 
   const PassContext<S>& context_;
   std::vector<Part> parts_;
   std::int64_t rank_ = 0;
 };
+
+/// Backward of y = down's LoRA of m and of m = silu(gate) * up, which is not kept. dm enters with
+/// the frozen down projection's part and is completed; d_gate_up is written.
+template <class S>
+void swiglu_and_down_backward(const LoraGroup<S>& down, const PassContext<S>& context,
+                              const at::Tensor& gate_up, const at::Tensor& dy,
+                              const at::Tensor& xa_down, const at::Tensor& dm,
+                              const at::Tensor& d_gate_up, std::int64_t expert,
+                              const std::uint64_t* token_id) {
+  if (down.empty()) {
+    ops::swiglu_backward<S>(gate_up, dm, d_gate_up);
+    return;
+  }
+  const at::Tensor m = context.scratch(dm.sizes());
+  if (down.drops()) {
+    ops::swiglu<S>(gate_up, m);
+    down.backward(m, dy, xa_down, dm, expert, token_id);
+    ops::swiglu_backward<S>(gate_up, dm, d_gate_up);
+    return;
+  }
+  // m comes with the activation's backward, which has the exponentials at hand.
+  const at::Tensor d = down.backward_to_input(dy, xa_down, dm, expert);
+  ops::swiglu_backward<S>(gate_up, dm, d_gate_up, m);
+  down.gradient_of_a(m, d, expert);
+}
 
 extern template class LoraGroup<double>;
 extern template class LoraGroup<float>;

@@ -158,12 +158,13 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     }
     at::Tensor to = dm_p;
     at::mm_out(to, dy_p, weights_.experts_down_EFD[e].t());
-    if (!lora_down_.empty()) {
+    const Frame of_expert(context_.scratch_stack());
+    if (!lora_down_.empty() && !kept.gate_up.defined()) {
       ops::swiglu<S>(gate_up, m);
-      if (!kept.gate_up.defined()) lora_down_.down_only(m, slice(kept.xa_down, begin, n), e, ids);
-      lora_down_.backward(m, dy, slice(kept.xa_down, begin, n), dm, e, ids);
+      lora_down_.down_only(m, slice(kept.xa_down, begin, n), e, ids);
     }
-    ops::swiglu_backward<S>(gate_up, dm, d_gate_up);
+    swiglu_and_down_backward(lora_down_, context_, gate_up, dy, slice(kept.xa_down, begin, n), dm,
+                             d_gate_up, e, ids);
     zero_past(d_gate_up_p, n);
     to = slice(dx, begin, p);
     at::mm_out(to, d_gate_up_p, weights_.experts_gate_up_EDO[e].t());

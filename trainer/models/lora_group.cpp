@@ -124,6 +124,30 @@ void LoraGroup<S>::backward(const at::Tensor& x, const at::Tensor& dy, const at:
                   dx.stride(0));
 }
 
+template <class S>
+at::Tensor LoraGroup<S>::backward_to_input(const at::Tensor& dy, const at::Tensor& xa,
+                                           const at::Tensor& dx, std::int64_t expert) const {
+  TAILOR_CHECK(parts_.size() == 1 && !drops());
+  const LoraSite& site = *parts_.front().site;
+  const std::int64_t T = dy.size(0), b_at = site.b_offset + expert * site.rank * site.out;
+  const at::Tensor d = context_.scratch({T, rank_});
+  ops::lora_down<S>(dy, context_.factors + b_at, site.rank, site.scale, data<S>(d), rank_);
+  ops::lora_gradient<S>(T, site.rank, site.out, data<S>(xa), rank_, data<S>(dy), dy.stride(0),
+                        context_.gradients + b_at);
+  ops::lora_up<S>(data<S>(d), rank_,
+                  context_.factors + site.a_offset + expert * site.rank * site.in, site.rank,
+                  site.in, T, data<S>(dx), dx.stride(0));
+  return d;
+}
+
+template <class S>
+void LoraGroup<S>::gradient_of_a(const at::Tensor& x, const at::Tensor& d,
+                                 std::int64_t expert) const {
+  const LoraSite& site = *parts_.front().site;
+  ops::lora_gradient<S>(x.size(0), site.rank, site.in, data<S>(d), rank_, data<S>(x), x.stride(0),
+                        context_.gradients + site.a_offset + expert * site.rank * site.in);
+}
+
 template class LoraGroup<double>;
 template class LoraGroup<float>;
 template class LoraGroup<Bf16>;

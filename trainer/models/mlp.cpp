@@ -78,13 +78,9 @@ void Mlp<S>::backward(const at::Tensor& n_TD, const at::Tensor& dout_TD, const M
   const Frame frame(context_.scratch_stack());
   const at::Tensor dm_TF = context_.scratch({T, F});
   ops::linear_backward(dout_TD, weights_.down_DF, dm_TF);
-  if (!lora_down_.empty()) {
-    const at::Tensor m_TF = context_.scratch({T, F});
-    ops::swiglu<S>(kept.gate_up, m_TF);
-    lora_down_.backward(m_TF, dout_TD, kept.xa_down, dm_TF, 0, token_id);
-  }
   const at::Tensor d_gate_up = context_.scratch(kept.gate_up.sizes());
-  ops::swiglu_backward<S>(kept.gate_up, dm_TF, d_gate_up);
+  swiglu_and_down_backward(lora_down_, context_, kept.gate_up, dout_TD, kept.xa_down, dm_TF,
+                           d_gate_up, 0, token_id);
   ops::linear_backward(d_gate_up, weights_.gate_up_OD, dn_TD);
   if (!lora_gate_up_.empty()) {
     lora_gate_up_.backward(n_TD, d_gate_up, kept.xa_gate_up, dn_TD, 0, token_id);
