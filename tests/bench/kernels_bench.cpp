@@ -7,6 +7,7 @@
 #include <benchmark/benchmark.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <string>
@@ -20,12 +21,15 @@ namespace {
 constexpr std::int64_t kTokens = 1024, kModel = 576, kFeedForward = 1536, kHeadDim = 64;
 constexpr std::int64_t kHeads = 9, kKvHeads = 3, kDocument = 256;
 
-std::vector<Bf16> numbers(std::int64_t count) {
-  std::vector<Bf16> out(static_cast<std::size_t>(count));
+/// Numbers that stay until the program ends, at the start of a cache line as tensors are: signs and
+/// sizes of 2^-3 .. 2^-1 from a linear congruence.
+Bf16* numbers(std::int64_t count) {
+  const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(Bf16) + 63) / 64 * 64;
+  auto* out = static_cast<Bf16*>(std::aligned_alloc(64, bytes));
   std::uint32_t state = 1;
-  for (Bf16& x : out) {  // signs and sizes of 2^-3 .. 2^0, from a linear congruence
+  for (std::int64_t i = 0; i < count; ++i) {
     state = state * 1664525U + 1013904223U;
-    x.bits = static_cast<std::uint16_t>(((state >> 16U) & 0x80FFU) + 0x3E00U);
+    out[i].bits = static_cast<std::uint16_t>(((state >> 16U) & 0x80FFU) + 0x3E00U);
   }
   return out;
 }
@@ -39,9 +43,9 @@ struct Case {
 
 std::vector<Case> cases() {
   constexpr std::int64_t T = kTokens;
-  static const auto x = numbers(T * 2 * kFeedForward), w = numbers(kFeedForward * 64);
-  static auto y = numbers(T * 2 * kFeedForward), z = numbers(T * 2 * kFeedForward);
-  static auto m = numbers(T * kFeedForward);
+  const Bf16 *x = numbers(T * 2 * kFeedForward), *w = numbers(kFeedForward * 64);
+  Bf16 *y = numbers(T * 2 * kFeedForward), *z = numbers(T * 2 * kFeedForward);
+  Bf16* m = numbers(T * kFeedForward);
   static std::vector<float> g(static_cast<std::size_t>(64 * kFeedForward));
   std::vector<Case> out;
   const auto add = [&](std::string name, std::int64_t elements, std::int64_t operations,
@@ -52,30 +56,24 @@ std::vector<Case> cases() {
   for (const std::int64_t R : {8, 16, 24}) {
     for (const std::int64_t D : {kModel, kFeedForward}) {
       const std::string size = " D" + std::to_string(D) + " R" + std::to_string(R);
-      add("lora_down" + size, T * D, 2 * T * D * R, [=](const Kernels<Bf16>& k) {
-        k.lora_down(0, T, R, D, x.data(), D, w.data(), y.data(), R, 1.0);
-      });
-      add("lora_up" + size, 2 * T * D, 2 * T * D * R, [=](const Kernels<Bf16>& k) {
-        k.lora_up(0, T, R, D, x.data(), R, w.data(), y.data(), D);
-      });
-      add("lora_gradient" + size, T * D, 2 * T * D * R, [=](const Kernels<Bf16>& k) {
-        k.lora_gradient(0, D, T, R, D, w.data(), R, x.data(), D, g.data());
-      });
+      add("lora_down" + size, T * D, 2 * T * D * R,
+          [=](const Kernels<Bf16>& k) { k.lora_down(0, T, R, D, x, D, w, y, R, 1.0); });
+      add("lora_up" + size, 2 * T * D, 2 * T * D * R,
+          [=](const Kernels<Bf16>& k) { k.lora_up(0, T, R, D, x, R, w, y, D); });
+      add("lora_gradient" + size, T * D, 2 * T * D * R,
+          [=](const Kernels<Bf16>& k) { k.lora_gradient(0, D, T, R, D, w, R, x, D, g.data()); });
     }
   }
   add("swiglu", 3 * T * kFeedForward, 0,
-      [](const Kernels<Bf16>& k) { k.swiglu(0, T, kFeedForward, x.data(), y.data()); });
-  add("swiglu_backward", 5 * T * kFeedForward, 0, [](const Kernels<Bf16>& k) {
-    k.swiglu_backward(0, T, kFeedForward, x.data(), z.data(), y.data(), nullptr);
-  });
-  add("swiglu_backward with m", 6 * T * kFeedForward, 0, [](const Kernels<Bf16>& k) {
-    k.swiglu_backward(0, T, kFeedForward, x.data(), z.data(), y.data(), m.data());
-  });
+      [=](const Kernels<Bf16>& k) { k.swiglu(0, T, kFeedForward, x, y); });
+  add("swiglu_backward", 5 * T * kFeedForward, 0,
+      [=](const Kernels<Bf16>& k) { k.swiglu_backward(0, T, kFeedForward, x, z, y, nullptr); });
+  add("swiglu_backward with m", 6 * T * kFeedForward, 0,
+      [=](const Kernels<Bf16>& k) { k.swiglu_backward(0, T, kFeedForward, x, z, y, m); });
   add("rms_norm", 2 * T * kModel, 0,
-      [](const Kernels<Bf16>& k) { k.rms_norm(0, T, kModel, x.data(), w.data(), 1e-5, y.data()); });
-  add("rms_norm_backward", 4 * T * kModel, 0, [](const Kernels<Bf16>& k) {
-    k.rms_norm_backward(0, T, kModel, x.data(), w.data(), z.data(), x.data(), 1e-5, y.data());
-  });
+      [=](const Kernels<Bf16>& k) { k.rms_norm(0, T, kModel, x, w, 1e-5, y); });
+  add("rms_norm_backward", 4 * T * kModel, 0,
+      [=](const Kernels<Bf16>& k) { k.rms_norm_backward(0, T, kModel, x, w, z, x, 1e-5, y); });
   // Packed documents of 256 tokens, 9 query heads on 3 key heads.
   static std::vector<AttentionSegment> segments;
   for (std::int64_t t = 0; t < T; t += kDocument) segments.push_back({t, kDocument, t, kDocument});
@@ -92,13 +90,11 @@ std::vector<Case> cases() {
   const std::int64_t scores = T * kHeads * kDocument / 2;  // half of them are masked
   constexpr std::int64_t q = T * kHeads * kHeadDim, kv = T * kKvHeads * kHeadDim;
   add("attention", 2 * q + 2 * kv, 4 * scores * kHeadDim, [=](const Kernels<Bf16>& k) {
-    k.attention(0, tasks, segments.data(), shape, x.data(), x.data() + q, x.data() + q + kv,
-                y.data(), lse.data());
+    k.attention(0, tasks, segments.data(), shape, x, x + q, x + q + kv, y, lse.data());
   });
   add("attention_backward", 4 * q + 4 * kv, 10 * scores * kHeadDim, [=](const Kernels<Bf16>& k) {
-    k.attention_backward(0, tasks, segments.data(), shape, x.data(), x.data() + q,
-                         x.data() + q + kv, x.data(), lse.data(), x.data() + 1, y.data(),
-                         y.data() + q, y.data() + q + kv);
+    k.attention_backward(0, tasks, segments.data(), shape, x, x + q, x + q + kv, x, lse.data(),
+                         x + 1, y, y + q, y + q + kv);
   });
   return out;
 }

@@ -6,14 +6,12 @@
 
 #include "trainer/kernels/cpu/tile.h"
 
-// Ranks and rows of a tile of lora_down, and ranks of one of lora_gradient: 32 registers, or 16.
+// Ranks of a tile of lora_down, of two rows, and of one of lora_gradient: 32 registers, or 16.
 #if defined(__AVX512F__)
 #define TAILOR_DOWN_RANKS 8
-#define TAILOR_DOWN_ROWS 3
 #define TAILOR_GRADIENT_RANKS 8
 #else
 #define TAILOR_DOWN_RANKS 4
-#define TAILOR_DOWN_ROWS 2
 #define TAILOR_GRADIENT_RANKS 4
 #endif
 
@@ -87,8 +85,8 @@ template <class S>
 void lora_down(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_t D, const S* x,
                std::int64_t x_stride, const S* a, S* xa, std::int64_t xa_stride, double scale) {
   using A = AccumOf<S>;
-  constexpr std::int64_t kRows = 24;      // their sums stay in the caches
-  constexpr std::int64_t kColumns = 768;  // as do eight ranks of a this wide
+  constexpr std::int64_t kRows = 8;  // few enough that they, their sums and the ranks stay in L1
+  constexpr std::int64_t kColumns = 768;  // of eight ranks
   static_assert(kColumns % kPairLanes<A> == 0);
   const std::int64_t deep = pad_to_pairs<A>(D), wide = R * kLanes<A>;
   const Scratch<A> a_DR(R * deep), sums(kRows * wide), total(pad_to_lanes<A>(R));
@@ -104,7 +102,7 @@ void lora_down(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_
                                           a_DR.get() + i * R + r * kPairLanes<A>, R * kPairLanes<A>,
                                           sums.get() + row * wide + r * kLanes<A>, wide);
         };
-        in_tiles<TAILOR_DOWN_ROWS>(rows, tile);
+        in_tiles<2>(rows, tile);
       });
     }
     for (std::int64_t row = 0; row < rows; ++row) {
