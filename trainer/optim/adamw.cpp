@@ -41,6 +41,20 @@ AdamW::AdamW(const Adapter& adapter, AdamWOptions options) : options_(options) {
     stretches_.push_back(
         {site.b_offset, site.b_offset + site.b_size(), options.learning_rate_ratio_b});
   }
+  // Neighbours with one learning rate are one stretch: long ones are shared among threads.
+  std::sort(stretches_.begin(), stretches_.end(),
+            [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; });
+  std::vector<Stretch> merged;
+  for (const Stretch& next : stretches_) {
+    const bool goes_on =
+        !merged.empty() && merged.back().end == next.begin && merged.back().ratio == next.ratio;
+    if (goes_on) {
+      merged.back().end = next.end;
+    } else {
+      merged.push_back(next);
+    }
+  }
+  stretches_ = std::move(merged);
 }
 
 void AdamW::step(std::span<float> factors, std::span<const float> gradients, double learning_rate,
