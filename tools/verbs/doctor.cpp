@@ -15,6 +15,7 @@
 #include "tools/table.h"
 #include "tools/terminal.h"
 #include "tools/verbs.h"
+#include "trainer/cuda/devices.h"
 
 namespace tailor {
 namespace {
@@ -103,12 +104,41 @@ Check check_folder(const std::string& name, const fs::path& folder) {
                          " to another folder."};
 }
 
+std::string cuda_text(const CudaFacts& cuda) {
+  if (!cuda.compiled) return cuda.problem;
+  const std::string built = "toolkit " + cuda.toolkit + ", kernels for " + cuda.architectures;
+  return cuda.devices.empty() ? built + "; no device: " + cuda.problem : built;
+}
+
+std::string device_text(const CudaDevice& device) {
+  return device.name + ", compute capability " + device.compute_capability + ", " +
+         bytes_text(device.memory_free_bytes) + " free of " + bytes_text(device.memory_bytes) +
+         (device.problem.empty() ? "; this build's kernels run on it" : "; " + device.problem);
+}
+
+Json cuda_json(const CudaFacts& cuda) {
+  Json devices = Json::array();
+  for (const CudaDevice& device : cuda.devices) {
+    devices.push_back({{"name", device.name},
+                       {"compute_capability", device.compute_capability},
+                       {"memory_bytes", device.memory_bytes},
+                       {"memory_free_bytes", device.memory_free_bytes},
+                       {"problem", device.problem.empty() ? Json() : Json(device.problem)}});
+  }
+  return {{"compiled", cuda.compiled},
+          {"toolkit", cuda.compiled ? Json(cuda.toolkit) : Json()},
+          {"architectures", cuda.compiled ? Json(cuda.architectures) : Json()},
+          {"problem", cuda.problem.empty() ? Json() : Json(cuda.problem)},
+          {"devices", devices}};
+}
+
 }  // namespace
 
 int run_doctor(const DoctorArguments& arguments) {
   const CpuFacts cpu = cpu_facts();
   const Machine machine = this_machine(".");
   const std::vector<std::string> gpus = gpu_names();
+  const CudaFacts cuda = cuda_facts();
   const auto disk = measure_disk(existing_parent(cache_folder()));
   const std::vector<FolderSize> caches = folder_sizes(cache_folder());
   std::size_t runs = 0;
@@ -130,6 +160,7 @@ int run_doctor(const DoctorArguments& arguments) {
     out["memory"] = {{"total_bytes", memory_total_bytes()},
                      {"available_bytes", std::llround(machine.host_bytes)}};
     out["gpus"] = gpus;
+    out["cuda"] = cuda_json(cuda);
     out["disk"] = {{"folder", existing_parent(cache_folder()).string()},
                    {"free_bytes", free_bytes(cache_folder())},
                    {"read_bytes_per_second", disk ? Json(disk->read_bytes_per_second) : Json()},
@@ -159,6 +190,8 @@ int run_doctor(const DoctorArguments& arguments) {
                            bytes_text(memory_total_bytes())});
   table.add(
       {"GPUs", gpus.empty() ? "none" : join(gpus, ", ") + " (this build computes on the CPU)"});
+  table.add({"CUDA", cuda_text(cuda)});
+  for (const CudaDevice& device : cuda.devices) table.add({"", device_text(device)});
   table.add({"disk", disk ? "reads " + bytes_text(std::llround(disk->read_bytes_per_second)) +
                                 "/s, writes " +
                                 bytes_text(std::llround(disk->write_bytes_per_second)) + "/s"

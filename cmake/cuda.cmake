@@ -1,0 +1,23 @@
+# CUDA, where a toolkit is found: nvcc on PATH, in $CUDA_HOME or in /usr/local/cuda. TAILOR_CUDA=OFF
+# leaves it out, ON makes a missing toolkit an error. A program built without it needs none.
+set(TAILOR_CUDA AUTO CACHE STRING "AUTO, ON or OFF")
+set_property(CACHE TAILOR_CUDA PROPERTY STRINGS AUTO ON OFF)
+set(TAILOR_HAS_CUDA OFF)
+if(NOT TAILOR_CUDA STREQUAL OFF)
+  find_program(TAILOR_NVCC nvcc HINTS ENV CUDACXX $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
+  if(TAILOR_NVCC)
+    set(CMAKE_CUDA_COMPILER ${TAILOR_NVCC})
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES 80 90)  # A100; H100 and H200
+    endif()
+    enable_language(CUDA)
+    set(CMAKE_CUDA_STANDARD 20)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    set(TAILOR_HAS_CUDA ON)
+    message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")
+  elseif(TAILOR_CUDA STREQUAL ON)
+    message(FATAL_ERROR "TAILOR_CUDA is ON and nvcc was not found. Put it on PATH or set CUDA_HOME.")
+  else()
+    message(STATUS "no CUDA toolkit: built for the CPU only")
+  endif()
+endif()
