@@ -633,6 +633,32 @@ TYPED_TEST(KernelsOf, add) {
   }
 }
 
+TEST(Kernels, bf16_results_are_rounded_to_nearest_and_ties_to_even) {
+  // In units of 2^-7: 1 + n + 1/2 lies between two neighbours, a little more or less does not.
+  constexpr std::int64_t kCount = 67;  // whole vectors, pairs of them, and a short rest
+  std::vector<Bf16> start, half, want;
+  const double sizes[] = {0.5, 0.498046875, 0.50390625};
+  for (std::int64_t i = 0; i < kCount; ++i) {
+    const double n = static_cast<double>(i % 5), sign = i % 2 == 0 ? 1 : -1, more = sizes[i % 3];
+    const double kept =
+        more == 0.5 ? static_cast<double>((i % 5 + 1) / 2 * 2) : std::round(n + more);
+    start.push_back(stored<Bf16>(sign * (1 + n * 0x1p-7)));
+    half.push_back(stored<Bf16>(sign * more * 0x1p-7));
+    want.push_back(stored<Bf16>(sign * (1 + kept * 0x1p-7)));
+  }
+  const Bf16 one = stored<Bf16>(1.0);
+  const LevelList list = runnable_levels();
+  for (int i = 0; i < list.count; ++i) {
+    SCOPED_TRACE(list.levels[i].name);
+    const Kernels<Bf16>& kernels = *list.levels[i].tables->bf16;
+    std::vector<Bf16> by_vector = start, by_pair = start;
+    kernels.add(0, kCount, half.data(), by_vector.data());
+    kernels.lora_up(0, 1, 1, kCount, &one, 1, half.data(), by_pair.data(), kCount);
+    EXPECT_TRUE(same_bits(by_vector, want));
+    EXPECT_TRUE(same_bits(by_pair, want));
+  }
+}
+
 TEST(Kernels, the_best_level_is_the_one_that_runs) {
   const LevelList list = runnable_levels();
   ASSERT_GE(list.count, 1);
