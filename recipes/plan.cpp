@@ -273,6 +273,9 @@ class Planner {
     plan.bound_working = "a step: compute " + short_text(time.compute()) + " s, link " +
                          short_text(time.link()) + " s, disk " + short_text(time.disk()) +
                          " s, network " + short_text(time.network()) + " s";
+    forward_seconds_per_token_ = std::max({time.compute_forward, time.link_forward,
+                                           time.disk_forward, time.network_forward}) /
+                                 tokens_;
     add_crossover(choice);
     load_seconds_ = base_.all() / machine_.disk_bytes_per_second;
     if (model_.experts > 0 && plan.bound != Bound::compute) {
@@ -423,6 +426,9 @@ class Planner {
     const double gflops =
         std::max(1e-3, measured ? extras_.calibration->gflops : profile * threads_share);
     const double compute = flops.total() * tokens_ / (gflops * 1e9);
+    forward_seconds_per_token_ = (flops.forward_other + flops.forward_expert +
+                                  2 * static_cast<double>(model_.head_parameters()) * loss_share) /
+                                 (gflops * 1e9);
     const double from_disk = 2 * (weights - resident);
     const double disk = from_disk / machine_.disk_bytes_per_second;
     plan.stream_bytes_per_step = {from_disk, "bytes",
@@ -482,6 +488,23 @@ class Planner {
     }
   }
 
+  /// Forward passes over the validation rows: every eval_every_steps and after the last step.
+  double evaluation_seconds(double steps) {
+    const bool wanted = !recipe_.data.validation.empty() || recipe_.data.validation_split;
+    if (!extras_.data || !wanted) {
+      evaluation_working_ =
+          wanted ? "evaluations, not counted before the data is tokenised" : "no evaluation";
+      return 0;
+    }
+    const double every = as_double(recipe_.training.eval_every_steps);
+    const double times = every > 0 ? std::ceil(steps / every) : 1.0;
+    const double tokens = as_double(extras_.data->validation_rows * recipe_.data.sequence_len);
+    const double each = tokens * forward_seconds_per_token_;
+    evaluation_working_ = whole(times) + (times == 1 ? " evaluation" : " evaluations") + " x " +
+                          short_text(each) + " s";
+    return times * each;
+  }
+
   void add_job(const PriceBook& prices) {
     const auto& max_steps = recipe_.training.max_steps;
     std::optional<double> steps;
@@ -506,11 +529,14 @@ class Planner {
       plan.gpu_hours = {std::nullopt, "device hours", unknown};
       plan.usd = {std::nullopt, "usd", unknown};
     } else {
-      const double hours = (*steps * *plan.seconds_per_step.value + load_seconds_) / 3600;
+      const double evaluation = evaluation_seconds(*steps);
+      const double hours =
+          (*steps * *plan.seconds_per_step.value + evaluation + load_seconds_) / 3600;
       plan.steps = {*steps, "steps", working};
       plan.hours = {hours, "hours",
                     "(" + whole(*steps) + " steps x " + short_text(*plan.seconds_per_step.value) +
-                        " s + " + short_text(load_seconds_) + " s to load) / 3600"};
+                        " s + " + evaluation_working_ + " + " + short_text(load_seconds_) +
+                        " s to load) / 3600"};
       plan.gpu_hours = {
           hours * ranks_, "device hours",
           short_text(hours) + " h x " + whole(ranks_) + (ranks_ == 1 ? " rank" : " ranks")};
@@ -544,6 +570,8 @@ class Planner {
   LoraCounts lora_;
   BaseBytes base_;
   double ranks_, tokens_, micro_tokens_ = 0, load_seconds_ = 0;
+  double forward_seconds_per_token_ = 0;
+  std::string evaluation_working_;
 };
 
 Json figure_json(const Figure& figure) {

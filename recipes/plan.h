@@ -40,6 +40,7 @@ struct DataStats {
   std::int64_t rows = 0;            ///< of sequence_len, a pass
   std::int64_t trained_tokens = 0;  ///< that carry loss, a pass
   std::int64_t store_bytes = 0;
+  std::int64_t validation_rows = 0;  ///< of sequence_len, an evaluation; 0: none
 };
 
 /// A measured speed that replaces the machine profile's assumption.

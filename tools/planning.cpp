@@ -108,14 +108,16 @@ PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<Da
   return out;
 }
 
-DataStats stats_of(const SplitReport& report) {
+DataStats stats_of(const PrepareReport& report) {
   std::error_code error;
-  const auto bytes = fs::file_size(report.store, error);
-  return {report.rows, report.trained_tokens, error ? 0 : static_cast<std::int64_t>(bytes)};
+  const auto bytes = fs::file_size(report.train.store, error);
+  return {report.train.rows, report.train.trained_tokens,
+          error ? 0 : static_cast<std::int64_t>(bytes),
+          report.validation ? report.validation->rows : 0};
 }
 
 std::optional<DataStats> data_stats(const Recipe& recipe, bool always) {
-  if (always) return stats_of(prepare_recipe_data(recipe).train);
+  if (always) return stats_of(prepare_recipe_data(recipe));
   if (recipe.training.max_steps) return std::nullopt;
   try {
     if (bytes_of(recipe.data.train) + bytes_of(recipe.data.validation) > kReadBytesMax) {
@@ -126,7 +128,7 @@ std::optional<DataStats> data_stats(const Recipe& recipe, bool always) {
   } catch (const Error&) {  // a plan needs neither data nor weights
     return std::nullopt;
   }
-  return stats_of(prepare_recipe_data(recipe).train);
+  return stats_of(prepare_recipe_data(recipe));
 }
 
 }  // namespace tailor

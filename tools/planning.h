@@ -41,7 +41,7 @@ PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<Data
                           Measure measure);
 
 /// What a plan takes from prepared data.
-DataStats stats_of(const SplitReport& report);
+DataStats stats_of(const PrepareReport& report);
 
 /// Rows of the recipe's data, tokenised where need be. Without `always` nothing is read where
 /// training.max_steps says how long the run is, and nothing above 64 MB.

@@ -186,13 +186,31 @@ TEST(Plan, without_data_and_max_steps_says_why_there_is_no_price) {
 
 TEST(Plan, with_data_counts_epochs_and_prices_them) {
   PlanExtras extras;
-  extras.data = DataStats{7500, 15'360'000, 0};
+  extras.data = DataStats{7500, 15'360'000, 0, 0};
   const Plan plan =
       plan_of("maverick-a100.yaml", {"training.num_epochs=1"}, maverick(), "a100-40gb", extras)
           .plan;
   EXPECT_DOUBLE_EQ(*plan.steps.value, std::ceil(7500.0 / 16));
   EXPECT_NEAR(*plan.hours.value, 2.7, 0.15);
   EXPECT_NEAR(*plan.usd.value, *plan.hours.value * 1.19, 1e-9);
+}
+
+TEST(Plan, evaluations_are_in_the_hours) {
+  const auto hours_of = [](std::int64_t validation_rows, std::vector<std::string> overrides) {
+    PlanExtras extras;
+    extras.data = DataStats{7500, 15'360'000, 0, validation_rows};
+    overrides.push_back("training.num_epochs=1");
+    return plan_of("maverick-a100.yaml", overrides, maverick(), "a100-40gb", extras).plan.hours;
+  };
+  const double without = *hours_of(0, {}).value, few = *hours_of(75, {}).value,
+               twice = *hours_of(150, {}).value;
+  EXPECT_GT(few, without);
+  EXPECT_NEAR(twice - without, 2 * (few - without), 1e-9);
+  // 469 steps: after every 50th and after the last.
+  EXPECT_THAT(hours_of(75, {}).working, testing::HasSubstr("10 evaluations x "));
+  EXPECT_THAT(hours_of(75, {"training.eval_every_steps=0"}).working,
+              testing::HasSubstr("1 evaluation x "));
+  EXPECT_THAT(hours_of(0, {"data.validation=null"}).working, testing::HasSubstr("no evaluation"));
 }
 
 TEST(Plan, json_has_every_promised_figure_with_its_working) {

@@ -25,7 +25,8 @@ TEST(CudaSelfCheck, every_thread_writes_its_number_and_no_other) {
       const auto words = philox({i / 4, 0x243F6A88U, 0x85A308D3U, 0}, {0xA4093822U, 0x299F31D0U});
       EXPECT_EQ(out[i], words[i % 4]) << i;
     }
-    for (std::uint32_t i = kCount; i < out.size(); ++i) EXPECT_EQ(out[i], 7U) << "written past the end";
+    for (std::uint32_t i = kCount; i < out.size(); ++i)
+      EXPECT_EQ(out[i], 7U) << "written past the end";
   }
 }
 

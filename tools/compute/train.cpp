@@ -190,7 +190,7 @@ class Run {
            recipe().name + ": machine.profile", "Set machine.profile: auto to train here."});
     }
     sku_ = machine.sku;
-    plan_ = plan_recipe({file_, model_facts(spec_, recipe().base_model), {}}, stats_of(data_.train),
+    plan_ = plan_recipe({file_, model_facts(spec_, recipe().base_model), {}}, stats_of(data_),
                         Measure::never)
                 .plan;
     for (const std::string& warning : plan_.warnings) log_warning(warning);

@@ -1,7 +1,6 @@
-#include "trainer/cuda/devices.h"
-
 #include <cuda_runtime.h>
 
+#include "trainer/cuda/devices.h"
 #include "trainer/cuda/self_check.h"
 
 namespace tailor {
@@ -69,7 +68,8 @@ CudaDevice device_facts(int index) {
 CudaFacts cuda_facts() {
   CudaFacts out;
   out.compiled = true;
-  out.toolkit = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  out.toolkit =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   out.architectures = TAILOR_CUDA_ARCHITECTURES;
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
