@@ -37,6 +37,11 @@ TokenFlops token_flops(const Recipe& recipe, const ModelFacts& model, bool keep)
   return flops;
 }
 
+std::int64_t head_chunk_rows(std::int64_t vocab, std::int64_t element_bytes) {
+  constexpr std::int64_t kChunkBytes = std::int64_t{64} << 20U;
+  return std::clamp<std::int64_t>(kChunkBytes / (vocab * element_bytes), 16, 512);
+}
+
 BaseBytes base_bytes(const Recipe& recipe, const ModelFacts& model) {
   const auto mlp = [&](std::int64_t width, BaseFormat format) {
     return 2 * matrix_bytes(model, {width, model.hidden}, format, recipe.base.group_size) +

@@ -21,6 +21,10 @@ struct TokenFlops {
 /// `keep`: all activations are kept, nothing is computed again.
 TokenFlops token_flops(const Recipe& recipe, const ModelFacts& model, bool keep);
 
+/// Rows of the vocabulary head worked on at once on the CPU: logits of at most 64 MiB, so that
+/// memory does not follow the vocabulary.
+std::int64_t head_chunk_rows(std::int64_t vocab, std::int64_t element_bytes);
+
 /// Sizes of the frozen model in the recipe's formats, in bytes.
 struct BaseBytes {
   double expert = 0;               ///< one routed expert

@@ -2,16 +2,9 @@
 
 #include <algorithm>
 
+#include "recipes/step_cost.h"
+
 namespace tailor {
-namespace {
-
-/// Rows of a chunk: logits of at most 64 MiB, so that memory does not follow the vocabulary.
-std::int64_t chunk_rows(std::int64_t vocab, std::int64_t element_bytes) {
-  constexpr std::int64_t kChunkBytes = std::int64_t{64} << 20U;
-  return std::clamp<std::int64_t>(kChunkBytes / (vocab * element_bytes), 16, 512);
-}
-
-}  // namespace
 
 template <class S>
 LossResult head_loss(const ModelWeights& weights, double norm_eps, const at::Tensor& x_TD,
@@ -30,7 +23,8 @@ LossResult head_loss(const ModelWeights& weights, double norm_eps, const at::Ten
   result.losses.resize(rows.size());
   result.hits.resize(rows.size());
   if (dx_TD.defined()) dx_TD.zero_();
-  const std::int64_t chunk = std::min(count, chunk_rows(V, static_cast<std::int64_t>(sizeof(S))));
+  const std::int64_t chunk =
+      std::min(count, head_chunk_rows(V, static_cast<std::int64_t>(sizeof(S))));
   if (count == 0) return result;
   const Frame frame(scratch);
   const at::Tensor x_chunk = scratch.take({chunk, D}, kDtype<S>);
