@@ -14,8 +14,6 @@
 #include "data/checkpoint/checkpoint.h"
 #include "tools/paths.h"
 
-extern char** environ;
-
 namespace tailor {
 namespace {
 

@@ -67,6 +67,7 @@ bool all_tokenized(const DataRecipe& data) {
 
 std::vector<DataFile> data_files(const std::vector<DataSource>& sources) {
   std::vector<DataFile> out;
+  out.reserve(sources.size());
   for (const DataSource& source : sources) {
     out.push_back({source.path, source.weight, source.format});
   }
