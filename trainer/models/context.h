@@ -52,9 +52,9 @@ class LoraGroup {
   /// Adds the factors' gradients and dx += scale (dy B) A.
   void backward(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& xa,
                 const at::Tensor& dx, std::int64_t expert, const std::uint64_t* token_id) const;
-  /// backward() in two halves, for one site whose input x exists only once dx is known. The first
-  /// adds B's gradient and dx, and returns what the second wants, on the scratch stack; the second
-  /// adds A's. Not with dropout.
+  /// The two halves of backward(), for an input x that exists only once dx is known. The first adds
+  /// B's gradient and dx, and returns what the second wants, on the scratch stack; the second adds
+  /// A's. Not with dropout.
   at::Tensor backward_to_input(const at::Tensor& dy, const at::Tensor& xa, const at::Tensor& dx,
                                std::int64_t expert) const;
   void gradient_of_a(const at::Tensor& x, const at::Tensor& d, std::int64_t expert) const;
@@ -67,6 +67,9 @@ class LoraGroup {
     std::int64_t rank_begin;
   };
   std::uint64_t dropout_key(const LoraSite& site, std::int64_t expert) const;
+  /// Adds B's gradient; returns scale dy B^T [T, rank()], on the scratch stack.
+  at::Tensor backward_of_b(const at::Tensor& dy, const at::Tensor& xa, std::int64_t expert) const;
+  std::int64_t offset_of_a(std::int64_t expert) const;
 
   const PassContext<S>& context_;
   std::vector<Part> parts_;

@@ -59,7 +59,7 @@ class DecoderOf final : public Decoder {
       : spec_(std::move(spec)), weights_(std::move(weights)) {
     context_.workspace = &workspace_;
   }
-  DecoderOf(const DecoderOf&) = delete;  // blocks hold the address of context_
+  DecoderOf(const DecoderOf&) = delete;  // context_ holds the address of workspace_
   DecoderOf& operator=(const DecoderOf&) = delete;
 
   const ModelSpec& spec() const override { return spec_; }

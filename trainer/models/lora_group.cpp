@@ -84,68 +84,74 @@ template <class S>
 void LoraGroup<S>::backward(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& xa,
                             const at::Tensor& dx, std::int64_t expert,
                             const std::uint64_t* token_id) const {
-  const std::int64_t T = x.size(0);
-  if (T == 0) return;
+  if (x.size(0) == 0) return;
   const Frame frame(context_.scratch_stack());
+  if (!drops()) {
+    gradient_of_a(x, backward_to_input(dy, xa, dx, expert), expert);
+    return;
+  }
+  const at::Tensor d = backward_of_b(dy, xa, expert);
+  for (const Part& part : parts_) {  // dropout gives each site its own input
+    const LoraSite& site = *part.site;
+    const Frame of_part(context_.scratch_stack());
+    const std::int64_t a_at = site.a_offset + expert * site.rank * site.in;
+    const std::uint64_t key = dropout_key(site, expert);
+    const at::Tensor kept = context_.scratch(x.sizes());
+    S* d_part = data<S>(d) + part.rank_begin;
+    drop<S>(x, context_.dropout, key, token_id, kept);
+    ops::lora_gradient<S>(x.size(0), site.rank, site.in, d_part, rank_, data<S>(kept),
+                          kept.stride(0), context_.gradients + a_at);
+    if (!dx.defined()) continue;
+    kept.zero_();
+    ops::lora_up<S>(d_part, rank_, context_.factors + a_at, site.rank, site.in, x.size(0),
+                    data<S>(kept), kept.stride(0));
+    drop<S>(kept, context_.dropout, key, token_id, kept);
+    ops::add<S>(kept, dx);
+  }
+}
+
+template <class S>
+at::Tensor LoraGroup<S>::backward_of_b(const at::Tensor& dy, const at::Tensor& xa,
+                                       std::int64_t expert) const {
+  const std::int64_t T = dy.size(0);
   const at::Tensor d = context_.scratch({T, rank_});
   for (const Part& part : parts_) {
     const LoraSite& site = *part.site;
-    const std::int64_t a_at = site.a_offset + expert * site.rank * site.in;
     const std::int64_t b_at = site.b_offset + expert * site.rank * site.out;
     const at::Tensor dy_part = dy.narrow(1, part.column, site.out);
-    S* d_part = data<S>(d) + part.rank_begin;
-    ops::lora_down<S>(dy_part, context_.factors + b_at, site.rank, site.scale, d_part, rank_);
+    ops::lora_down<S>(dy_part, context_.factors + b_at, site.rank, site.scale,
+                      data<S>(d) + part.rank_begin, rank_);
     ops::lora_gradient<S>(T, site.rank, site.out, data<S>(xa) + part.rank_begin, rank_,
                           data<S>(dy_part), dy.stride(0), context_.gradients + b_at);
-    if (drops()) {
-      const std::uint64_t key = dropout_key(site, expert);
-      const Frame of_part(context_.scratch_stack());
-      const at::Tensor kept = context_.scratch(x.sizes());
-      drop<S>(x, context_.dropout, key, token_id, kept);
-      ops::lora_gradient<S>(T, site.rank, site.in, d_part, rank_, data<S>(kept), kept.stride(0),
-                            context_.gradients + a_at);
-      if (!dx.defined()) continue;
-      kept.zero_();
-      ops::lora_up<S>(d_part, rank_, context_.factors + a_at, site.rank, site.in, T, data<S>(kept),
-                      kept.stride(0));
-      drop<S>(kept, context_.dropout, key, token_id, kept);
-      ops::add<S>(kept, dx);
-    }
   }
-  if (drops()) return;
-  // d A for all sites at once: their A, and their gradients, lie side by side (plain matrices).
+  return d;
+}
+
+// A of all sites at once: their A, and their gradients, lie side by side (plain matrices).
+template <class S>
+std::int64_t LoraGroup<S>::offset_of_a(std::int64_t expert) const {
   const LoraSite& first = *parts_.front().site;
-  const std::int64_t a_at = first.a_offset + expert * first.rank * first.in;
   TAILOR_CHECK(parts_.size() == 1 || first.experts == 1);
-  ops::lora_gradient<S>(T, rank_, first.in, data<S>(d), rank_, data<S>(x), x.stride(0),
-                        context_.gradients + a_at);
-  if (!dx.defined()) return;
-  ops::lora_up<S>(data<S>(d), rank_, context_.factors + a_at, rank_, first.in, T, data<S>(dx),
-                  dx.stride(0));
+  return first.a_offset + expert * first.rank * first.in;
 }
 
 template <class S>
 at::Tensor LoraGroup<S>::backward_to_input(const at::Tensor& dy, const at::Tensor& xa,
                                            const at::Tensor& dx, std::int64_t expert) const {
-  TAILOR_CHECK(parts_.size() == 1 && !drops());
-  const LoraSite& site = *parts_.front().site;
-  const std::int64_t T = dy.size(0), b_at = site.b_offset + expert * site.rank * site.out;
-  const at::Tensor d = context_.scratch({T, rank_});
-  ops::lora_down<S>(dy, context_.factors + b_at, site.rank, site.scale, data<S>(d), rank_);
-  ops::lora_gradient<S>(T, site.rank, site.out, data<S>(xa), rank_, data<S>(dy), dy.stride(0),
-                        context_.gradients + b_at);
-  ops::lora_up<S>(data<S>(d), rank_,
-                  context_.factors + site.a_offset + expert * site.rank * site.in, site.rank,
-                  site.in, T, data<S>(dx), dx.stride(0));
+  TAILOR_CHECK(!drops());
+  const at::Tensor d = backward_of_b(dy, xa, expert);
+  if (dx.defined()) {
+    ops::lora_up<S>(data<S>(d), rank_, context_.factors + offset_of_a(expert), rank_, dx.size(1),
+                    dx.size(0), data<S>(dx), dx.stride(0));
+  }
   return d;
 }
 
 template <class S>
 void LoraGroup<S>::gradient_of_a(const at::Tensor& x, const at::Tensor& d,
                                  std::int64_t expert) const {
-  const LoraSite& site = *parts_.front().site;
-  ops::lora_gradient<S>(x.size(0), site.rank, site.in, data<S>(d), rank_, data<S>(x), x.stride(0),
-                        context_.gradients + site.a_offset + expert * site.rank * site.in);
+  ops::lora_gradient<S>(x.size(0), rank_, x.size(1), data<S>(d), rank_, data<S>(x), x.stride(0),
+                        context_.gradients + offset_of_a(expert));
 }
 
 template class LoraGroup<double>;
