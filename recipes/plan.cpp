@@ -493,20 +493,19 @@ class Planner {
   }
 
   /// Forward passes over the validation rows: every eval_every_steps and after the last step.
-  double evaluation_seconds(double steps) {
+  Figure evaluation(double steps) const {
     const bool wanted = !recipe_.data.validation.empty() || recipe_.data.validation_split;
     if (!extras_.data || !wanted) {
-      evaluation_working_ =
-          wanted ? "evaluations, not counted before the data is tokenised" : "no evaluation";
-      return 0;
+      return {0.0, "seconds",
+              wanted ? "evaluations, not counted before the data is tokenised" : "no evaluation"};
     }
     const double every = as_double(recipe_.training.eval_every_steps);
     const double times = every > 0 ? std::ceil(steps / every) : 1.0;
     const double tokens = as_double(extras_.data->validation_rows * recipe_.data.sequence_len);
     const double each = tokens * forward_seconds_per_token_;
-    evaluation_working_ = whole(times) + (times == 1 ? " evaluation" : " evaluations") + " x " +
-                          short_text(each) + " s";
-    return times * each;
+    return {times * each, "seconds",
+            whole(times) + (times == 1 ? " evaluation" : " evaluations") + " x " +
+                short_text(each) + " s"};
   }
 
   void add_job(const PriceBook& prices) {
@@ -533,13 +532,13 @@ class Planner {
       plan.gpu_hours = {std::nullopt, "device hours", unknown};
       plan.usd = {std::nullopt, "usd", unknown};
     } else {
-      const double evaluation = evaluation_seconds(*steps);
+      const Figure evaluations = evaluation(*steps);
       const double hours =
-          (*steps * *plan.seconds_per_step.value + evaluation + load_seconds_) / 3600;
+          (*steps * *plan.seconds_per_step.value + *evaluations.value + load_seconds_) / 3600;
       plan.steps = {*steps, "steps", working};
       plan.hours = {hours, "hours",
                     "(" + whole(*steps) + " steps x " + short_text(*plan.seconds_per_step.value) +
-                        " s + " + evaluation_working_ + " + " + short_text(load_seconds_) +
+                        " s + " + evaluations.working + " + " + short_text(load_seconds_) +
                         " s to load) / 3600"};
       plan.gpu_hours = {
           hours * ranks_, "device hours",
@@ -575,7 +574,6 @@ class Planner {
   BaseBytes base_;
   double ranks_, tokens_, micro_tokens_ = 0, load_seconds_ = 0;
   double forward_seconds_per_token_ = 0;
-  std::string evaluation_working_;
 };
 
 Json figure_json(const Figure& figure) {
