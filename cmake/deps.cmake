@@ -20,6 +20,7 @@ tailor_pkg(SQLITE sqlite3 libsqlite3-dev)
 tailor_pkg(HDF5 hdf5 libhdf5-dev)
 tailor_pkg(CRYPTO libcrypto libssl-dev)
 tailor_pkg(XXHASH libxxhash libxxhash-dev)
+tailor_pkg(URING liburing liburing-dev)
 
 find_path(NLOHMANN_INCLUDE nlohmann/json.hpp)
 tailor_require(NLOHMANN_INCLUDE nlohmann-json3-dev)
