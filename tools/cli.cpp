@@ -169,6 +169,9 @@ class CommandLine {
         "--data", plan.own.data,
         "Count the data's rows, tokenising it once where that was not done yet "
         "(files of 64 MB or less are counted anyway where the steps follow from them)");
+    plan.app.add_flag("--oracle-assumptions", plan.own.oracle_assumptions,
+                      "The analytic streaming model's figures, without the terms in which our "
+                      "step departs from it (GPUs only)");
     with_json(plan);
   }
 

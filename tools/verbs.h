@@ -37,8 +37,9 @@ int run_recipe_validate(const RecipeValidateArguments& arguments);
 struct PlanArguments {
   std::string recipe;
   std::vector<std::string> overrides;
-  bool explain = false;  ///< the working of every figure
-  bool data = false;     ///< tokenise the data if need be, whatever its size
+  bool explain = false;             ///< the working of every figure
+  bool data = false;                ///< tokenise the data if need be, whatever its size
+  bool oracle_assumptions = false;  ///< leave out where our step departs from the oracle
   bool json = false;
 };
 int run_plan(const PlanArguments& arguments);
