@@ -7,3 +7,13 @@
 #else
 #define TAILOR_HOST_DEVICE
 #endif
+
+/// Before a loop of fixed length over a small array, which then lives in registers; and before one
+/// that is seldom run, whose code stays small.
+#ifdef __CUDA_ARCH__
+#define TAILOR_UNROLL _Pragma("unroll")
+#define TAILOR_ROLLED _Pragma("unroll 1")
+#else
+#define TAILOR_UNROLL
+#define TAILOR_ROLLED
+#endif

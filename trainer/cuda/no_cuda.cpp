@@ -1,8 +1,19 @@
-// Compiled in place of devices.cu where no CUDA toolkit was found.
+// Compiled in place of the .cu files where no CUDA toolkit was found.
 
 #include "trainer/cuda/devices.h"
+#include "trainer/cuda/kernels.h"
 
 namespace tailor {
+namespace {
+
+[[noreturn]] void no_cuda(const char* doing) {
+  throw Error(Fault::device,
+              {std::string(doing) + " needs a GPU, and this program was built without CUDA", "",
+               "Build on a machine with the CUDA toolkit: put nvcc on PATH or set CUDA_HOME, then "
+               "configure again with -DTAILOR_CUDA=ON."});
+}
+
+}  // namespace
 
 CudaFacts cuda_facts() {
   CudaFacts out;
@@ -10,4 +21,9 @@ CudaFacts cuda_facts() {
   return out;
 }
 
+namespace cuda {
+
+void dequantise(const EncodedMatrix&, const Nf4Tables&, Bf16Bits*, void*) { no_cuda("dequantise"); }
+
+}  // namespace cuda
 }  // namespace tailor
