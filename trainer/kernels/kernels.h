@@ -4,6 +4,8 @@
 
 namespace tailor {
 
+struct EncodedMatrix;
+
 /// The CPU kernels: raw pointers and sizes only, no ATen, no threads. Each works on a range of rows
 /// or tasks; the wrappers in trainer/ops.h split that range over threads. Every row is computed the
 /// same way whichever range it falls in, so results do not depend on the number of threads.
@@ -132,6 +134,12 @@ struct Kernels {
                   const std::uint64_t* token_id, S* out, std::int64_t out_stride);
   /// out += x
   void (*add)(std::int64_t begin, std::int64_t end, const S* x, S* out);
+
+  /// Rows [row_begin, row_end) of a frozen matrix in any format of data/quant/format.h, rows of
+  /// `out` [row_end - row_begin, columns] out_stride apart: the bits of decode_rows (float; widened
+  /// for double) or decode_rows_bf16, which are the truth.
+  void (*dequantise)(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
+                     S* out, std::int64_t out_stride);
 };
 
 template <class S>

@@ -2,6 +2,7 @@
 // Register tiles are arrays of vectors indexed by int: every such index would need a cast.
 #pragma GCC diagnostic ignored "-Wsign-conversion"
 #include "trainer/kernels/cpu/attention.h"
+#include "trainer/kernels/cpu/dequantise.h"
 #include "trainer/kernels/cpu/lora.h"
 #include "trainer/kernels/cpu/rows.h"
 #include "trainer/kernels/levels.h"
@@ -28,6 +29,7 @@ constexpr Kernels<S> kTable = {
     .cross_entropy = cross_entropy<S>,
     .dropout = dropout<S>,
     .add = add<S>,
+    .dequantise = dequantise<S>,
 };
 
 }  // namespace
