@@ -90,6 +90,10 @@ void Planner::add_gpu_memory(const GpuStep& step) {
   plan.activations = step.options.kept_inputs;
   plan.stream_head = step.options.stream_head;
   plan.resident_fraction = device.resident_fraction;
+  if (model_.experts > 0) {
+    plan.ring_bytes = std::llround(step.options.ring_slots *
+                                   ring_slot_bytes(step.geometry, step.options.schedule));
+  }
   items(Home::device, device.parts);
   const double tiles = device.resident_bytes();
   item(Home::device, "resident experts", tiles,

@@ -16,7 +16,6 @@ constexpr double kMemoryEfficiency = 0.8;
 constexpr double kPagedBytes =
     20;  // kTrainBytes with a second bf16 buffer that rides with the tile
 constexpr double kSlotFactorBytes = 6;  // bf16 factor, float32 gradient
-constexpr double kRingSlots = 16;
 constexpr double kHeadChunkRows = 1024;
 constexpr double kHeadRunBytes = 16 << 20;  // rows of the vocabulary that stream together
 constexpr double kKeptWindowLayers = 4;
@@ -38,14 +37,6 @@ struct Parts {
 
 double expert_rows(const ModelFacts& model, double tokens) {
   return std::max(1.0, tokens * as_double(model.top_k) / as_double(model.experts)) * 2;
-}
-
-double slot_bytes(const Geometry& geometry, const Schedule& schedule) {
-  double packed = geometry.base.expert;
-  if (schedule.whole_tile_slots)
-    packed =
-        as_double(align_up(std::llround(std::ceil(packed + kTileHeaderBytes)), kTileAlignment));
-  return packed + as_double(geometry.lora.per_expert) * kSlotFactorBytes;
 }
 
 }  // namespace
@@ -70,6 +61,14 @@ Node stream_node(const Machine& machine, int ranks) {
   node.between_devices_rate = machine.between_devices_bytes_per_second;
   node.disk_rate = machine.disk_bytes_per_second;
   return node;
+}
+
+double ring_slot_bytes(const Geometry& geometry, const Schedule& schedule) {
+  double packed = geometry.base.expert;
+  if (schedule.whole_tile_slots)
+    packed =
+        as_double(align_up(std::llround(std::ceil(packed + kTileHeaderBytes)), kTileAlignment));
+  return packed + as_double(geometry.lora.per_expert) * kSlotFactorBytes;
 }
 
 double touched_share(const ModelFacts& model, double tokens) {
@@ -103,9 +102,9 @@ DeviceMemory device_memory(const Geometry& geometry, const Node& node,
           whole(as_double(geometry.lora.other())) +
               " parameters x 18 B: float32 value, gradient, two moments, bf16 copy");
   if (model.experts > 0) {
-    out.add(
-        "expert ring", kRingSlots * slot_bytes(geometry, options.schedule),
-        whole(kRingSlots) + " slots x (" + gb(base.expert) + " packed + factors and gradients)");
+    out.add("expert ring", options.ring_slots * ring_slot_bytes(geometry, options.schedule),
+            std::to_string(options.ring_slots) + " slots x (" + gb(base.expert) +
+                " packed + factors and gradients)");
     out.add("dequantised experts", 2 * as_double(model.expert_parameters()) * 2,
             "2 experts in bf16");
     out.add("routed rows pool", tokens * as_double(model.top_k) * hidden * 4,

@@ -57,6 +57,7 @@ struct StreamOptions {
   double micro_tokens = 0;                            ///< through a block together
   ActivationHome kept_inputs = ActivationHome::host;  ///< device, host or disk
   bool stream_head = false;
+  int ring_slots = 16;                      ///< tiles on the device, on their way or in use
   std::optional<double> resident_fraction;  ///< of the experts, on the device; null: what fits
   std::optional<double> host_tile_bytes;    ///< of experts in RAM, all ranks; null: all of them
   Schedule schedule;
@@ -81,6 +82,8 @@ struct DeviceMemory {
 };
 DeviceMemory device_memory(const Geometry& geometry, const Node& node,
                            const StreamOptions& options);
+/// Of one slot of the ring: a packed expert with its factors and their gradients.
+double ring_slot_bytes(const Geometry& geometry, const Schedule& schedule);
 
 struct HostMemory {
   std::vector<MemoryPart> parts;
