@@ -69,7 +69,27 @@ struct ModelInspectArguments {
   std::string model;
   bool json = false;
 };
+struct ModelPackArguments {
+  std::string model;            ///< folder or repository; empty with follow
+  std::string to;               ///< the store's folder
+  std::string format = "int4";  ///< of routed experts
+  std::string non_expert_format = "as_is";
+  std::int64_t group = 0;  ///< of int4; 0: what divides the width
+  std::string follow;      ///< a folder that a download is filling
+  bool delete_source = false;
+  std::string max_ram = "1GiB";
+  int threads = 0;  ///< 0: all cores
+  bool json = false;
+};
+struct ModelVerifyArguments {
+  std::string store;
+  std::string against;  ///< a model to compare with; empty: hashes only
+  int threads = 0;
+  bool json = false;
+};
 int run_model_inspect(const ModelInspectArguments& arguments);
+int run_model_pack(const ModelPackArguments& arguments);
+int run_model_verify(const ModelVerifyArguments& arguments);
 
 struct RunsListArguments {
   std::string ledger;  ///< empty: the default one

@@ -171,7 +171,9 @@ Checkpoint Checkpoint::open_shards(const fs::path& folder, std::string* missing)
   if (promised.empty()) {
     for (const auto& entry : stored) promised[entry.first] = shards.names.front();
   }
-  const auto wrapped_name = [](const std::string& name) { return name.starts_with(kWrapperPrefix); };
+  const auto wrapped_name = [](const std::string& name) {
+    return name.starts_with(kWrapperPrefix);
+  };
   const bool wrapped = std::any_of(promised.begin(), promised.end(),
                                    [&](const auto& entry) { return wrapped_name(entry.first); });
   if (wrapped) out.prefix_ = kWrapperPrefix;

@@ -203,7 +203,9 @@ void error_bounds(const EncodedMatrix& matrix, std::int64_t row, const float* va
       // denormals.
       bound += std::max(0x1p-8 * (size + bound), 0x1p-134);
     }
-    bounds[c] = bound + 0x1p-20 * scale;
+    // Quotient, product and scale are rounded to float32, each by 2^-24 of the value: a value half
+    // way between two codes may fall to either side.
+    bounds[c] = bound + 0x1p-20 * scale + 0x1p-22 * size;
   }
 }
 

@@ -36,8 +36,7 @@ constexpr double kSyncSeconds = 5;
 std::string sample_of(const Checkpoint& checkpoint, const ModelSpec& spec, std::int64_t layer) {
   std::string text;
   for (const PublishedMatrix& matrix : attention_matrices(spec, layer)) {
-    const std::string packed =
-        matrix.name.substr(0, matrix.name.rfind('.')) + ".weight_packed";
+    const std::string packed = matrix.name.substr(0, matrix.name.rfind('.')) + ".weight_packed";
     const std::string& name = checkpoint.has(matrix.name) ? matrix.name : packed;
     const auto bytes = checkpoint.bytes(checkpoint.find(name));
     text.append(reinterpret_cast<const char*>(bytes.data()),
@@ -234,11 +233,10 @@ class Packer {
     }
     const std::int64_t needed = memory_of(*largest) + kProcessBytes;
     if (needed <= options_.memory_bytes_max) return;
-    throw Error(Fault::does_not_fit,
-                {"packing needs " + bytes_text(needed) + " of memory, " +
-                     bytes_text(options_.memory_bytes_max) + " are allowed",
-                 unit_text(largest->id),
-                 "Set --max-ram to " + std::to_string(needed) + " or more."});
+    throw Error(Fault::does_not_fit, {"packing needs " + bytes_text(needed) + " of memory, " +
+                                          bytes_text(options_.memory_bytes_max) + " are allowed",
+                                      unit_text(largest->id),
+                                      "Set --max-ram to " + std::to_string(needed) + " or more."});
   }
 
   void open_folder() {
@@ -444,18 +442,19 @@ class Packer {
       }
       statistics = encoder.finish();
     } catch (const Error& error) {
-      if (!error.parts().where.empty() && error.parts().where.find(matrix.name) != std::string::npos)
+      if (!error.parts().where.empty() &&
+          error.parts().where.find(matrix.name) != std::string::npos)
         throw;
-      throw Error(error.fault(), {error.parts().what,
-                                  model_.string() + ", tensor " + matrix.name +
-                                      (matrix.fused ? ", expert " + std::to_string(matrix.expert)
-                                                    : std::string()) +
-                                      (error.parts().where.empty() ? "" : ", ") +
-                                      error.parts().where,
-                                  error.parts().mend});
+      throw Error(
+          error.fault(),
+          {error.parts().what,
+           model_.string() + ", tensor " + matrix.name +
+               (matrix.fused ? ", expert " + std::to_string(matrix.expert) : std::string()) +
+               (error.parts().where.empty() ? "" : ", ") + error.parts().where,
+           error.parts().mend});
     }
-    const bool quantised = place.format.kind != WeightKind::f32 &&
-                           place.format.kind != WeightKind::bf16;
+    const bool quantised =
+        place.format.kind != WeightKind::f32 && place.format.kind != WeightKind::bf16;
     if (!quantised) return;
     packed.squared_error += statistics.squared_error;
     packed.squares += statistics.squares;
@@ -595,9 +594,7 @@ class Packer {
 
 }  // namespace
 
-double LayerError::relative() const {
-  return squares > 0 ? std::sqrt(squared_error / squares) : 0;
-}
+double LayerError::relative() const { return squares > 0 ? std::sqrt(squared_error / squares) : 0; }
 
 PackReport pack_store(const fs::path& model, const fs::path& to, const PackOptions& options) {
   return Packer(model, to, options).go();

@@ -191,8 +191,7 @@ WeightFormat SourceReader::published_format(const Checkpoint& checkpoint,
       break;
     default:
       refuse(checkpoint, tensor,
-             "weights of type " + std::string(dtype_name(tensor.info.dtype)) +
-                 " are not supported",
+             "weights of type " + std::string(dtype_name(tensor.info.dtype)) + " are not supported",
              "Use a checkpoint in F32, F16, BF16, fp8 (F8_E4M3 with scales) or INT4 "
              "(compressed-tensors, pack-quantized).");
   }
@@ -203,10 +202,10 @@ WeightFormat SourceReader::published_format(const Checkpoint& checkpoint,
                ": check that every shard is there.");
   }
   if (scales->info.dtype != Dtype::f32 && scales->info.dtype != Dtype::bf16) {
-    refuse(checkpoint, *scales,
-           "fp8 scales of type " + std::string(dtype_name(scales->info.dtype)) +
-               " are not supported",
-           "Scales are expected as F32 or BF16.");
+    refuse(
+        checkpoint, *scales,
+        "fp8 scales of type " + std::string(dtype_name(scales->info.dtype)) + " are not supported",
+        "Scales are expected as F32 or BF16.");
   }
   const std::int64_t count = count_of(scales->info);
   if (matrix.fused) {
@@ -224,8 +223,10 @@ WeightFormat SourceReader::published_format(const Checkpoint& checkpoint,
   }
   if (count == matrix.rows) return WeightFormat::fp8_rows();
   refuse(checkpoint, *scales,
-         "fp8 scales of shape " + scales->info.shape_text() + " fit neither blocks of 128 x 128 "
-             "nor the outputs of a matrix of " + tensor.info.shape_text(),
+         "fp8 scales of shape " + scales->info.shape_text() +
+             " fit neither blocks of 128 x 128 "
+             "nor the outputs of a matrix of " +
+             tensor.info.shape_text(),
          "Check that the shards are of one download.");
 }
 
@@ -254,14 +255,13 @@ void SourceReader::read(const Checkpoint::Tensor& tensor, std::int64_t offset, s
   }
   const off_t begin = tensor.info.offset + offset;
   for (std::int64_t done = 0; done < bytes;) {
-    const ssize_t n = ::pread(found->second, to + done, static_cast<std::size_t>(bytes - done),
-                              begin + done);
+    const ssize_t n =
+        ::pread(found->second, to + done, static_cast<std::size_t>(bytes - done), begin + done);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) throw io_error(errno, "cannot read", checkpoint_.where(tensor));
     if (n == 0) {
-      throw Error(Fault::bad_file,
-                  {"the file ends inside a tensor", checkpoint_.where(tensor),
-                   "The file was cut off while it was read: download it again."});
+      throw Error(Fault::bad_file, {"the file ends inside a tensor", checkpoint_.where(tensor),
+                                    "The file was cut off while it was read: download it again."});
     }
     done += n;
   }
@@ -336,11 +336,10 @@ void SourceReader::read_rows(const PublishedMatrix& matrix, std::int64_t begin, 
   if (const PackedInt4 int4 = find_int4(checkpoint_, matrix); int4.packed != nullptr) {
     const std::int64_t row_codes = code_bytes(format, 1, columns);
     const std::int64_t groups = div_ceil(columns, format.group);
-    const std::byte* codes =
-        slice(*int4.packed, begin * row_codes, (end - begin) * row_codes, 0);
+    const std::byte* codes = slice(*int4.packed, begin * row_codes, (end - begin) * row_codes, 0);
     const std::int64_t scale_size = dtype_bytes(int4.scales->info.dtype);
-    const std::byte* scales = slice(*int4.scales, begin * groups * scale_size,
-                                    (end - begin) * groups * scale_size, 1);
+    const std::byte* scales =
+        slice(*int4.scales, begin * groups * scale_size, (end - begin) * groups * scale_size, 1);
     std::vector<std::byte> rounded;
     if (int4.scales->info.dtype != Dtype::bf16) {
       rounded = bf16_scales(int4.scales->info.dtype, scales, (end - begin) * groups);

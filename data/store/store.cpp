@@ -199,12 +199,12 @@ Store Store::open(const fs::path& folder) {
   const fs::path manifest_path = folder / kManifestName;
   if (!fs::exists(manifest_path, error)) {
     const bool begun = fs::exists(folder / kJournalName, error);
-    throw Error(Fault::bad_file,
-                {begun ? "this store is not finished" : "this folder is not a store",
-                 folder.string(),
-                 begun ? "Run the same `tailor model pack` command again: it goes on where it "
-                         "stopped."
-                       : "Make one with: tailor model pack MODEL --to " + folder.string()});
+    throw Error(
+        Fault::bad_file,
+        {begun ? "this store is not finished" : "this folder is not a store", folder.string(),
+         begun ? "Run the same `tailor model pack` command again: it goes on where it "
+                 "stopped."
+               : "Make one with: tailor model pack MODEL --to " + folder.string()});
   }
   Store out;
   out.folder_ = folder;
@@ -226,9 +226,8 @@ Store Store::open(const fs::path& folder) {
       refuse("a file of the store is missing", path.string());
     }
     if (narrow<std::int64_t>(size) < file.bytes) {
-      refuse("a file of the store is cut off: it has " +
-                 count_text(narrow<std::int64_t>(size)) + " bytes, " + count_text(file.bytes) +
-                 " are needed",
+      refuse("a file of the store is cut off: it has " + count_text(narrow<std::int64_t>(size)) +
+                 " bytes, " + count_text(file.bytes) + " are needed",
              path.string());
     }
   }
@@ -251,8 +250,8 @@ std::string Store::where(const StoredUnit& unit) const {
 }
 
 void Store::check_header(const StoredUnit& unit, const std::byte* bytes) const {
-  const UnitHeader header = read_unit_header(
-      {bytes, static_cast<std::size_t>(kUnitHeaderBytes)}, where(unit));
+  const UnitHeader header =
+      read_unit_header({bytes, static_cast<std::size_t>(kUnitHeaderBytes)}, where(unit));
   if (header.model != mark_) {
     refuse("a tile of another store lies here", where(unit));
   }
@@ -268,8 +267,8 @@ void Store::check_hash(const StoredUnit& unit, const std::byte* bytes) const {
   const UnitHash found = hash_unit(bytes, unit.bytes);
   if (found == hash(unit)) return;
   throw Error(Fault::bad_file,
-              {"a tile is damaged: its hash is " + hash_text(found) + ", " +
-                   hash_text(hash(unit)) + " was written",
+              {"a tile is damaged: its hash is " + hash_text(found) + ", " + hash_text(hash(unit)) +
+                   " was written",
                where(unit),
                "Check the disk, then pack the model again; `tailor model verify` lists every "
                "damaged tile."});

@@ -13,8 +13,8 @@
 
 namespace tailor {
 
-/// What is read, hashed and kept as one piece: the routed experts one by one, the rest of a layer in
-/// two pieces, the vocabulary matrices in runs of rows.
+/// What is read, hashed and kept as one piece: the routed experts one by one, the rest of a layer
+/// in two pieces, the vocabulary matrices in runs of rows.
 enum class UnitKind : std::uint32_t {
   embedding = 1,
   head = 2,

@@ -36,9 +36,8 @@ class UnitFile {
   const std::byte* read(const StoredUnit& unit) {
     if (memory_.size() < unit.bytes) memory_ = AlignedMemory(unit.bytes);
     for (std::int64_t done = 0; done < unit.bytes;) {
-      const ssize_t n =
-          ::pread(descriptor(unit), memory_.data() + done,
-                  static_cast<std::size_t>(unit.bytes - done), unit.offset + done);
+      const ssize_t n = ::pread(descriptor(unit), memory_.data() + done,
+                                static_cast<std::size_t>(unit.bytes - done), unit.offset + done);
       if (n < 0 && errno == EINTR) continue;
       if (n < 0) throw io_error(errno, "cannot read", store_.where(unit));
       if (n == 0) {
@@ -67,8 +66,8 @@ class UnitFile {
 };
 
 /// Compares a unit's matrices with the checkpoint's; a problem as text, or empty.
-std::string compare(const Store& store, const StoredUnit& unit, const std::byte* bytes,
-                    bool fused, SourceReader& reader) {
+std::string compare(const Store& store, const StoredUnit& unit, const std::byte* bytes, bool fused,
+                    SourceReader& reader) {
   const auto matrices = unit_matrices(store.spec(), unit.id, fused);
   const bool vocabulary = unit.id.kind == UnitKind::embedding || unit.id.kind == UnitKind::head;
   for (std::size_t i = 0; i < matrices.size(); ++i) {
@@ -153,7 +152,9 @@ VerifyReport verify_store(const Store& store, const VerifyOptions& options) {
   bool stopped = false;
   while (running > 0) {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    if (options.progress) options.progress(done_bytes, store.layout().bytes());
+    if (options.progress) {
+      options.progress(done_bytes, store.layout().bytes(), seconds_now() - began);
+    }
     if (options.stop && options.stop()) stopped = ended = true;
   }
   for (std::thread& thread : threads) thread.join();

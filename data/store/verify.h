@@ -14,14 +14,15 @@ struct VerifyOptions {
   int threads = 1;
   /// Also compare every matrix with this checkpoint, within the error its format can cause.
   const Checkpoint* against = nullptr;
-  std::function<void(std::int64_t done, std::int64_t bytes)> progress;
+  std::function<void(std::int64_t done, std::int64_t bytes, double seconds)> progress;
   std::function<bool()> stop;
 };
 
 struct VerifyReport {
   std::int64_t units = 0, bytes = 0;
   double seconds = 0;
-  std::vector<std::string> problems;  ///< "layers/00003.tiles, offset 4096: layer 3, expert 17: ..."
+  std::vector<std::string>
+      problems;  ///< "layers/00003.tiles, offset 4096: layer 3, expert 17: ..."
 };
 
 /// Reads every unit of a store, past the page cache where the file system allows, and checks header

@@ -190,8 +190,8 @@ class DecoderOf final : public Decoder {
 
   /// out = h + feed-forward(norm(h)): dense and shared parts a micro-batch at a time, routed
   /// experts over all of them. With `keep`, kept.mlp and kept.experts are taken and filled.
-  void feed_forward(Layer<S>& layer, std::span<const TokenRange> micro_batches,
-                    LayerKept<S>& kept, const at::Tensor& out_TD, bool keep) {
+  void feed_forward(Layer<S>& layer, std::span<const TokenRange> micro_batches, LayerKept<S>& kept,
+                    const at::Tensor& out_TD, bool keep) {
     const Frame frame(workspace_.scratch);
     const at::Tensor n_TD = layer.moe ? context_.scratch(kept.h_TD.sizes()) : at::Tensor();
     mlp_and_router_forward(layer, micro_batches, kept, n_TD, out_TD, keep);
@@ -276,8 +276,8 @@ class DecoderOf final : public Decoder {
       if (!keep) mine.attention = {};
     }
     const at::Tensor dx_TD = context_.scratch(x_TD.sizes());
-    LossResult result = head_loss<S>(*weights_, x_TD, input.target, pass.gradient_scale, dx_TD,
-                                     workspace_.scratch);
+    LossResult result =
+        head_loss<S>(*weights_, x_TD, input.target, pass.gradient_scale, dx_TD, workspace_.scratch);
     for (std::size_t l = kept.size(); l-- > 0;) {
       const Frame scratch(workspace_.scratch);
       Layer<S> layer(spec_, l, context_);

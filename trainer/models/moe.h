@@ -61,8 +61,9 @@ class Router {
 };
 
 /// The routed experts over the pooled rows of a whole step: each expert's weights are met once a
-/// pass, whatever the number of micro-batches, as they come in tiles. Expert e sees x' = gate * x (Llama 4 scales the
-/// input), y = W_down (silu(W_gate x') * W_up x'); a token's K results are added in slot order.
+/// pass, whatever the number of micro-batches, as they come in tiles. Expert e sees x' = gate * x
+/// (Llama 4 scales the input), y = W_down (silu(W_gate x') * W_up x'); a token's K results are
+/// added in slot order.
 template <class S>
 class Experts {
  public:

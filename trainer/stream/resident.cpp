@@ -44,17 +44,17 @@ class ResidentWeights final : public FrozenWeights {
     return {{}, weights_.head_VD.narrow(0, first, rows), first};
   }
   void embed(std::span<const std::int32_t> ids, const at::Tensor& out_TD) override {
-    const std::size_t row = static_cast<std::size_t>(spec_.hidden) * weights_.embedding_VD.itemsize();
+    const std::size_t row =
+        static_cast<std::size_t>(spec_.hidden) * weights_.embedding_VD.itemsize();
     const auto* from = static_cast<const std::byte*>(weights_.embedding_VD.data_ptr());
     auto* to = static_cast<std::byte*>(out_TD.data_ptr());
-    at::parallel_for(0, static_cast<std::int64_t>(ids.size()), kRowsPerTask,
-                     [&](std::int64_t begin, std::int64_t end) {
-                       for (auto t = static_cast<std::size_t>(begin);
-                            t < static_cast<std::size_t>(end); ++t) {
-                         std::memcpy(to + t * row, from + static_cast<std::size_t>(ids[t]) * row,
-                                     row);
-                       }
-                     });
+    at::parallel_for(
+        0, static_cast<std::int64_t>(ids.size()), kRowsPerTask,
+        [&](std::int64_t begin, std::int64_t end) {
+          for (auto t = static_cast<std::size_t>(begin); t < static_cast<std::size_t>(end); ++t) {
+            std::memcpy(to + t * row, from + static_cast<std::size_t>(ids[t]) * row, row);
+          }
+        });
   }
   std::int64_t memory_bytes() const override { return weights_.bytes(); }
 

@@ -58,9 +58,8 @@ at::Tensor stacked(std::span<const EncodedMatrix> matrices, at::ScalarType dtype
   bool plain = true;
   for (const EncodedMatrix& matrix : matrices) {
     plain = plain && stored_as(matrix, dtype) &&
-            matrix.codes == matrices[0].codes + rows * columns *
-                                                    static_cast<std::int64_t>(
-                                                        c10::elementSize(dtype));
+            matrix.codes == matrices[0].codes +
+                                rows * columns * static_cast<std::int64_t>(c10::elementSize(dtype));
     rows += matrix.rows;
   }
   if (plain) return view_of(matrices[0].codes, {rows, columns}, dtype);
@@ -140,18 +139,17 @@ class StoreStream final : public StoreWeights {
 
   ExpertTile experts(std::int64_t layer, std::int64_t tile) override {
     const std::int64_t first = tile * map_.experts_per_tile;
-    return {acquire(map_.first_expert_tile[static_cast<std::size_t>(layer)] +
-                    narrow<int>(tile)),
+    return {acquire(map_.first_expert_tile[static_cast<std::size_t>(layer)] + narrow<int>(tile)),
             layer, first, std::min(map_.experts_per_tile, spec_.experts - first)};
   }
 
-  ExpertWeights expert(const ExpertTile& tile, std::int64_t expert,
-                       TensorStack& scratch) override {
+  ExpertWeights expert(const ExpertTile& tile, std::int64_t expert, TensorStack& scratch) override {
     const int index = map_.first_expert_tile[static_cast<std::size_t>(tile.layer)] +
                       narrow<int>(tile.first / map_.experts_per_tile);
     const StoredUnit& unit = *unit_of(index, static_cast<std::size_t>(expert - tile.first));
-    const auto matrices = matrices_of(
-        unit, tile.lease.bytes() + (unit.offset - map_.tiles[static_cast<std::size_t>(index)].offset));
+    const auto matrices =
+        matrices_of(unit, tile.lease.bytes() +
+                              (unit.offset - map_.tiles[static_cast<std::size_t>(index)].offset));
     return {stacked(std::span(&matrices[0], 2), dtype_, scratch).t(),
             stacked(std::span(&matrices[2], 1), dtype_, scratch).t()};
   }
@@ -185,9 +183,7 @@ class StoreStream final : public StoreWeights {
     read_rows(tokens_of, out_TD);
   }
 
-  std::int64_t memory_bytes() const override {
-    return ring_->memory_bytes() + embedding_.size();
-  }
+  std::int64_t memory_bytes() const override { return ring_->memory_bytes() + embedding_.size(); }
   RingCounters counters() const override {
     RingCounters out = ring_->counters();
     out.streamed_bytes += embedding_bytes_read_;
@@ -204,10 +200,10 @@ class StoreStream final : public StoreWeights {
       if (unit.id.kind == UnitKind::expert) expert_bytes = std::max(expert_bytes, unit.bytes);
     }
     if (expert_bytes > 0) {
-      map_.experts_per_tile = options.experts_per_tile > 0
-                                  ? std::min(options.experts_per_tile, spec_.experts)
-                                  : std::clamp<std::int64_t>(kTileBytes / expert_bytes, 1,
-                                                             spec_.experts);
+      map_.experts_per_tile =
+          options.experts_per_tile > 0
+              ? std::min(options.experts_per_tile, spec_.experts)
+              : std::clamp<std::int64_t>(kTileBytes / expert_bytes, 1, spec_.experts);
       map_.expert_tiles = div_ceil(spec_.experts, map_.experts_per_tile);
     }
     for (std::int64_t l = 0; l < spec_.layer_count(); ++l) {
@@ -294,11 +290,9 @@ class StoreStream final : public StoreWeights {
     const std::int64_t wanted_bytes = options.ring_bytes > 0 ? options.ring_bytes : kRingBytes;
     const std::int64_t tile = largest[kTilePool];
     // Two are the least that overlap anything; three let a read finish while another begins.
-    const std::int64_t slots =
-        tile == 0 ? 0 : std::clamp<std::int64_t>(wanted_bytes / tile, 3, 64);
-    const std::vector<RingPool> out = {{largest[kAttentionPool], 2},
-                                       {largest[kFeedForwardPool], 2},
-                                       {tile, narrow<int>(slots)}};
+    const std::int64_t slots = tile == 0 ? 0 : std::clamp<std::int64_t>(wanted_bytes / tile, 3, 64);
+    const std::vector<RingPool> out = {
+        {largest[kAttentionPool], 2}, {largest[kFeedForwardPool], 2}, {tile, narrow<int>(slots)}};
     for (const RingPool& pool : out) facts_.ring_bytes += pool.slot_bytes * pool.slots;
     return out;
   }
@@ -404,9 +398,9 @@ class StoreStream final : public StoreWeights {
     const StoredUnit& first = *wanted({UnitKind::embedding, 0, 0});
     const WeightKind kind = first.matrices[0].format.kind;
     if (kind != WeightKind::bf16 && kind != WeightKind::f32) {
-      throw Error(Fault::bad_file, {"a quantised embedding is not supported",
-                                    store_->where(first), "Pack from a checkpoint whose embedding "
-                                                          "is F32, F16 or BF16."});
+      throw Error(Fault::bad_file, {"a quantised embedding is not supported", store_->where(first),
+                                    "Pack from a checkpoint whose embedding "
+                                    "is F32, F16 or BF16."});
     }
     // Where all tiles fit, the embedding stays as well if there is room; else rows are read.
     const auto& file = store_->layout().files[static_cast<std::size_t>(first.file)];

@@ -33,8 +33,8 @@ struct StreamFacts {
 };
 
 /// The frozen base as a store holds it, decoded part by part as it is used, exactly as the format's
-/// owner does. Tiles live in memory as far as the budgets go; the others are read ahead of their use
-/// by a thread of their own. A tile's hash is checked when it is first read, its header always.
+/// owner does. Tiles live in memory as far as the budgets go; the others are read ahead of their
+/// use by a thread of their own. A tile's hash is checked when it is first read, its header always.
 ///
 /// Throws Error: does_not_fit (a budget above zero that holds not even one tile; the smallest that
 /// works is named), io, bad_file.

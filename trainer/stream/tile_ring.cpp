@@ -224,9 +224,10 @@ bool TileRing::issue(std::unique_lock<std::mutex>& lock) {
 void TileRing::complete(const BlockDone& done, std::unique_lock<std::mutex>& lock) {
   Entry& mine = entry(static_cast<std::int64_t>(done.tag));
   const int tile = mine.tile;
-  const std::byte* bytes = pools_[static_cast<std::size_t>(tiles_[static_cast<std::size_t>(tile)].pool)]
-                               .slots[static_cast<std::size_t>(mine.slot)]
-                               .memory.data();
+  const std::byte* bytes =
+      pools_[static_cast<std::size_t>(tiles_[static_cast<std::size_t>(tile)].pool)]
+          .slots[static_cast<std::size_t>(mine.slot)]
+          .memory.data();
   std::exception_ptr error;
   lock.unlock();  // hashing takes time, and the entry is nobody else's while it is being read
   try {

@@ -23,7 +23,7 @@ struct RingTile {
   int file = 0;             ///< of the reader
   std::int64_t offset = 0;  ///< in that file
   std::int64_t bytes = 0;
-  int pool = 0;  ///< whose slots it is read into
+  int pool = 0;                    ///< whose slots it is read into
   TileHome home = TileHome::disk;  ///< on the CPU device and host are both RAM
 };
 
