@@ -47,6 +47,51 @@ inline void scale_table(const float* entries, std::int64_t count, float scale, S
   }
 }
 
+/// How results go to memory. Past the caches, where a call writes more than a core's share of any
+/// of them, so that memory is not read only to be overwritten: half of the time of a plain store.
+/// Such a store wants its address aligned to its size.
+enum class Store { plain, past_caches };
+constexpr std::int64_t kPastCachesBytes = std::int64_t{8} << 20;
+
+#if defined(__AVX512F__)
+template <Store how>
+inline void put_vector(void* out, __m512i v) {
+  if constexpr (how == Store::past_caches) {
+    _mm512_stream_si512(static_cast<__m512i*>(out), v);
+  } else {
+    std::memcpy(out, &v, sizeof v);
+  }
+}
+#elif defined(__AVX2__)
+template <Store how>
+inline void put_vector(void* out, __m256i v) {
+  if constexpr (how == Store::past_caches) {
+    _mm256_stream_si256(static_cast<__m256i*>(out), v);
+  } else {
+    std::memcpy(out, &v, sizeof v);
+  }
+}
+#endif
+
+/// Calls body(std::integral_constant<Store, ..>) for rows of `columns`, `out_stride` apart, in
+/// which runs of elements start at multiples of `run`.
+template <class S, class Body>
+void with_store([[maybe_unused]] std::int64_t rows, [[maybe_unused]] std::int64_t columns,
+                [[maybe_unused]] const S* out, [[maybe_unused]] std::int64_t out_stride,
+                [[maybe_unused]] std::int64_t run, const Body& body) {
+#if defined(__AVX2__)
+  constexpr std::int64_t kSize = sizeof(S), kLine = 64;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(out) % kLine == 0 &&
+                       out_stride * kSize % kLine == 0 && run * kSize % kLine == 0;
+  if (aligned && rows * columns * kSize >= kPastCachesBytes) {
+    body(std::integral_constant<Store, Store::past_caches>{});
+    _mm_sfence();  // before another thread is told that the rows are there
+    return;
+  }
+#endif
+  body(std::integral_constant<Store, Store::plain>{});
+}
+
 // ---- 4 bits: 16 values a group
 
 /// The 16 values that codes stand for, and the look-up. first_high: the first of a byte's two codes
@@ -56,20 +101,21 @@ class Sixteen {
  public:
   /// entries[16] * scale; through bfloat16 whatever S is, if `round` (int4).
   Sixteen(const float* entries, float scale, [[maybe_unused]] bool round) {
-    for (std::int64_t i = 0; i < 16; i += kLanes<float>) {
-      const Vec<float> product = load(entries + i) * scale;
-      if constexpr (!kIsBf16<S>) {
-        if (round) {
-          store(values_ + i, bits_as<Vec<float>>(bf16_bits(product) << 16U));
-          continue;
-        }
+    constexpr std::int64_t kVectors = 16 / kLanes<float>;
+    VecU32 bits[kVectors];
+    for (std::int64_t i = 0; i < kVectors; ++i) {
+      const Vec<float> product = load(entries + i * kLanes<float>) * scale;
+      if constexpr (kIsBf16<S>) {
+        bits[i] = bf16_bits(product);
+      } else {
+        bits[i] = round ? bf16_bits(product) << 16U : bits_as<VecU32>(plain_nan(product));
       }
-      store_values(values_ + i, product);
     }
-    load_registers();
+    hold(bits);
   }
 
   /// out[0, n) from codes `begin` .. begin + n of a stream.
+  template <Store how>
   void expand(const std::uint8_t* stream, std::int64_t begin, std::int64_t n, S* out) const {
     if (n > 0 && begin % 2 != 0) {
       *out++ = values_[code(stream[begin / 2], 1)];
@@ -78,7 +124,7 @@ class Sixteen {
     }
     const std::uint8_t* bytes = stream + begin / 2;
     std::int64_t i = 0;
-    for (; i + kStep <= n; i += kStep) whole(bytes + i / 2, out + i);
+    for (; i + kStep <= n; i += kStep) whole<how>(bytes + i / 2, out + i);
     for (; i < n; ++i) out[i] = values_[code(bytes[i / 2], i % 2)];
   }
 
@@ -89,15 +135,17 @@ class Sixteen {
 
 #if defined(__AVX512F__)
   static constexpr std::int64_t kStep = kIsBf16<S> ? 32 : 16;
-  void load_registers() {
+  void hold(const VecU32* bits) {
     if constexpr (kIsBf16<S>) {  // twice, as the permutation's fifth index bit is not cleared
-      __m256i half;
-      std::memcpy(&half, values_, sizeof half);
+      const __m256i half = _mm512_cvtepi32_epi16(bits_as<__m512i>(bits[0]));
       table_ = _mm512_broadcast_i64x4(half);
+      std::memcpy(values_, &half, sizeof half);
     } else {
-      std::memcpy(&table_, values_, sizeof table_);
+      table_ = bits_as<__m512i>(bits[0]);
+      std::memcpy(values_, &table_, sizeof table_);
     }
   }
+  template <Store how>
   void whole(const std::uint8_t* bytes, S* out) const {
     __m512i found;
     if constexpr (kIsBf16<S>) {
@@ -117,13 +165,18 @@ class Sixteen {
                      : _mm512_or_si512(wide, _mm512_slli_epi64(wide, 28));
       found = _mm512_permutexvar_epi32(codes, table_);
     }
-    std::memcpy(out, &found, sizeof found);
+    put_vector<how>(out, found);
   }
   __m512i table_;
 #elif defined(__AVX2__)
   static constexpr std::int64_t kStep = kIsBf16<S> ? 32 : 8;
-  void load_registers() {
-    std::memcpy(tables_, values_, kIsBf16<S> ? 32 : 64);
+  void hold(const VecU32* bits) {
+    tables_[0] = bits_as<__m256i>(bits[0]);
+    tables_[1] = bits_as<__m256i>(bits[1]);
+    if constexpr (kIsBf16<S>) {
+      tables_[0] = _mm256_permute4x64_epi64(_mm256_packus_epi32(tables_[0], tables_[1]), 0xD8);
+    }
+    std::memcpy(values_, tables_, sizeof values_);
     if constexpr (kIsBf16<S>) {
       // The low bytes of the 16 values, and the high ones, each in both halves of a register.
       const __m256i apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,
@@ -133,8 +186,8 @@ class Sixteen {
       tables_[1] = _mm256_permute2x128_si256(sorted, sorted, 0x11);
     }
   }
+  template <Store how>
   void whole(const std::uint8_t* bytes, S* out) const {
-    __m256i found[2];
     if constexpr (kIsBf16<S>) {
       __m128i raw;
       std::memcpy(&raw, bytes, sizeof raw);
@@ -146,9 +199,8 @@ class Sixteen {
       const __m256i low = _mm256_shuffle_epi8(tables_[0], codes);
       const __m256i high = _mm256_shuffle_epi8(tables_[1], codes);
       const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
-      found[0] = _mm256_permute2x128_si256(even, odd, 0x20);
-      found[1] = _mm256_permute2x128_si256(even, odd, 0x31);
-      std::memcpy(out, found, sizeof found);
+      put_vector<how>(out, _mm256_permute2x128_si256(even, odd, 0x20));
+      put_vector<how>(out + 16, _mm256_permute2x128_si256(even, odd, 0x31));
     } else {
       std::int32_t word;
       std::memcpy(&word, bytes, sizeof word);
@@ -159,13 +211,23 @@ class Sixteen {
       const __m256 values = _mm256_blendv_ps(
           _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(tables_[0], codes)),
           _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(tables_[1], codes)), upper);
-      std::memcpy(out, &values, sizeof values);
+      put_vector<how>(out, _mm256_castps_si256(values));
     }
   }
   __m256i tables_[2];
 #else
   static constexpr std::int64_t kStep = 2;
-  void load_registers() {}
+  void hold(const VecU32* bits) {
+    for (int i = 0; i < 16; ++i) {
+      const std::uint32_t value = bits[i / 4][i % 4];
+      if constexpr (kIsBf16<S>) {
+        values_[i] = {static_cast<std::uint16_t>(value)};
+      } else {
+        values_[i] = bits_as<float>(value);
+      }
+    }
+  }
+  template <Store>
   void whole(const std::uint8_t* bytes, S* out) const {
     out[0] = values_[code(*bytes, 0)];
     out[1] = values_[code(*bytes, 1)];
@@ -176,7 +238,7 @@ class Sixteen {
 
 constexpr float kInt4Codes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
-template <class S>
+template <Store how, class S>
 void dequantise_int4(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
                      S* out, std::int64_t out_stride) {
   const std::int64_t columns = matrix.columns, group = matrix.format.group;
@@ -187,15 +249,16 @@ void dequantise_int4(std::int64_t row_begin, std::int64_t row_end, const Encoded
     for (std::int64_t begin = 0; begin < columns; begin += group) {
       const std::int64_t n = columns - begin < group ? columns - begin : group;
       const Sixteen<S, false> values(kInt4Codes, to_float(*scales++), true);
-      values.expand(codes, begin, n, out + begin);
+      values.template expand<how>(codes, begin, n, out + begin);
     }
   }
 }
 
-template <class S>
+constexpr std::int64_t kNf4Block = 64;
+
+template <Store how, class S>
 void dequantise_nf4(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
                     S* out, std::int64_t out_stride) {
-  constexpr std::int64_t kNf4Block = 64;
   const std::int64_t columns = matrix.columns;
   const std::int64_t blocks = (matrix.rows * columns + kNf4Block - 1) / kNf4Block;
   const auto* codes = reinterpret_cast<const std::uint8_t*>(matrix.codes);
@@ -210,7 +273,7 @@ void dequantise_nf4(std::int64_t row_begin, std::int64_t row_end, const EncodedM
       float product = kDynamicMap[bytes[block]] * second[block / 256];
       asm("" : "+x"(product));  // rounded, as bitsandbytes stores it: not fused with the sum
       const Sixteen<S, true> values(kNf4, product + offset, false);
-      values.expand(codes, element, n, out + begin);
+      values.template expand<how>(codes, element, n, out + begin);
       begin += n;
     }
   }
@@ -243,7 +306,7 @@ inline float with_sign(float value, std::uint8_t code) {
 }
 
 /// out[i] = table[code without its sign], with the code's sign.
-template <class S>
+template <Store how, class S>
 void expand_fp8(const S* table, const std::uint8_t* codes, std::int64_t n, S* out) {
   std::int64_t i = 0;
 #if defined(__AVX512F__)
@@ -261,7 +324,7 @@ void expand_fp8(const S* table, const std::uint8_t* codes, std::int64_t n, S* ou
       // size ^ (wide << 8 & 0x8000)
       const __m512i found = _mm512_ternarylogic_epi32(size, _mm512_slli_epi16(wide, 8),
                                                       _mm512_set1_epi16(-0x8000), 0x78);
-      std::memcpy(out + i, &found, sizeof found);
+      put_vector<how>(out + i, found);
     }
   } else {
     __m512 part[8];
@@ -281,7 +344,7 @@ void expand_fp8(const S* table, const std::uint8_t* codes, std::int64_t n, S* ou
       const __m512i size = _mm512_castps_si512(_mm512_mask_blend_ps(upper, low, high));
       const __m512i found = _mm512_ternarylogic_epi32(size, _mm512_slli_epi32(wide, 24),
                                                       _mm512_set1_epi32(INT32_MIN), 0x78);
-      std::memcpy(out + i, &found, sizeof found);
+      put_vector<how>(out + i, found);
     }
   }
 #endif
@@ -290,7 +353,7 @@ void expand_fp8(const S* table, const std::uint8_t* codes, std::int64_t n, S* ou
 
 /// The tables of a row of blocks stand side by side in scratch, and rows are written from left to
 /// right: memory likes that better than one block after another.
-template <class S>
+template <Store how, class S>
 void dequantise_fp8(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
                     S* out, std::int64_t out_stride) {
   const std::int64_t columns = matrix.columns, block_rows = matrix.format.block_rows;
@@ -309,7 +372,7 @@ void dequantise_fp8(std::int64_t row_begin, std::int64_t row_end, const EncodedM
     const auto* codes = reinterpret_cast<const std::uint8_t*>(matrix.codes) + row * columns;
     for (std::int64_t b = 0; b < across; ++b) {
       const std::int64_t begin = b * width, n = columns - begin < width ? columns - begin : width;
-      expand_fp8(tables.get() + b * kMagnitudes, codes + begin, n, out + begin);
+      expand_fp8<how>(tables.get() + b * kMagnitudes, codes + begin, n, out + begin);
     }
   }
 }
@@ -357,17 +420,33 @@ void dequantise(std::int64_t row_begin, std::int64_t row_end, const EncodedMatri
       }
     }
   } else {
+    constexpr std::int64_t kLine = 64;  // elements, so a multiple of a cache line
+    const std::int64_t rows = row_end - row_begin;
     switch (matrix.format.kind) {
       case WeightKind::f32:
         return convert_rows<S, float>(row_begin, row_end, matrix, out, out_stride);
       case WeightKind::bf16:
         return convert_rows<S, Bf16>(row_begin, row_end, matrix, out, out_stride);
-      case WeightKind::fp8:
-        return dequantise_fp8(row_begin, row_end, matrix, out, out_stride);
-      case WeightKind::int4:
-        return dequantise_int4(row_begin, row_end, matrix, out, out_stride);
-      case WeightKind::nf4:
-        return dequantise_nf4(row_begin, row_end, matrix, out, out_stride);
+      case WeightKind::fp8: {
+        const std::int64_t width = matrix.format.block_columns;
+        const std::int64_t run = width == 0 ? kLine : width;  // one block a row
+        return with_store(rows, matrix.columns, out, out_stride, run, [&](auto how) {
+          dequantise_fp8<how()>(row_begin, row_end, matrix, out, out_stride);
+        });
+      }
+      case WeightKind::int4: {
+        const std::int64_t group = matrix.format.group;
+        const std::int64_t run = group >= matrix.columns ? kLine : group;
+        return with_store(rows, matrix.columns, out, out_stride, run, [&](auto how) {
+          dequantise_int4<how()>(row_begin, row_end, matrix, out, out_stride);
+        });
+      }
+      case WeightKind::nf4: {
+        const std::int64_t run = matrix.columns % kNf4Block == 0 ? kNf4Block : 1;
+        return with_store(rows, matrix.columns, out, out_stride, run, [&](auto how) {
+          dequantise_nf4<how()>(row_begin, row_end, matrix, out, out_stride);
+        });
+      }
     }
   }
 }
