@@ -9,6 +9,7 @@
 namespace tailor {
 namespace {
 
+using testing_support::AlignedBytes;
 using testing_support::random_matrix;
 using testing_support::StoredMatrix;
 
@@ -87,6 +88,29 @@ TYPED_TEST(Dequantise, is_the_codec_to_the_bit) {
                      return std::memcmp(&a, &b, sizeof a) == 0;
                    }).first -
                    got.begin();
+      }
+    }
+  }
+}
+
+// From 8 MiB on, results are stored past the caches where they lie so that they can be.
+TYPED_TEST(Dequantise, large_outputs) {
+  using S = TypeParam;
+  const std::int64_t columns = 4096 + 64, rows = (std::int64_t{9} << 20) / 2 / columns;
+  for (const WeightFormat& format :
+       {WeightFormat::fp8_blocks(), WeightFormat::fp8_rows(), WeightFormat::int4(32),
+        WeightFormat::int4(5000), WeightFormat::nf4()}) {
+    const StoredMatrix matrix = random_matrix(format, rows, columns, 23);
+    const std::vector<S> want = truth<S>(matrix);
+    const LevelList levels = runnable_levels();
+    for (int level = 0; level < levels.count; ++level) {
+      SCOPED_TRACE(format_text(format) + " " + levels.levels[level].name);
+      const auto kernel = table_of<S>(*levels.levels[level].tables).dequantise;
+      for (const std::int64_t shift : {0, 1}) {
+        const AlignedBytes bytes((rows * columns + shift) * static_cast<std::int64_t>(sizeof(S)));
+        S* got = reinterpret_cast<S*>(bytes.data()) + shift;
+        kernel(0, rows, matrix.view(), got, columns);
+        EXPECT_EQ(std::memcmp(got, want.data(), want.size() * sizeof(S)), 0);
       }
     }
   }

@@ -1,182 +1,17 @@
 #pragma once
 // Frozen weights from their stored form, the same bits as data/quant/codec.h at every level.
-//
-// A 4-bit group has 16 possible values and an fp8 block 128 magnitudes: they are computed once,
-// with the format's own roundings, and elements only look theirs up. Nothing here may be fused
-// (this file's level.cpp contracts products and sums), and AVX512-BF16's conversion is not used, as
-// it flushes denormals.
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
+// Nothing here may be fused: level.cpp contracts products and sums.
 
 #include "data/quant/format.h"
 #include "data/quant/tables.h"
-#include "trainer/kernels/simd.h"
+#include "trainer/kernels/cpu/lookup.h"
 
 namespace tailor {
 namespace {
 
-/// To bfloat16 as data/quant/numbers.h has it: nearest, ties to even, any NaN to 0x7FC0.
-inline VecU32 bf16_bits(Vec<float> v) {
-  const auto bits = bits_as<VecU32>(v);
-  const VecU32 rounded = (bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U;
-  const auto is_nan = v != v;
-  return is_nan ? VecU32{} + 0x7FC0U : rounded;
-}
-inline Vec<float> plain_nan(Vec<float> v) {
-  const auto is_nan = v != v;
-  return is_nan ? bits_as<Vec<float>>(VecU32{} + 0x7FC00000U) : v;
-}
-
-template <class S>
-constexpr bool kIsBf16 = std::is_same_v<S, Bf16>;
-
-/// Rounds products to what S holds of them: bfloat16 bits, or the float itself.
-inline void store_values(Bf16* out, Vec<float> v) {
-  const HalfU16 raw = __builtin_convertvector(bf16_bits(v), HalfU16);
-  std::memcpy(out, &raw, sizeof raw);
-}
-inline void store_values(float* out, Vec<float> v) { store(out, plain_nan(v)); }
-
-/// entries[i] * scale, for a table of a whole number of vectors.
-template <class S>
-inline void scale_table(const float* entries, std::int64_t count, float scale, S* out) {
-  for (std::int64_t i = 0; i < count; i += kLanes<float>) {
-    store_values(out + i, load(entries + i) * scale);
-  }
-}
-
-// ---- 4 bits: 16 values a group
-
-/// The 16 values that codes stand for, and the look-up. first_high: the first of a byte's two codes
-/// is in its high bits (NF4), else in its low bits (int4).
-template <class S, bool first_high>
-class Sixteen {
- public:
-  /// entries[16] * scale; through bfloat16 whatever S is, if `round` (int4).
-  Sixteen(const float* entries, float scale, [[maybe_unused]] bool round) {
-    for (std::int64_t i = 0; i < 16; i += kLanes<float>) {
-      const Vec<float> product = load(entries + i) * scale;
-      if constexpr (!kIsBf16<S>) {
-        if (round) {
-          store(values_ + i, bits_as<Vec<float>>(bf16_bits(product) << 16U));
-          continue;
-        }
-      }
-      store_values(values_ + i, product);
-    }
-    load_registers();
-  }
-
-  /// out[0, n) from codes `begin` .. begin + n of a stream.
-  void expand(const std::uint8_t* stream, std::int64_t begin, std::int64_t n, S* out) const {
-    if (n > 0 && begin % 2 != 0) {
-      *out++ = values_[code(stream[begin / 2], 1)];
-      ++begin;
-      --n;
-    }
-    const std::uint8_t* bytes = stream + begin / 2;
-    std::int64_t i = 0;
-    for (; i + kStep <= n; i += kStep) whole(bytes + i / 2, out + i);
-    for (; i < n; ++i) out[i] = values_[code(bytes[i / 2], i % 2)];
-  }
-
- private:
-  static unsigned code(std::uint8_t byte, std::int64_t which) {
-    return (which == 0) == first_high ? byte >> 4U : byte & 15U;
-  }
-
-#if defined(__AVX512F__)
-  static constexpr std::int64_t kStep = kIsBf16<S> ? 32 : 16;
-  void load_registers() {
-    if constexpr (kIsBf16<S>) {  // twice, as the permutation's fifth index bit is not cleared
-      __m256i half;
-      std::memcpy(&half, values_, sizeof half);
-      table_ = _mm512_broadcast_i64x4(half);
-    } else {
-      std::memcpy(&table_, values_, sizeof table_);
-    }
-  }
-  void whole(const std::uint8_t* bytes, S* out) const {
-    __m512i found;
-    if constexpr (kIsBf16<S>) {
-      // A byte's two codes to the low bits of two 16-bit lanes; what stands above is ignored.
-      __m128i raw;
-      std::memcpy(&raw, bytes, sizeof raw);
-      const __m512i wide = _mm512_cvtepu8_epi32(raw);
-      const __m512i codes =
-          first_high ? _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16))
-                     : _mm512_or_si512(wide, _mm512_slli_epi32(wide, 12));
-      found = _mm512_permutexvar_epi16(codes, table_);
-    } else {
-      const __m512i wide =
-          _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-      const __m512i codes =
-          first_high ? _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32))
-                     : _mm512_or_si512(wide, _mm512_slli_epi64(wide, 28));
-      found = _mm512_permutexvar_epi32(codes, table_);
-    }
-    std::memcpy(out, &found, sizeof found);
-  }
-  __m512i table_;
-#elif defined(__AVX2__)
-  static constexpr std::int64_t kStep = kIsBf16<S> ? 32 : 8;
-  void load_registers() {
-    std::memcpy(tables_, values_, kIsBf16<S> ? 32 : 64);
-    if constexpr (kIsBf16<S>) {
-      // The low bytes of the 16 values, and the high ones, each in both halves of a register.
-      const __m256i apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,
-                                             0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-      const __m256i sorted = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(tables_[0], apart), 0xD8);
-      tables_[0] = _mm256_permute2x128_si256(sorted, sorted, 0x00);
-      tables_[1] = _mm256_permute2x128_si256(sorted, sorted, 0x11);
-    }
-  }
-  void whole(const std::uint8_t* bytes, S* out) const {
-    __m256i found[2];
-    if constexpr (kIsBf16<S>) {
-      __m128i raw;
-      std::memcpy(&raw, bytes, sizeof raw);
-      const __m256i wide = _mm256_cvtepu8_epi16(raw);
-      const __m256i both =
-          first_high ? _mm256_or_si256(_mm256_srli_epi16(wide, 4), _mm256_slli_epi16(wide, 8))
-                     : _mm256_or_si256(wide, _mm256_slli_epi16(wide, 4));
-      const __m256i codes = _mm256_and_si256(both, _mm256_set1_epi8(15));
-      const __m256i low = _mm256_shuffle_epi8(tables_[0], codes);
-      const __m256i high = _mm256_shuffle_epi8(tables_[1], codes);
-      const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
-      found[0] = _mm256_permute2x128_si256(even, odd, 0x20);
-      found[1] = _mm256_permute2x128_si256(even, odd, 0x31);
-      std::memcpy(out, found, sizeof found);
-    } else {
-      std::int32_t word;
-      std::memcpy(&word, bytes, sizeof word);
-      const __m256i shifts = first_high ? _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24)
-                                        : _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-      const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(word), shifts);
-      const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
-      const __m256 values = _mm256_blendv_ps(
-          _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(tables_[0], codes)),
-          _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(tables_[1], codes)), upper);
-      std::memcpy(out, &values, sizeof values);
-    }
-  }
-  __m256i tables_[2];
-#else
-  static constexpr std::int64_t kStep = 2;
-  void load_registers() {}
-  void whole(const std::uint8_t* bytes, S* out) const {
-    out[0] = values_[code(*bytes, 0)];
-    out[1] = values_[code(*bytes, 1)];
-  }
-#endif
-  alignas(64) S values_[16];
-};
-
 constexpr float kInt4Codes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
-template <class S>
+template <Store how, class S>
 void dequantise_int4(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
                      S* out, std::int64_t out_stride) {
   const std::int64_t columns = matrix.columns, group = matrix.format.group;
@@ -187,15 +22,16 @@ void dequantise_int4(std::int64_t row_begin, std::int64_t row_end, const Encoded
     for (std::int64_t begin = 0; begin < columns; begin += group) {
       const std::int64_t n = columns - begin < group ? columns - begin : group;
       const Sixteen<S, false> values(kInt4Codes, to_float(*scales++), true);
-      values.expand(codes, begin, n, out + begin);
+      values.template expand<how>(codes, begin, n, out + begin);
     }
   }
 }
 
-template <class S>
+constexpr std::int64_t kNf4Block = 64;
+
+template <Store how, class S>
 void dequantise_nf4(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
                     S* out, std::int64_t out_stride) {
-  constexpr std::int64_t kNf4Block = 64;
   const std::int64_t columns = matrix.columns;
   const std::int64_t blocks = (matrix.rows * columns + kNf4Block - 1) / kNf4Block;
   const auto* codes = reinterpret_cast<const std::uint8_t*>(matrix.codes);
@@ -210,106 +46,34 @@ void dequantise_nf4(std::int64_t row_begin, std::int64_t row_end, const EncodedM
       float product = kDynamicMap[bytes[block]] * second[block / 256];
       asm("" : "+x"(product));  // rounded, as bitsandbytes stores it: not fused with the sum
       const Sixteen<S, true> values(kNf4, product + offset, false);
-      values.expand(codes, element, n, out + begin);
+      values.template expand<how>(codes, element, n, out + begin);
       begin += n;
     }
   }
 }
 
-// ---- fp8: 128 magnitudes a block
-
-constexpr std::int64_t kMagnitudes = 128;
-
-struct E4m3Table {
-  float magnitude[kMagnitudes];
-};
-constexpr E4m3Table e4m3_table() {
-  E4m3Table out{};
-  for (int code = 0; code < kMagnitudes; ++code) {
-    float value = static_cast<float>(code % 8) * 0x1p-9F;
-    for (int i = 1; i <= code / 8; ++i) value = i == 1 ? value + 0x1p-6F : value * 2;
-    out.magnitude[code] = value;
-  }
-  out.magnitude[127] = __builtin_nanf("");
-  return out;
-}
-alignas(64) constexpr E4m3Table kE4m3 = e4m3_table();
-
-inline Bf16 with_sign(Bf16 value, std::uint8_t code) {
-  return {static_cast<std::uint16_t>(value.bits ^ (code & 0x80U) << 8U)};
-}
-inline float with_sign(float value, std::uint8_t code) {
-  return bits_as<float>(bits_as<std::uint32_t>(value) ^ (code & 0x80U) << 24U);
-}
-
-/// out[i] = table[code without its sign], with the code's sign.
-template <class S>
-void expand_fp8(const S* table, const std::uint8_t* codes, std::int64_t n, S* out) {
-  std::int64_t i = 0;
-#if defined(__AVX512F__)
-  if constexpr (kIsBf16<S>) {
-    __m512i part[4];
-    std::memcpy(part, table, sizeof part);
-    for (; i + 32 <= n; i += 32) {
-      __m256i raw;
-      std::memcpy(&raw, codes + i, sizeof raw);
-      const __m512i wide = _mm512_cvtepu8_epi16(raw);
-      const __m512i low = _mm512_permutex2var_epi16(part[0], wide, part[1]);
-      const __m512i high = _mm512_permutex2var_epi16(part[2], wide, part[3]);
-      const __mmask32 upper = _mm512_test_epi16_mask(wide, _mm512_set1_epi16(64));
-      const __m512i size = _mm512_mask_blend_epi16(upper, low, high);
-      // size ^ (wide << 8 & 0x8000)
-      const __m512i found = _mm512_ternarylogic_epi32(size, _mm512_slli_epi16(wide, 8),
-                                                      _mm512_set1_epi16(-0x8000), 0x78);
-      std::memcpy(out + i, &found, sizeof found);
-    }
-  } else {
-    __m512 part[8];
-    std::memcpy(part, table, sizeof part);
-    for (; i + 16 <= n; i += 16) {
-      __m128i raw;
-      std::memcpy(&raw, codes + i, sizeof raw);
-      const __m512i wide = _mm512_cvtepu8_epi32(raw);
-      const __mmask16 second = _mm512_test_epi32_mask(wide, _mm512_set1_epi32(32));
-      const __mmask16 upper = _mm512_test_epi32_mask(wide, _mm512_set1_epi32(64));
-      const __m512 low =
-          _mm512_mask_blend_ps(second, _mm512_permutex2var_ps(part[0], wide, part[1]),
-                               _mm512_permutex2var_ps(part[2], wide, part[3]));
-      const __m512 high =
-          _mm512_mask_blend_ps(second, _mm512_permutex2var_ps(part[4], wide, part[5]),
-                               _mm512_permutex2var_ps(part[6], wide, part[7]));
-      const __m512i size = _mm512_castps_si512(_mm512_mask_blend_ps(upper, low, high));
-      const __m512i found = _mm512_ternarylogic_epi32(size, _mm512_slli_epi32(wide, 24),
-                                                      _mm512_set1_epi32(INT32_MIN), 0x78);
-      std::memcpy(out + i, &found, sizeof found);
-    }
-  }
-#endif
-  for (; i < n; ++i) out[i] = with_sign(table[codes[i] & 127U], codes[i]);
-}
-
 /// The tables of a row of blocks stand side by side in scratch, and rows are written from left to
 /// right: memory likes that better than one block after another.
-template <class S>
+template <Store how, class S>
 void dequantise_fp8(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
                     S* out, std::int64_t out_stride) {
   const std::int64_t columns = matrix.columns, block_rows = matrix.format.block_rows;
   const std::int64_t width =
       matrix.format.block_columns == 0 ? columns : matrix.format.block_columns;
   const std::int64_t across = columns == 0 ? 0 : (columns + width - 1) / width;
-  const Scratch<S> tables(across * kMagnitudes);
+  const Scratch<Magnitudes<S>> tables(across);
   for (std::int64_t row = row_begin; row < row_end; ++row, out += out_stride) {
     if (row == row_begin || row % block_rows == 0) {
       const auto* scales =
           reinterpret_cast<const float*>(matrix.scales) + row / block_rows * across;
       for (std::int64_t b = 0; b < across; ++b) {
-        scale_table(kE4m3.magnitude, kMagnitudes, scales[b], tables.get() + b * kMagnitudes);
+        tables.get()[b].fill(scales[b]);
       }
     }
     const auto* codes = reinterpret_cast<const std::uint8_t*>(matrix.codes) + row * columns;
     for (std::int64_t b = 0; b < across; ++b) {
       const std::int64_t begin = b * width, n = columns - begin < width ? columns - begin : width;
-      expand_fp8(tables.get() + b * kMagnitudes, codes + begin, n, out + begin);
+      expand_fp8<how>(tables.get()[b], codes + begin, n, out + begin);
     }
   }
 }
@@ -357,17 +121,33 @@ void dequantise(std::int64_t row_begin, std::int64_t row_end, const EncodedMatri
       }
     }
   } else {
+    constexpr std::int64_t kLine = 64;  // elements, so a multiple of a cache line
+    const std::int64_t rows = row_end - row_begin;
     switch (matrix.format.kind) {
       case WeightKind::f32:
         return convert_rows<S, float>(row_begin, row_end, matrix, out, out_stride);
       case WeightKind::bf16:
         return convert_rows<S, Bf16>(row_begin, row_end, matrix, out, out_stride);
-      case WeightKind::fp8:
-        return dequantise_fp8(row_begin, row_end, matrix, out, out_stride);
-      case WeightKind::int4:
-        return dequantise_int4(row_begin, row_end, matrix, out, out_stride);
-      case WeightKind::nf4:
-        return dequantise_nf4(row_begin, row_end, matrix, out, out_stride);
+      case WeightKind::fp8: {
+        const std::int64_t width = matrix.format.block_columns;
+        const std::int64_t run = width == 0 ? kLine : width;  // one block a row
+        return with_store(rows, matrix.columns, out, out_stride, run, [&](auto how) {
+          dequantise_fp8<how()>(row_begin, row_end, matrix, out, out_stride);
+        });
+      }
+      case WeightKind::int4: {
+        const std::int64_t group = matrix.format.group;
+        const std::int64_t run = group >= matrix.columns ? kLine : group;
+        return with_store(rows, matrix.columns, out, out_stride, run, [&](auto how) {
+          dequantise_int4<how()>(row_begin, row_end, matrix, out, out_stride);
+        });
+      }
+      case WeightKind::nf4: {
+        const std::int64_t run = matrix.columns % kNf4Block == 0 ? kNf4Block : 1;
+        return with_store(rows, matrix.columns, out, out_stride, run, [&](auto how) {
+          dequantise_nf4<how()>(row_begin, row_end, matrix, out, out_stride);
+        });
+      }
     }
   }
 }
