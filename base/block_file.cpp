@@ -13,6 +13,10 @@
 #include "base/error.h"
 
 namespace tailor {
+namespace {
+/// What the page cache holds in one piece (a folio) is at most a huge page, aligned to its size.
+constexpr std::int64_t kFolioBytesMax = std::int64_t{2} << 20;
+}  // namespace
 
 BlockFile::BlockFile(const fs::path& path, bool direct) : path_(path) {
   // O_NONBLOCK, taken off below: without it, opening a named pipe waits for a writer.
@@ -80,7 +84,9 @@ bool BlockFile::ends_before(std::int64_t offset) const {
 }
 
 void BlockFile::drop(std::int64_t offset, std::int64_t bytes) const noexcept {
-  if (bytes > 0) ::posix_fadvise(descriptor_, offset, bytes, POSIX_FADV_DONTNEED);
+  if (bytes <= 0) return;
+  const std::int64_t begin = offset / kFolioBytesMax * kFolioBytesMax;
+  ::posix_fadvise(descriptor_, begin, offset + bytes - begin, POSIX_FADV_DONTNEED);
 }
 
 }  // namespace tailor

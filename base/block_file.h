@@ -31,7 +31,8 @@ class BlockFile {
   bool leave_direct(std::string why);
   /// Whether the file, as long as it is now, has no byte at `offset` or behind it.
   bool ends_before(std::int64_t offset) const;
-  /// Gives back the page cache's copy of bytes that were read through it.
+  /// Gives back the page cache's copy of bytes that were read through it, and of up to 2 MiB before
+  /// them: the cache may hold them in one piece, which goes as a whole or not at all.
   void drop(std::int64_t offset, std::int64_t bytes) const noexcept;
 
  private:

@@ -267,8 +267,10 @@ void PieceReader::fail(Extent& extent, std::int64_t offset, int error_number) {
 }
 
 void PieceReader::finish_if_complete(std::size_t index) {
-  const Extent& extent = extents_[index];
+  Extent& extent = extents_[index];
   if (extent.pieces > 0 || extent.next < extent.end()) return;
+  // Once more as a whole: pieces end in any order, and one folio may have been read by several.
+  if (!file_of(extent).direct()) file_of(extent).drop(extent.read.offset, extent.read.bytes);
   done_.push_back(extent.done);
   free_extents_.push_back(index);
 }
