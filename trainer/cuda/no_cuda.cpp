@@ -1,5 +1,6 @@
 // Compiled in place of the .cu files where no CUDA toolkit was found.
 
+#include "trainer/cuda/device.h"
 #include "trainer/cuda/devices.h"
 #include "trainer/cuda/kernels.h"
 
@@ -19,6 +20,10 @@ CudaFacts cuda_facts() {
   CudaFacts out;
   out.problem = "this build has no CUDA: no toolkit was found when it was configured";
   return out;
+}
+
+std::unique_ptr<Device> make_cuda_device(int index) {
+  no_cuda(("device cuda:" + std::to_string(index)).c_str());
 }
 
 namespace cuda {
