@@ -30,5 +30,24 @@ namespace cuda {
 
 void dequantise(const EncodedMatrix&, const Nf4Tables&, Bf16Bits*, void*) { no_cuda("dequantise"); }
 
+void cross_entropy(std::int64_t, std::int64_t, Bf16Bits*, const std::int32_t*, double, double*,
+                   std::int32_t*, void*) {
+  no_cuda("cross_entropy");
+}
+
+void head_online(std::int64_t, std::int64_t, std::int64_t, const Bf16Bits*, const std::int32_t*,
+                 const HeadRows&, void*) {
+  no_cuda("head_online");
+}
+
+void head_finish(std::int64_t, const HeadRows&, double, double*, float*, void*) {
+  no_cuda("head_finish");
+}
+
+void head_gradient(std::int64_t, std::int64_t, std::int64_t, Bf16Bits*, const std::int32_t*,
+                   const HeadRows&, const float*, double, void*) {
+  no_cuda("head_gradient");
+}
+
 }  // namespace cuda
 }  // namespace tailor
