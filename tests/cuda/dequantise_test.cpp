@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 
 #include "tests/cuda/cpu_launch.h"
+#include "tests/cuda/gpu.h"
+#include "trainer/cuda/kernels.h"
 
 namespace tailor::cuda {
 namespace {
@@ -210,6 +212,55 @@ TEST(CudaDequantise, fp8_knows_all_its_codes) {
   EXPECT_EQ(numbers, 254);
   EXPECT_EQ(denormals, 14);
   EXPECT_EQ(e4m3(0x7E), 448);  // the format's largest
+}
+
+TEST(CudaDequantise, the_gpu_gives_the_bits_of_the_cpu) {
+  if (!Gpu::missing().empty()) GTEST_SKIP() << Gpu::missing();
+  for (const Case& of : cases()) {
+    const Matrix m(of);
+    const Placed placed(m);
+    Guarded<Bf16Bits> want(m.numbers());
+    CpuLauncher run({256, Order::forward});
+    with_dequantise_body(placed.encoded, placed.tables, want.data(),
+                         [&](const auto& body) { run(body); });
+    Gpu gpu;
+    EncodedMatrix there = placed.encoded;
+    there.codes = reinterpret_cast<const std::byte*>(gpu.upload(m.codes));
+    there.scales = reinterpret_cast<const std::byte*>(gpu.upload(m.scales));
+    const Nf4Tables tables = {gpu.upload(std::vector<float>(m.values, m.values + 16)),
+                              gpu.upload(std::vector<float>(m.code_map, m.code_map + 256))};
+    Bf16Bits* out = gpu.output<Bf16Bits>(m.numbers());
+    dequantise(there, tables, out, gpu.stream());
+    EXPECT_TRUE(same_bits(gpu.download(out, m.numbers()), want.values())) << of.name;
+  }
+}
+
+TEST(CudaDequantise, bf16_on_the_gpu_is_a_copy) {
+  if (!Gpu::missing().empty()) GTEST_SKIP() << Gpu::missing();
+  const std::vector<Bf16Bits> numbers = random_bf16(3 * 101, 1);
+  Gpu gpu;
+  EncodedMatrix matrix;
+  matrix.rows = 3;
+  matrix.columns = 101;
+  matrix.codes = reinterpret_cast<const std::byte*>(gpu.upload(numbers));
+  Bf16Bits* out = gpu.output<Bf16Bits>(numbers.size());
+  dequantise(matrix, {}, out, gpu.stream());
+  EXPECT_TRUE(same_bits(gpu.download(out, numbers.size()), numbers));
+}
+
+TEST(CudaDequantise, without_a_gpu_a_launch_is_an_error_with_the_reason) {
+  if (Gpu::missing().empty()) GTEST_SKIP() << "there is one";
+  const Matrix m({"", WeightFormat::int4(32), 8, 64});
+  const Placed placed(m);
+  Guarded<Bf16Bits> out(m.numbers());
+  try {
+    dequantise(placed.encoded, placed.tables, out.data(), nullptr);
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.fault(), Fault::device);
+    EXPECT_THAT(error.parts().what, testing::HasSubstr("dequantise"));
+    EXPECT_THAT(error.parts().what, testing::HasSubstr("CUDA"));
+  }
 }
 
 }  // namespace

@@ -15,4 +15,29 @@ void dequantise(const EncodedMatrix& matrix, const Nf4Tables& tables, Bf16Bits* 
                        [&](const auto& body) { launch(body, stream, "dequantise"); });
 }
 
+void cross_entropy(std::int64_t n, std::int64_t V, Bf16Bits* logits, const std::int32_t* target,
+                   double gradient_scale, double* loss, std::int32_t* best, void* stream) {
+  launch(CrossEntropy{n, V, logits, target, gradient_scale, loss, best}, stream, "cross_entropy");
+}
+
+void head_online(std::int64_t n, std::int64_t v, std::int64_t vocabulary_begin,
+                 const Bf16Bits* logits, const std::int32_t* target, const HeadRows& rows,
+                 void* stream) {
+  TAILOR_CHECK(vocabulary_begin % kSegment == 0, "where a vocabulary tile begins");
+  launch(HeadOnline{n, v, vocabulary_begin, logits, target, rows}, stream, "head_online");
+}
+
+void head_finish(std::int64_t n, const HeadRows& rows, double gradient_scale, double* loss,
+                 float* weight, void* stream) {
+  launch(HeadFinish{n, rows, gradient_scale, loss, weight}, stream, "head_finish");
+}
+
+void head_gradient(std::int64_t n, std::int64_t v, std::int64_t vocabulary_begin, Bf16Bits* logits,
+                   const std::int32_t* target, const HeadRows& rows, const float* weight,
+                   double gradient_scale, void* stream) {
+  launch(
+      HeadGradient{WordGrid(n, v), vocabulary_begin, logits, target, rows, weight, gradient_scale},
+      stream, "head_gradient");
+}
+
 }  // namespace tailor::cuda

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "trainer/cuda/bodies/cross_entropy.h"
 #include "trainer/cuda/bodies/dequantise.h"
 
 /// Tailor's GPU kernels. Pointers are of the calling thread's current device and aligned to 16
@@ -16,5 +17,24 @@ namespace tailor::cuda {
 /// out [rows, columns] = the matrix in bfloat16, as its codec in data/quant gives it. `tables` is
 /// only read for nf4.
 void dequantise(const EncodedMatrix& matrix, const Nf4Tables& tables, Bf16Bits* out, void* stream);
+
+/// Softmax cross-entropy over rows of logits [n, V], as trainer/kernels/kernels.h has it: loss [n]
+/// = lse - logit[target] with 0 <= target < V, best [n] = arg max (lowest index on ties). With
+/// gradient_scale != 0, logits become their gradient.
+void cross_entropy(std::int64_t n, std::int64_t V, Bf16Bits* logits, const std::int32_t* target,
+                   double gradient_scale, double* loss, std::int32_t* best, void* stream);
+
+/// The same with a head that comes in vocabulary tiles, to the bit: for each tile in order its
+/// logits [n, v] (columns vocabulary_begin .. + v) to head_online; then head_finish; then for
+/// each tile, in any order, its logits once more to head_gradient. Tiles begin at multiples of
+/// kSegment and none but the last ends elsewhere. `rows` and weight [n] pass from one to the next.
+void head_online(std::int64_t n, std::int64_t v, std::int64_t vocabulary_begin,
+                 const Bf16Bits* logits, const std::int32_t* target, const HeadRows& rows,
+                 void* stream);
+void head_finish(std::int64_t n, const HeadRows& rows, double gradient_scale, double* loss,
+                 float* weight, void* stream);
+void head_gradient(std::int64_t n, std::int64_t v, std::int64_t vocabulary_begin, Bf16Bits* logits,
+                   const std::int32_t* target, const HeadRows& rows, const float* weight,
+                   double gradient_scale, void* stream);
 
 }  // namespace tailor::cuda

@@ -1,5 +1,6 @@
 // Compiled in place of the .cu files where no CUDA toolkit was found.
 
+#include "trainer/cuda/device.h"
 #include "trainer/cuda/devices.h"
 #include "trainer/cuda/kernels.h"
 
@@ -21,9 +22,32 @@ CudaFacts cuda_facts() {
   return out;
 }
 
+std::unique_ptr<Device> make_cuda_device(int index) {
+  no_cuda(("device cuda:" + std::to_string(index)).c_str());
+}
+
 namespace cuda {
 
 void dequantise(const EncodedMatrix&, const Nf4Tables&, Bf16Bits*, void*) { no_cuda("dequantise"); }
+
+void cross_entropy(std::int64_t, std::int64_t, Bf16Bits*, const std::int32_t*, double, double*,
+                   std::int32_t*, void*) {
+  no_cuda("cross_entropy");
+}
+
+void head_online(std::int64_t, std::int64_t, std::int64_t, const Bf16Bits*, const std::int32_t*,
+                 const HeadRows&, void*) {
+  no_cuda("head_online");
+}
+
+void head_finish(std::int64_t, const HeadRows&, double, double*, float*, void*) {
+  no_cuda("head_finish");
+}
+
+void head_gradient(std::int64_t, std::int64_t, std::int64_t, Bf16Bits*, const std::int32_t*,
+                   const HeadRows&, const float*, double, void*) {
+  no_cuda("head_gradient");
+}
 
 }  // namespace cuda
 }  // namespace tailor

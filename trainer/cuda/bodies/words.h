@@ -96,25 +96,32 @@ TAILOR_HOST_DEVICE inline void store_word(void* to, const Word& word) {
 #endif
 }
 
-/// Eight numbers from base[offset], of which `count` are there (the others are 0). One load where
-/// the place allows it; base is aligned to 16 bytes.
-TAILOR_HOST_DEVICE inline Eight load_eight(const Bf16Bits* base, std::int64_t offset,
-                                           std::uint32_t count) {
-  Eight out;
-  if (count == kWord && offset % kWord == 0) {
-    const auto word = load_word<EightBf16>(base + offset);
-    TAILOR_UNROLL
-    for (std::uint32_t i = 0; i < kWord / 2; ++i) {
-      out.at[2 * i] = bits_as<float>(word.pair[i] << 16U);
-      out.at[2 * i + 1] = bits_as<float>(word.pair[i] & 0xFFFF0000U);
-    }
-    return out;
-  }
+/// Eight numbers from base[offset], of which `count` are there; the others are `fill`. One load
+/// where the place allows it; base is aligned to 16 bytes.
+TAILOR_HOST_DEVICE inline EightBf16 load_eight_bf16(const Bf16Bits* base, std::int64_t offset,
+                                                    std::uint32_t count, Bf16Bits fill = 0) {
+  if (count == kWord && offset % kWord == 0) return load_word<EightBf16>(base + offset);
+  EightBf16 out;
   TAILOR_UNROLL
-  for (std::uint32_t i = 0; i < kWord; ++i) {
-    out.at[i] = i < count ? to_float(base[offset + i]) : 0.0F;
+  for (std::uint32_t i = 0; i < kWord / 2; ++i) {
+    const std::uint32_t low = 2 * i < count ? base[offset + 2 * i] : fill;
+    const std::uint32_t high = 2 * i + 1 < count ? base[offset + 2 * i + 1] : fill;
+    out.pair[i] = low | high << 16U;
   }
   return out;
+}
+TAILOR_HOST_DEVICE inline Eight to_floats(const EightBf16& word) {
+  Eight out;
+  TAILOR_UNROLL
+  for (std::uint32_t i = 0; i < kWord / 2; ++i) {
+    out.at[2 * i] = bits_as<float>(word.pair[i] << 16U);
+    out.at[2 * i + 1] = bits_as<float>(word.pair[i] & 0xFFFF0000U);
+  }
+  return out;
+}
+TAILOR_HOST_DEVICE inline Eight load_eight(const Bf16Bits* base, std::int64_t offset,
+                                           std::uint32_t count) {
+  return to_floats(load_eight_bf16(base, offset, count));
 }
 
 TAILOR_HOST_DEVICE inline void store_eight(Bf16Bits* base, std::int64_t offset, std::uint32_t count,
