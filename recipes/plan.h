@@ -87,7 +87,7 @@ struct Plan {
   double resident_fraction = 1;        ///< of the routed experts, on the device (RAM on the CPU)
   std::int64_t device_tile_bytes = 0;  ///< frozen weights kept there, one rank
   std::int64_t host_tile_bytes = 0;    ///< frozen weights kept in RAM behind the device, all ranks
-  std::int64_t ring_bytes = 0;  ///< of slots of whole tiles on a GPU, beside those kept there
+  std::int64_t ring_bytes = 0;         ///< of slots of whole tiles, beside those kept resident
   ActivationHome activations = ActivationHome::host;  ///< never automatic
   bool stream_head = false;       ///< the vocabulary head waits on the host and crosses in runs
   bool keep_activations = false;  ///< everything the backward pass needs, no recompute

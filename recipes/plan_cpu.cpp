@@ -3,6 +3,7 @@
 
 #include "recipes/plan_text.h"
 #include "recipes/planner.h"
+#include "recipes/ring.h"
 
 namespace tailor {
 namespace {
@@ -116,15 +117,15 @@ void Planner::add_cpu_memory(bool keep, double value_bytes) {
     if (!recipe_.base.device_memory || !recipe_.base.host_memory)
       budget = std::max(budget, std::min(room, weights));
   }
-  const double resident = std::min(weights, budget);
-  plan.resident_fraction = weights > 0 ? resident / weights : 1;
+  // Where not all fits, rows of the embedding are read by index, and the rest streams.
+  const double tiles = weights - base_.embedding;
+  const double resident = budget >= weights ? weights : std::min(tiles, budget);
+  streamed_bytes_ = budget >= weights ? 0 : tiles - resident;
+  plan.resident_fraction = tiles > 0 ? 1 - streamed_bytes_ / tiles : 1;
   item(Home::host, "weights", resident,
-       resident < weights ? gb(weights - resident) + " more come from disk on each pass"
-                          : "all of the frozen model");
-  if (resident < weights) {
-    const double tile = std::max(base_.expert, base_.other / std::max(1.0, layers));
-    item(Home::host, "ring", 3 * tile, "3 slots of the largest tile");
-  }
+       streamed_bytes_ > 0 ? gb(streamed_bytes_) + " more come from disk on each pass"
+                           : "all of the frozen model");
+  if (streamed_bytes_ > 0) add_cpu_ring();
   plan.device_tile_bytes = std::llround(resident);
   plan.host_bytes_peak = {sum(Home::host), "bytes", sum_text(Home::host)};
   plan.device_bytes_peak = {0, "bytes", "the CPU is the device: see host_bytes_peak"};
@@ -137,6 +138,28 @@ void Planner::add_cpu_memory(bool keep, double value_bytes) {
                      "do not fit are then streamed from disk."
                    : advice(Home::host)});
   }
+}
+
+void Planner::add_cpu_ring() {
+  const double run =
+      std::min(1.0, as_double(kVocabularyRunElements) /
+                        as_double(std::max<std::int64_t>(1, model_.head_parameters())));
+  const double experts =
+      model_.experts == 0
+          ? 0
+          : base_.expert * as_double(experts_per_tile(static_cast<std::int64_t>(base_.expert),
+                                                      model_.experts));
+  const double tile = std::max(experts, base_.head * run);
+  const double other = base_.other / std::max(1.0, as_double(model_.other_parameters()));
+  const double layer =
+      other * (as_double(model_.attention_parameters()) +
+               as_double(std::max(model_.dense_layers > 0 ? model_.dense_mlp_parameters() : 0,
+                                  model_.shared_experts * model_.expert_parameters())));
+  const std::int64_t slots = ring_slots(static_cast<std::int64_t>(tile));
+  plan.ring_bytes = std::llround(tile * as_double(slots) + layer * as_double(kLayerSlots));
+  item(Home::host, "ring", as_double(plan.ring_bytes),
+       std::to_string(slots) + " slots of " + gb(tile) + " for experts and the head, " +
+           std::to_string(kLayerSlots) + " of " + gb(layer) + " for the rest of a layer");
 }
 
 void Planner::add_cpu_time(bool keep, double value_bytes) {
@@ -163,7 +186,7 @@ void Planner::add_cpu_time(bool keep, double value_bytes) {
   const double dequantise = 2 * unpacked / machine_.memory_bytes_per_second;
   const double busy = compute + dequantise;
   const double weights = base_.all();
-  const double from_disk = 2 * weights * (1 - plan.resident_fraction);
+  const double from_disk = 2 * streamed_bytes_;
   const double disk = from_disk / machine_.disk_bytes_per_second;
   plan.stream_bytes_per_step = {
       from_disk, "bytes",

@@ -42,6 +42,7 @@ class Planner {
 
   void run_cpu();
   void add_cpu_memory(bool keep, double value_bytes);
+  void add_cpu_ring();
   void add_cpu_time(bool keep, double value_bytes);
   double kept_bytes(double value_bytes) const;
   /// Whether matrices in a format are turned into values before they are multiplied.
@@ -72,6 +73,7 @@ class Planner {
   double ranks_, tokens_;
   double loss_share_ = 1;  ///< of the tokens, where the data is known
   double load_seconds_ = 0, forward_seconds_per_token_ = 0;
+  double streamed_bytes_ = 0;  ///< a pass, from disk, on the CPU
 };
 
 }  // namespace tailor

@@ -5,6 +5,8 @@
 #include "base/error.h"
 #include "base/text.h"
 #include "data/checkpoint/checkpoint.h"
+#include "data/store/pack.h"
+#include "recipes/choices.h"
 #include "recipes/shipped.h"
 #include "tools/paths.h"
 #include "tools/terminal.h"
@@ -57,6 +59,29 @@ void check_targets(const RecipeFile& file, const ModelFacts& model) {
   need(targets.router, "router");
 }
 
+/// A store made from other weights than the recipe's model, where those are here to compare.
+void check_same_model(const Recipe& recipe, const Store& store) {
+  if (!recipe.base.store) return;
+  fs::path folder;
+  try {
+    folder = find_model_folder(recipe.base_model);
+  } catch (const Error&) {  // only the store is here
+    return;
+  }
+  if (Store::is_store(folder)) {
+    std::error_code error;
+    if (fs::equivalent(folder, store.folder(), error)) return;
+    throw Error(Fault::usage, {"base_model and base.store are two stores", store.folder().string(),
+                               "Name one of them."});
+  }
+  if (fingerprint(Checkpoint::open(folder), store.spec()) == store.fingerprint()) return;
+  throw Error(
+      Fault::bad_file,
+      {"the store was made from another model than base_model", store.folder().string(),
+       "It was packed from " + store.source() +
+           ". Name that as base_model, or pack this one: tailor model pack " + recipe.base_model});
+}
+
 bool all_tokenized(const DataRecipe& data) {
   const auto tokenized = [&](const DataSource& source) {
     return source.format.value_or(data.format) == RecordFormat::tokenized;
@@ -102,7 +127,71 @@ RecipeFile open_recipe(const std::string& asked, std::span<const std::string> ov
   return read_recipe(find_recipe(asked, recipes_folder()), overrides);
 }
 
+fs::path recipe_store(const Recipe& recipe) {
+  if (recipe.base.store) return *recipe.base.store;
+  std::error_code error;
+  const bool folder = fs::is_directory(recipe.base_model, error);
+  return folder && Store::is_store(recipe.base_model) ? fs::path(recipe.base_model) : fs::path();
+}
+
+void apply_store(RecipeFile& file) {
+  Recipe& recipe = file.recipe;
+  const fs::path folder = recipe_store(recipe);
+  if (folder.empty()) return;
+  const Store store = Store::open(folder);
+  check_same_model(recipe, store);
+  const auto settle = [&](BaseFormat& format, const WeightFormat& stored, const std::string& key) {
+    const bool plain = stored.kind == WeightKind::f32;
+    const BaseFormat found = stored.kind == WeightKind::int4  ? BaseFormat::int4
+                             : stored.kind == WeightKind::nf4 ? BaseFormat::nf4
+                             : stored.kind == WeightKind::fp8 ? BaseFormat::fp8
+                             : plain                          ? BaseFormat::as_is
+                                                              : BaseFormat::bf16;
+    if (format != BaseFormat::as_is && format != found) {
+      throw Error(Fault::usage,
+                  {key + " is " + std::string(choice_word(format)) + ", the store holds " +
+                       format_text(stored),
+                   folder.string(), "Leave " + key + " out, or name a store of that format."});
+    }
+    format = found;
+    file.origins[key] = {Origin::Kind::model, "by the store"};
+  };
+  const WeightFormat experts = store.expert_format(), others = store.other_format();
+  if (store.spec().experts > 0) settle(recipe.base.format, experts, "base.format");
+  settle(recipe.base.non_expert_format, others, "base.non_expert_format");
+  const WeightFormat& int4 = experts.kind == WeightKind::int4 ? experts : others;
+  if (int4.kind == WeightKind::int4) {
+    if (recipe.base.group_size && *recipe.base.group_size != int4.group) {
+      throw Error(Fault::usage, {"base.group_size is " + std::to_string(*recipe.base.group_size) +
+                                     ", the store holds " + format_text(int4),
+                                 folder.string(), "Leave base.group_size out."});
+    }
+    recipe.base.group_size = static_cast<int>(int4.group);
+    file.origins["base.group_size"] = {Origin::Kind::model, "by the store"};
+  }
+}
+
+StoreFormats store_formats(const BaseRecipe& base) {
+  const auto choice = [&](BaseFormat format) -> FormatChoice {
+    switch (format) {
+      case BaseFormat::as_is:
+        return {};
+      case BaseFormat::int4:
+        return {false, WeightKind::int4, base.group_size.value_or(0)};
+      case BaseFormat::nf4:
+        return {false, WeightKind::nf4, 0};
+      case BaseFormat::fp8:
+        return {false, WeightKind::fp8, 0};
+      case BaseFormat::bf16:
+        return {false, WeightKind::bf16, 0};
+    }
+    return {};
+  };
+  return {choice(base.format), choice(base.non_expert_format)};
+}
+
 ResolvedRecipe resolve_recipe(RecipeFile file) {
+  apply_store(file);
   ModelFacts facts = find_facts(file.recipe.base_model);
   check_targets(file, facts);
   std::vector<std::string> notes = resolve(file, facts.traits());

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "data/checkpoint/model_spec.h"
+#include "data/store/store.h"
 #include "data/text/tokenizer.h"
 #include "data/tokens/data_options.h"
 #include "data/tokens/prepare.h"
@@ -28,6 +29,18 @@ RecipeFile open_recipe(const std::string& asked, std::span<const std::string> ov
 /// recipe that matches nothing of the model, and when the model is neither here nor published.
 ResolvedRecipe resolve_recipe(const std::string& asked, std::span<const std::string> overrides);
 ResolvedRecipe resolve_recipe(RecipeFile file);
+
+/// The folder of the store a recipe names: base.store, or base_model where that is one. Empty:
+/// none.
+fs::path recipe_store(const Recipe& recipe);
+
+/// Where the recipe names a store, base.format, base.non_expert_format and base.group_size become
+/// what it holds. Throws Error{usage} when the recipe asks for something else, Error{bad_file} when
+/// the store is not whole or of another model than base_model.
+void apply_store(RecipeFile& file);
+
+/// The formats `tailor model pack` is asked for by a recipe's base.format and its neighbours.
+StoreFormats store_formats(const BaseRecipe& base);
 
 /// The `data:` block as the data layer takes it.
 DataOptions data_options(const Recipe& recipe);

@@ -23,7 +23,7 @@ Trainer::Trainer(Decoder& decoder, Adapter& adapter, AdamW& optimizer, const Tok
       options_(options),
       gradients_(at::empty({adapter.parameter_count()}, at::kFloat)) {}
 
-StepRecord Trainer::step(std::int64_t index) {
+StepRecord Trainer::step(std::int64_t index, bool another_follows) {
   const double began = seconds_now();
   const Batch batch = source_.batch_at(index, 0, 1);
   StepRecord record;
@@ -40,8 +40,13 @@ StepRecord Trainer::step(std::int64_t index) {
   pass.dropout = options_.dropout;
   pass.seed = options_.seed;
   pass.step = static_cast<std::uint64_t>(index);
+  pass.another_follows = another_follows;
+  const RingCounters before = decoder_.weights().counters();
   const LossResult result = decoder_.forward_backward(token_input(batch), pass, gradients_);
   record.loss = result.loss_sum * pass.gradient_scale;
+  const RingCounters after = decoder_.weights().counters();
+  record.stream_bytes = after.streamed_bytes - before.streamed_bytes;
+  record.stall_seconds = after.stall_seconds - before.stall_seconds;
 
   const std::span<const float> gradients(gradients_.data_ptr<float>(),
                                          static_cast<std::size_t>(gradients_.numel()));

@@ -30,6 +30,8 @@ struct StepRecord {
   double grad_norm = 0;  ///< before clipping
   std::int64_t tokens = 0, trained_tokens = 0;
   double seconds = 0;
+  std::int64_t stream_bytes = 0;  ///< of frozen weights, read from disk
+  double stall_seconds = 0;       ///< waiting for them
 };
 
 struct Evaluation {
@@ -50,7 +52,8 @@ class Trainer {
 
   /// Step `index` (from 0). Throws Error{internal} naming the step when the loss or the gradient is
   /// not finite; factors and moments are then as before the step.
-  StepRecord step(std::int64_t index);
+  /// `another_follows`: the next call is step index + 1, so weights may be read ahead for it.
+  StepRecord step(std::int64_t index, bool another_follows = false);
 
  private:
   Decoder& decoder_;

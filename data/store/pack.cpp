@@ -542,6 +542,7 @@ class Packer {
     }
     manifest.source = options_.source;
     manifest.fingerprint = join_samples(journal_->samples());
+    manifest.prefix = arrived_.checkpoint->prefix();
     manifest.mark = mark_;
     write_atomically(to_ / kManifestName, manifest_json(manifest).dump() + "\n");
     journal_->remove();

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -124,6 +125,7 @@ Json manifest_json(const StoreManifest& manifest) {
   out["version"] = kStoreVersion;
   out["source"] = manifest.source;
   out["fingerprint"] = manifest.fingerprint;
+  out["prefix"] = manifest.prefix;
   out["mark"] = to_hex(manifest.mark);
   Json files = Json::array();
   for (const auto& file : manifest.layout.files) files.push_back({file.name, file.bytes});
@@ -154,6 +156,7 @@ StoreManifest read_manifest(const Json& json, const std::string& where) {
   StoreManifest out;
   out.source = reader.text("source");
   out.fingerprint = reader.text("fingerprint");
+  out.prefix = reader.text("prefix", "");
   out.mark = from_hex<16>(reader.text("mark"), where);
   for (const Json& file : reader.at("files")) {
     if (!file.is_array() || file.size() != 2 || !file[0].is_string()) {
@@ -214,6 +217,7 @@ Store Store::open(const fs::path& folder) {
   out.hashes_ = std::move(manifest.hashes);
   out.source_ = std::move(manifest.source);
   out.fingerprint_ = std::move(manifest.fingerprint);
+  out.prefix_ = std::move(manifest.prefix);
   out.mark_ = manifest.mark;
   const std::string config = read_text(folder / "config.json");
   if (store_mark(out.layout_, config) != out.mark_) {
@@ -232,6 +236,26 @@ Store Store::open(const fs::path& folder) {
     }
   }
   return out;
+}
+
+namespace {
+
+/// The format of the last matrix of the first unit of a kind: a projection, not a norm.
+std::optional<WeightFormat> format_of(const StoreLayout& layout, UnitKind kind) {
+  for (const StoredUnit& unit : layout.units) {
+    if (unit.id.kind == kind && !unit.matrices.empty()) return unit.matrices.back().format;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+WeightFormat Store::expert_format() const {
+  return format_of(layout_, UnitKind::expert).value_or(other_format());
+}
+
+WeightFormat Store::other_format() const {
+  return format_of(layout_, UnitKind::attention).value_or(WeightFormat::bf16());
 }
 
 const UnitHash& Store::hash(const StoredUnit& unit) const {

@@ -34,10 +34,16 @@ class Store {
   const UnitHash& hash(const StoredUnit& unit) const;
   /// Whom the store was made from, for messages: a folder or a repository's name.
   const std::string& source() const { return source_; }
+  /// Of the checkpoint's tensor names: "" or "language_model.".
+  const std::string& prefix() const { return prefix_; }
   /// SHA-256 that tells models of one shape apart; see fingerprint() in pack.h.
   const std::string& fingerprint() const { return fingerprint_; }
   /// The 16 bytes every unit header of this store carries.
   const std::array<std::byte, 16>& mark() const { return mark_; }
+  /// Of the routed experts' matrices, and of the others' (attention, MLPs); the former are the
+  /// latter's in a model without experts.
+  WeightFormat expert_format() const;
+  WeightFormat other_format() const;
   fs::path path_of(const StoredUnit& unit) const;
   /// "layers/00003.tiles, offset 4096: layer 3, expert 17".
   std::string where(const StoredUnit& unit) const;
@@ -51,7 +57,7 @@ class Store {
   ModelSpec spec_;
   StoreLayout layout_;
   std::vector<UnitHash> hashes_;  ///< as layout_.units
-  std::string source_, fingerprint_;
+  std::string source_, fingerprint_, prefix_;
   std::array<std::byte, 16> mark_{};
 };
 
@@ -60,6 +66,7 @@ struct StoreManifest {
   StoreLayout layout;
   std::vector<UnitHash> hashes;
   std::string source, fingerprint;
+  std::string prefix;  ///< of the checkpoint's names: "" or "language_model."
   std::array<std::byte, 16> mark{};
 };
 Json manifest_json(const StoreManifest& manifest);

@@ -9,31 +9,23 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "base/text.h"
+#include "data/store/pack.h"
 #include "data/tokens/token_store.h"
 #include "recipes/machine.h"
 
 namespace tailor {
 
 void refuse_unsupported(const Recipe& recipe) {
-  const BaseRecipe& base = recipe.base;
-  if (base.format != BaseFormat::as_is || base.non_expert_format != BaseFormat::as_is ||
-      base.store || base.device_memory || base.host_memory ||
-      base.activations == ActivationHome::disk) {
-    throw Error(
-        Fault::does_not_fit,
-        {"this recipe streams the base model, which this version cannot do yet",
-         recipe.name +
-             ": base.format, base.store, base.device_memory, base.host_memory or base.activations",
-         "`tailor plan` answers for it. To train now, use a model whose weights fit into memory as "
-         "they "
-         "are: base.format=as_is, and leave the other base keys at their defaults."});
-  }
   if (recipe.compute.device == DeviceChoice::cuda)
     require_cpu("cuda", recipe.name + ": compute.device");
   const auto refuse = [&](const std::string& what, const std::string& key,
                           const std::string& mend) {
     throw Error(Fault::usage, {what, recipe.name + ": " + key, mend});
   };
+  if (recipe.base.activations == ActivationHome::disk) {
+    refuse("keeping layer inputs on disk is not possible yet", "base.activations",
+           "Set base.activations: auto; layer inputs are kept in memory.");
+  }
   if (recipe.machine.ranks != 1) {
     refuse("training on " + std::to_string(recipe.machine.ranks) + " ranks is not possible yet",
            "machine.ranks", "Set machine.ranks: 1; `tailor plan` answers for more.");
@@ -72,27 +64,109 @@ int set_threads(int threads) {
   return threads;
 }
 
-OpenedModel open_model(const fs::path& folder, at::ScalarType dtype) {
+namespace {
+
+std::int64_t free_memory(const fs::path& folder) {
+  return static_cast<std::int64_t>(this_machine(folder).host_bytes);
+}
+
+/// The store of a model in these formats in the user's cache, packed now if it is not there.
+fs::path cached_store(const fs::path& folder, const BaseRequest& request) {
+  const Checkpoint checkpoint = Checkpoint::open(folder);
+  const ModelSpec spec = read_model_spec(folder);
+  std::string key = fs::weakly_canonical(folder).string() + "\n" + fingerprint(checkpoint, spec);
+  for (const FormatChoice& choice : {request.formats.experts, request.formats.others}) {
+    key += "\n" + std::to_string(choice.as_is) + " " +
+           std::to_string(static_cast<int>(choice.kind)) + " " + std::to_string(choice.group);
+  }
+  const fs::path to = cache_folder() / "stores" / sha256_hex(key).substr(0, 16);
+  std::error_code error;
+  if (fs::exists(to / kManifestName, error)) return to;
+  make_folders(to.parent_path());
+  PackOptions options;
+  options.formats = request.formats;
+  options.source = request.model_name;
+  options.threads = at::get_num_threads();
+  log_info("packing the base into " + to.string() + ", once");
+  double told = 0;
+  options.progress = [&](const PackProgress& at) {
+    if (at.seconds - told < 10) return;
+    told = at.seconds;
+    log_info("packing: " + bytes_text(at.bytes_done) + " of " + bytes_text(at.bytes));
+  };
+  const PackReport report = pack_store(folder, to, options);
+  log_info("packed " + bytes_text(report.bytes) + " in " + seconds_text(report.seconds));
+  return to;
+}
+
+OpenedModel open_store(const fs::path& folder, const fs::path& path, at::ScalarType dtype,
+                       const BaseRequest& request) {
+  OpenedModel out;
+  out.folder = folder;
+  const auto store = std::make_shared<const Store>(Store::open(path));
+  out.spec = store->spec();
+  out.prefix = store->prefix();
+  out.source = store->source();
+  StreamOptions options;
+  options.device_bytes = request.device_bytes;
+  options.host_bytes = request.host_bytes;
+  if (!options.device_bytes && !options.host_bytes && !request.all_resident) {
+    const std::int64_t free = free_memory(folder);
+    if (store->layout().bytes() > free / 10 * 8) options.host_bytes = free / 2;
+  }
+  auto weights = StoreWeights::open(store, dtype, options);
+  out.stream = weights->facts();
+  out.weight_bytes = weights->memory_bytes();
+  out.decoder = Decoder::create(std::move(weights), dtype);
+  return out;
+}
+
+}  // namespace
+
+OpenedModel open_model(const fs::path& folder, at::ScalarType dtype, const BaseRequest& request) {
   const double began = seconds_now();
   OpenedModel out;
+  const bool is_store = Store::is_store(folder);
+  if (is_store || !request.store.empty() || request.pack) {
+    const fs::path path = is_store                ? folder
+                          : request.store.empty() ? cached_store(folder, request)
+                                                  : request.store;
+    out = open_store(folder, path, dtype, request);
+    out.load_seconds = seconds_now() - began;
+    return out;
+  }
   out.folder = folder;
   out.spec = read_model_spec(folder);
   const Checkpoint checkpoint = Checkpoint::open(folder);
   out.prefix = checkpoint.prefix();
   const std::int64_t needed =
       out.spec.parameters() * static_cast<std::int64_t>(c10::elementSize(dtype));
-  const double free_bytes = this_machine(folder).host_bytes;
-  if (static_cast<double>(needed) > free_bytes) {
+  const std::int64_t free_bytes = free_memory(folder);
+  if (needed > free_bytes) {
     throw Error(Fault::does_not_fit,
                 {"the model's weights need " + bytes_text(needed) + " of memory, " +
-                     bytes_text(static_cast<std::int64_t>(free_bytes)) + " are free",
+                     bytes_text(free_bytes) + " are free",
                  folder.string(),
-                 "Use a machine with more memory, or a smaller model. Streaming weights from "
-                 "disk is not possible yet."});
+                 "Pack the model and use the store instead, its weights then come from disk as "
+                 "they are needed: tailor model pack " +
+                     folder.string() + " --to DIR"});
   }
-  out.decoder = Decoder::create(out.spec, load_weights(checkpoint, out.spec, dtype), dtype);
-  out.weight_bytes = out.decoder->weights().bytes();
+  auto weights = resident_weights(out.spec, load_weights(checkpoint, out.spec, dtype));
+  out.weight_bytes = weights->memory_bytes();
+  out.decoder = Decoder::create(std::move(weights), dtype);
   out.load_seconds = seconds_now() - began;
+  return out;
+}
+
+std::string stream_text(const StreamFacts& facts) {
+  const std::int64_t all = facts.resident_bytes + facts.streamed_bytes;
+  if (facts.streamed_bytes == 0) return "all " + bytes_text(all) + " in memory";
+  std::string out = bytes_text(facts.resident_bytes) + " of " + bytes_text(all) +
+                    " in memory, the rest is read from disk on each pass (" +
+                    name_of(facts.reader.engine) +
+                    (facts.reader.direct ? ", past the page cache" : ", through the page cache") +
+                    ") into " + bytes_text(facts.ring_bytes) + " of slots";
+  if (!facts.reader.why.empty()) out += "; " + facts.reader.why;
   return out;
 }
 

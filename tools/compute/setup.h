@@ -2,17 +2,20 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
+#include "data/store/store.h"
 #include "recipes/recipe.h"
 #include "trainer/models/decoder.h"
+#include "trainer/stream/store_weights.h"
 
 namespace tailor {
 
 /// What train, eval and generate all begin with.
 
-/// Throws for what this version knows but cannot do yet, each by its key: the weight stream
-/// (Error{does_not_fit}), CUDA (Error{device}), several ranks, expert selections, MLflow.
+/// Throws for what this version knows but cannot do yet, each by its key: CUDA (Error{device}),
+/// kept layer inputs on disk, several ranks, expert selections, MLflow.
 void refuse_unsupported(const Recipe& recipe);
 
 /// "auto" and "cpu" pass; "cuda" is an Error{device}.
@@ -24,15 +27,34 @@ at::ScalarType compute_type(const std::string& name);
 /// Threads of the blocks: `threads`, or all cores this process may use when 0.
 int set_threads(int threads);
 
+/// Where the frozen base comes from and how much of it stays in memory.
+struct BaseRequest {
+  fs::path store;          ///< of packed weights; empty: from the model's own folder
+  bool pack = false;       ///< no store is named: pack one into the cache, in `formats`
+  StoreFormats formats;    ///< of what is packed
+  std::string model_name;  ///< for messages and the store's record
+  /// Budgets of resident tiles, bytes; unset: all of the store stays in memory where it fits into
+  /// what is free, else half of that.
+  std::optional<std::int64_t> device_bytes, host_bytes;
+  bool all_resident = false;  ///< the plan found that everything fits
+};
+
 struct OpenedModel {
   fs::path folder;
   ModelSpec spec;
   std::string prefix;  ///< of the checkpoint's names: "" or "language_model."
+  std::string source;  ///< the published model, where `folder` is a store
   std::unique_ptr<Decoder> decoder;
-  std::int64_t weight_bytes = 0;
+  std::optional<StreamFacts> stream;  ///< where the weights come from a store
+  std::int64_t weight_bytes = 0;      ///< in memory
   double load_seconds = 0;
 };
-/// Throws Error{does_not_fit} when the weights are larger than the memory that is free.
-OpenedModel open_model(const fs::path& folder, at::ScalarType dtype);
+/// Opens a checkpoint, all of it in memory, or a store. Throws Error{does_not_fit} when a
+/// checkpoint's weights are larger than the memory that is free.
+OpenedModel open_model(const fs::path& folder, at::ScalarType dtype,
+                       const BaseRequest& request = {});
+
+/// "62 MB of 371 MB in memory, the rest is read from disk on each pass (io_uring, direct)".
+std::string stream_text(const StreamFacts& facts);
 
 }  // namespace tailor

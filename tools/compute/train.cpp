@@ -138,6 +138,7 @@ class Run {
   void prepare_inputs() {
     model_folder_ = find_model_folder(recipe().base_model);
     spec_ = read_model_spec(model_folder_);
+    apply_store(file_);
     for (const std::string& note : resolve(
              file_, {static_cast<int>(spec_.experts), static_cast<int>(spec_.experts_per_token)})) {
       log_info("does not apply to this model: " + note);
@@ -261,12 +262,13 @@ class Run {
   }
 
   void load() {
-    model_ =
-        open_model(model_folder_,
-                   recipe().compute.dtype == ComputeType::bfloat16 ? at::kBFloat16 : at::kFloat);
+    model_ = open_model(
+        model_folder_, recipe().compute.dtype == ComputeType::bfloat16 ? at::kBFloat16 : at::kFloat,
+        base_request());
     log_info("model: " + count_text(spec_.parameters()) + " parameters, " +
-             bytes_text(model_.weight_bytes) + " in memory, loaded in " +
-             seconds_text(model_.load_seconds));
+             (model_.stream ? stream_text(*model_.stream)
+                            : bytes_text(model_.weight_bytes) + " in memory") +
+             ", loaded in " + seconds_text(model_.load_seconds));
     metrics_ = std::make_unique<MetricsWriter>(
         folder_->resumed() ? MetricsWriter::resume(folder_->metrics(), first_step_)
                            : MetricsWriter::create(folder_->metrics()));
@@ -275,6 +277,31 @@ class Run {
       if (first_step_ == 0)
         tensorboard_->text("recipe", "```yaml\n" + resolved_text(file_) + "```");
     }
+  }
+
+  /// What the recipe's `base:` block and the plan say about the frozen weights.
+  BaseRequest base_request() const {
+    const BaseRecipe& base = recipe().base;
+    BaseRequest out;
+    out.model_name = recipe().base_model;
+    out.store = recipe_store(recipe());
+    out.formats = store_formats(base);
+    const bool streams = *plan_.stream_bytes_per_step.value > 0;
+    out.pack = out.store.empty() &&
+               (base.format != BaseFormat::as_is || base.non_expert_format != BaseFormat::as_is ||
+                base.device_memory || base.host_memory || streams);
+    out.all_resident = !streams && !base.device_memory && !base.host_memory;
+    if (base.device_memory && base.host_memory) {
+      out.device_bytes = base.device_memory;
+      out.host_bytes = base.host_memory;
+    } else if (!out.all_resident) {
+      // The plan's share goes to the one that is left open.
+      const std::int64_t given = base.device_memory.value_or(base.host_memory.value_or(0));
+      const std::int64_t rest = std::max<std::int64_t>(0, plan_.device_tile_bytes - given);
+      out.device_bytes = base.device_memory ? given : base.host_memory ? rest : given + rest;
+      out.host_bytes = base.host_memory ? given : base.device_memory ? rest : 0;
+    }
+    return out;
   }
 
   TrainerOptions trainer_options() const {
@@ -309,7 +336,7 @@ class Run {
     if (evaluation_is_owed()) evaluate_now(first_step_, progress, interrupt);
     double saved_at = seconds_now();
     for (std::int64_t s = first_step_; s < steps_; ++s) {
-      const StepRecord record = trainer.step(s);
+      const StepRecord record = trainer.step(s, s + 1 < steps_ && !evaluates_after(s + 1));
       record_step(record);
       progress.step(record, timer_->spent().usd());
       const std::int64_t done = s + 1;
@@ -332,7 +359,7 @@ class Run {
   }
 
   void record_step(const StepRecord& record) {
-    timer_->step_done({record.step, record.tokens, record.trained_tokens, 0});
+    timer_->step_done({record.step, record.tokens, record.trained_tokens, record.stall_seconds});
     const bool log_it =
         record.step % recipe().logging.metrics_every_steps == 0 || record.step == steps_;
     if (!log_it) return;
@@ -345,6 +372,8 @@ class Run {
     line.trained_tokens = record.trained_tokens;
     line.seconds = record.seconds;
     line.tokens_per_second = static_cast<double>(record.tokens) / record.seconds;
+    line.stream_bytes = record.stream_bytes;
+    line.stall_seconds = record.stall_seconds;
     line.gpu_hours = timer_->spent().gpu_hours();
     line.usd = timer_->spent().usd();
     metrics_->write(line);
@@ -417,7 +446,9 @@ class Run {
                                                   *optimizer_, identity_, recipe().checkpoint.keep);
     ledger_->artifact(attempt_,
                       {"checkpoint", saved.folder.string(), step, saved.bytes, saved.sha256});
-    write_peft_adapter(folder_->adapter(), *adapter_, spec_, {recipe().base_model, model_.prefix});
+    write_peft_adapter(
+        folder_->adapter(), *adapter_, spec_,
+        {model_.source.empty() ? recipe().base_model : model_.source, model_.prefix});
     checkpoint_seconds_ = seconds_now() - began;
     timer_->switch_to(before);
   }

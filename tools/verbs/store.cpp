@@ -40,8 +40,7 @@ std::string error_text(const LayerError& error) {
                     (error.experts ? ", experts" : ", the rest") + ": error " +
                     number_text(100 * error.relative(), 3) + " % of the weights";
   if (error.absmax_squared_error > 0) {
-    out += ", mean square " +
-           number_text(error.squared_error / error.absmax_squared_error, 3) +
+    out += ", mean square " + number_text(error.squared_error / error.absmax_squared_error, 3) +
            " x that of scales from the largest value";
   }
   return out;
@@ -84,11 +83,12 @@ class StoreProgress {
 
 int run_model_pack(const ModelPackArguments& arguments) {
   if (arguments.model.empty() == arguments.follow.empty()) {
-    throw Error(Fault::usage,
-                {arguments.model.empty() ? "no model is named" : "MODEL and --follow are both given",
-                 "the command line of tailor model pack",
-                 "Give the model's folder or repository, or --follow DIR with the folder its "
-                 "download fills."});
+    throw Error(
+        Fault::usage,
+        {arguments.model.empty() ? "no model is named" : "MODEL and --follow are both given",
+         "the command line of tailor model pack",
+         "Give the model's folder or repository, or --follow DIR with the folder its "
+         "download fills."});
   }
   if (arguments.delete_source && arguments.follow.empty()) {
     throw Error(Fault::usage, {"--delete-source without --follow", "--delete-source",
@@ -134,13 +134,13 @@ int run_model_pack(const ModelPackArguments& arguments) {
   if (arguments.json) {
     Json layers = Json::array();
     for (const LayerError& error : report.errors) {
-      layers.push_back({{"layer", error.layer},
-                        {"experts", error.experts},
-                        {"relative_error", error.relative()},
-                        {"mse_over_absmax", error.absmax_squared_error > 0
-                                                ? Json(error.squared_error /
-                                                       error.absmax_squared_error)
-                                                : Json()}});
+      layers.push_back(
+          {{"layer", error.layer},
+           {"experts", error.experts},
+           {"relative_error", error.relative()},
+           {"mse_over_absmax", error.absmax_squared_error > 0
+                                   ? Json(error.squared_error / error.absmax_squared_error)
+                                   : Json()}});
     }
     std::cout << Json{{"store", arguments.to},
                       {"bytes", report.bytes},
@@ -176,8 +176,8 @@ int run_model_pack(const ModelPackArguments& arguments) {
     }
     std::cout << "\n";
   }
-  std::cout << "  train from it: base_model=" << arguments.to
-            << ", or base.store=" << arguments.to << " beside the published model\n";
+  std::cout << "  train from it: base_model=" << arguments.to << ", or base.store=" << arguments.to
+            << " beside the published model\n";
   return 0;
 }
 
@@ -203,12 +203,9 @@ int run_model_verify(const ModelVerifyArguments& arguments) {
   };
   const VerifyReport report = verify_store(store, options);
   if (arguments.json) {
-    std::cout << Json{{"store", arguments.store},
-                      {"good", report.problems.empty()},
-                      {"tiles", report.units},
-                      {"bytes", report.bytes},
-                      {"seconds", report.seconds},
-                      {"problems", report.problems}}
+    std::cout << Json{{"store", arguments.store},  {"good", report.problems.empty()},
+                      {"tiles", report.units},     {"bytes", report.bytes},
+                      {"seconds", report.seconds}, {"problems", report.problems}}
                      .dump(2)
               << "\n";
   } else {
@@ -223,8 +220,8 @@ int run_model_verify(const ModelVerifyArguments& arguments) {
   if (!arguments.json) {
     std::cout << "All " << count_text(report.units) << " tiles (" << bytes_text(report.bytes)
               << ") are as they were packed"
-              << (against ? ", and as near the checkpoint as their formats can be" : "") << "; read in "
-              << seconds_text(report.seconds) << "\n";
+              << (against ? ", and as near the checkpoint as their formats can be" : "")
+              << "; read in " << seconds_text(report.seconds) << "\n";
   }
   return 0;
 }

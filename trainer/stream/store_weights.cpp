@@ -8,14 +8,12 @@
 #include "base/error.h"
 #include "base/text.h"
 #include "base/units.h"
+#include "recipes/ring.h"
 #include "recipes/tile_homes.h"
 #include "trainer/ops.h"
 
 namespace tailor {
 namespace {
-
-constexpr std::int64_t kTileBytes = std::int64_t{16} << 20;  // experts that are read together
-constexpr std::int64_t kRingBytes = std::int64_t{128} << 20;
 
 enum Pool { kAttentionPool, kFeedForwardPool, kTilePool, kPools };
 
@@ -186,7 +184,8 @@ class StoreStream final : public StoreWeights {
   std::int64_t memory_bytes() const override { return ring_->memory_bytes() + embedding_.size(); }
   RingCounters counters() const override {
     RingCounters out = ring_->counters();
-    out.streamed_bytes += embedding_bytes_read_;
+    out.streamed_bytes += row_bytes_;
+    out.row_bytes = row_bytes_;
     return out;
   }
   StreamFacts facts() const override { return facts_; }
@@ -200,10 +199,9 @@ class StoreStream final : public StoreWeights {
       if (unit.id.kind == UnitKind::expert) expert_bytes = std::max(expert_bytes, unit.bytes);
     }
     if (expert_bytes > 0) {
-      map_.experts_per_tile =
-          options.experts_per_tile > 0
-              ? std::min(options.experts_per_tile, spec_.experts)
-              : std::clamp<std::int64_t>(kTileBytes / expert_bytes, 1, spec_.experts);
+      map_.experts_per_tile = options.experts_per_tile > 0
+                                  ? std::min(options.experts_per_tile, spec_.experts)
+                                  : tailor::experts_per_tile(expert_bytes, spec_.experts);
       map_.expert_tiles = div_ceil(spec_.experts, map_.experts_per_tile);
     }
     for (std::int64_t l = 0; l < spec_.layer_count(); ++l) {
@@ -287,12 +285,12 @@ class StoreStream final : public StoreWeights {
       auto& of_pool = largest[static_cast<std::size_t>(tile.pool)];
       of_pool = std::max(of_pool, tile.bytes);
     }
-    const std::int64_t wanted_bytes = options.ring_bytes > 0 ? options.ring_bytes : kRingBytes;
     const std::int64_t tile = largest[kTilePool];
-    // Two are the least that overlap anything; three let a read finish while another begins.
-    const std::int64_t slots = tile == 0 ? 0 : std::clamp<std::int64_t>(wanted_bytes / tile, 3, 64);
-    const std::vector<RingPool> out = {
-        {largest[kAttentionPool], 2}, {largest[kFeedForwardPool], 2}, {tile, narrow<int>(slots)}};
+    const std::int64_t slots =
+        ring_slots(tile, options.ring_bytes > 0 ? options.ring_bytes : kRingBytes);
+    const std::vector<RingPool> out = {{largest[kAttentionPool], narrow<int>(kLayerSlots)},
+                                       {largest[kFeedForwardPool], narrow<int>(kLayerSlots)},
+                                       {tile, narrow<int>(slots)}};
     for (const RingPool& pool : out) facts_.ring_bytes += pool.slot_bytes * pool.slots;
     return out;
   }
@@ -457,7 +455,7 @@ class StoreStream final : public StoreWeights {
         const EncodedMatrix row{any.matrices[0].format, 1, spec_.hidden,
                                 reads[i].to + rows[i].first, nullptr};
         copy_row(row, 0, *rows[i].second, out_TD);
-        embedding_bytes_read_ += reads[i].bytes;
+        row_bytes_ += reads[i].bytes;
       }
       reads.clear();
       rows.clear();
@@ -487,7 +485,7 @@ class StoreStream final : public StoreWeights {
   at::Tensor norm_D_;
   AlignedMemory embedding_, row_slots_;
   std::unique_ptr<BlockReader> rows_reader_;
-  std::int64_t embedding_bytes_read_ = 0;
+  std::int64_t row_bytes_ = 0;
 };
 
 }  // namespace

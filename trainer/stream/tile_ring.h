@@ -37,7 +37,8 @@ struct RingPool {
 struct RingCounters {
   std::int64_t streamed_bytes = 0;  ///< of tiles that came from disk, counted when acquired
   std::int64_t tiles_from_disk = 0;
-  double stall_seconds = 0;  ///< that acquire() waited
+  std::int64_t row_bytes = 0;  ///< of streamed_bytes, rows of the embedding read by index
+  double stall_seconds = 0;    ///< that acquire() waited
 };
 
 /// Brings tiles into memory ahead of their use, in an order known beforehand.
