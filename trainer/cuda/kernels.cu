@@ -40,4 +40,13 @@ void head_gradient(std::int64_t n, std::int64_t v, std::int64_t vocabulary_begin
       stream, "head_gradient");
 }
 
+void permute(const Permutation& permutation, void* stream) {
+  TAILOR_CHECK(permutation.E > 0 && permutation.E <= kExpertsMax, "number of experts");
+  TAILOR_CHECK(permutation.slots() < std::int64_t{1} << 31U, "number of slots");
+  launch(PermuteCount{permutation}, stream, "permute (count)");
+  launch(PermuteChunks{permutation}, stream, "permute (chunks)");
+  launch(PermuteExperts{permutation}, stream, "permute (experts)");
+  launch(PermuteScatter{permutation}, stream, "permute (scatter)");
+}
+
 }  // namespace tailor::cuda

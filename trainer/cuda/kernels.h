@@ -4,6 +4,7 @@
 
 #include "trainer/cuda/bodies/cross_entropy.h"
 #include "trainer/cuda/bodies/dequantise.h"
+#include "trainer/cuda/bodies/permute.h"
 
 /// Tailor's GPU kernels. Pointers are of the calling thread's current device and aligned to 16
 /// bytes, sizes in numbers unless they say bytes, bfloat16 as Bf16Bits; `stream` is a cudaStream_t
@@ -36,5 +37,9 @@ void head_finish(std::int64_t n, const HeadRows& rows, double gradient_scale, do
 void head_gradient(std::int64_t n, std::int64_t v, std::int64_t vocabulary_begin, Bf16Bits* logits,
                    const std::int32_t* target, const HeadRows& rows, const float* weight,
                    double gradient_scale, void* stream);
+
+/// From the experts of the tokens' slots: the rows sorted by expert, as Router::finish() has them.
+/// Up to kExpertsMax experts and 2^31 - 1 slots.
+void permute(const Permutation& permutation, void* stream);
 
 }  // namespace tailor::cuda

@@ -49,5 +49,7 @@ void head_gradient(std::int64_t, std::int64_t, std::int64_t, Bf16Bits*, const st
   no_cuda("head_gradient");
 }
 
+void permute(const Permutation&, void*) { no_cuda("permute"); }
+
 }  // namespace cuda
 }  // namespace tailor
