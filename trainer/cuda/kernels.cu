@@ -49,4 +49,28 @@ void permute(const Permutation& permutation, void* stream) {
   launch(PermuteScatter{permutation}, stream, "permute (scatter)");
 }
 
+void swiglu(std::int64_t T, std::int64_t F, const Bf16Bits* gate_up, Bf16Bits* m, void* stream) {
+  launch(Swiglu{WordGrid(T, F), F, gate_up, m}, stream, "swiglu");
+}
+
+void swiglu_backward(std::int64_t T, std::int64_t F, const Bf16Bits* gate_up, const Bf16Bits* dm,
+                     Bf16Bits* d_gate_up, Bf16Bits* m, void* stream) {
+  launch(SwigluBackward{WordGrid(T, F), F, gate_up, dm, d_gate_up, m}, stream, "swiglu_backward");
+}
+
+void gather_rows(std::int64_t rows, std::int64_t D, const Bf16Bits* x, const std::int32_t* token,
+                 const float* scale, Bf16Bits* out, void* stream) {
+  launch(GatherRows{WordGrid(rows, D), D, x, token, scale, out}, stream, "gather_rows");
+}
+
+void combine_rows(std::int64_t T, std::int64_t D, std::int64_t K, const Bf16Bits* y,
+                  const std::int32_t* slot_of, const float* scale, Bf16Bits* out, void* stream) {
+  launch(CombineRows{WordGrid(T, D), D, K, y, slot_of, scale, out}, stream, "combine_rows");
+}
+
+void gate_gradient(std::int64_t rows, std::int64_t D, const Bf16Bits* dxs, const Bf16Bits* x,
+                   const std::int32_t* token, float* dot, void* stream) {
+  launch(GateGradient{rows, D, dxs, x, token, dot}, stream, "gate_gradient");
+}
+
 }  // namespace tailor::cuda

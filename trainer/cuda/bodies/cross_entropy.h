@@ -141,12 +141,6 @@ struct RowShared {
   TopSum row;
 };
 
-TAILOR_HOST_DEVICE inline int log2_of(std::uint32_t threads) {
-  int out = 0;
-  while (1U << out < threads) ++out;
-  return out;
-}
-
 /// Phases 0 .. scan_phases() - 1, the same for both bodies: 0 sets shared.row to `row` (thread 0
 /// knows it), then for every segment a scan and a tree, whose last step adds the segment to the
 /// row.
@@ -155,10 +149,10 @@ struct RowScan {
   std::int64_t columns, vocabulary_begin;
 
   TAILOR_HOST_DEVICE int scan_phases(std::uint32_t threads) const {
-    return 1 + static_cast<int>((columns + kSegment - 1) / kSegment) * (1 + log2_of(threads));
+    return 1 + static_cast<int>((columns + kSegment - 1) / kSegment) * (1 + tree_levels(threads));
   }
   TAILOR_HOST_DEVICE void run(int phase, Place at, RowShared& shared) const {
-    const int levels = log2_of(at.threads);
+    const int levels = tree_levels(at.threads);
     const int segment = (phase - 1) / (1 + levels), level = (phase - 1) % (1 + levels);
     if (level == 0) {
       const std::int64_t begin = segment * kSegment;

@@ -67,12 +67,7 @@ struct ScanShared {
 /// sums are scanned (Hillis and Steele, doubling the distance), every thread goes through its run
 /// again. put(i, sum of numbers 0 .. i - 1), for i = count too.
 struct ExclusiveScan {
-  TAILOR_HOST_DEVICE static int levels(std::uint32_t threads) {
-    int out = 0;
-    while (1U << out < threads) ++out;
-    return out;
-  }
-  TAILOR_HOST_DEVICE static int phases(std::uint32_t threads) { return levels(threads) + 2; }
+  TAILOR_HOST_DEVICE static int phases(std::uint32_t threads) { return tree_levels(threads) + 2; }
 
   template <class Put>
   TAILOR_HOST_DEVICE static void run(int phase, Place at, ScanShared& shared,
@@ -80,7 +75,7 @@ struct ExclusiveScan {
     const std::int64_t run = (count + at.threads - 1) / at.threads;
     const std::int64_t begin = at.thread * run < count ? at.thread * run : count;
     const std::int64_t end = begin + run < count ? begin + run : count;
-    const int last = levels(at.threads) + 1;
+    const int last = tree_levels(at.threads) + 1;
     if (phase == 0) {
       std::int64_t sum = 0;
       for (std::int64_t i = begin; i < end; ++i) sum += numbers[i];
