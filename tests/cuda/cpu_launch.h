@@ -37,11 +37,6 @@ inline std::vector<Launch> launches() {
   return out;
 }
 
-template <class Body>
-concept Phased = requires {
-  typename Body::Shared;
-};
-
 class CpuLauncher {
  public:
   explicit CpuLauncher(Launch launch, std::uint32_t seed = 1) : launch_(launch), random_(seed) {}

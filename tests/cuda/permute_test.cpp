@@ -51,6 +51,10 @@ std::vector<Case> cases() {
   }
   out.push_back(make_case("all to one", 2049, 2, 37, [](auto, auto&) { return 21; }));
   out.push_back(make_case("all to the last", 300, 1, 1024, [](auto, auto&) { return 1023; }));
+  // 36 chunks, more than a block of 32 threads has threads.
+  out.push_back(make_case("many chunks", 12001, 3, 12, [](auto, std::mt19937_64& random) {
+    return static_cast<std::int32_t>(random() % 12);
+  }));
   out.push_back(make_case("falling", 3000, 1, 300, [](std::int64_t slot, auto&) {
     return static_cast<std::int32_t>(299 - slot / 10);
   }));

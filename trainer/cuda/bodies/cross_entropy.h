@@ -9,7 +9,10 @@
 // the same. They do depend on the block's threads, of which there are always kThreads on a GPU.
 //
 // Traffic: 2 bytes a logit for the sums, 4 for the gradient. A thread asks for four words of 16
-// bytes before it looks at the first, a warp's 512 bytes lie in a row.
+// bytes before it looks at the first, a warp's 512 bytes lie in a row. By sm_90's assembly the sums
+// take about 22 instructions a logit and the gradient 25, where an H100 issues 18 and 35 in the
+// time the bytes take: the sums are bound by e^z there, not by memory. On an A100 (25, 50) they are
+// not.
 
 #include "trainer/cuda/bodies/math.h"
 

@@ -2,8 +2,9 @@
 
 // The row-wise kernels of trainer/kernels/kernels.h that the experts need, with its formulas. All
 // but the gate's gradient are a thread a word of eight numbers: 16 bytes from and to every array,
-// a warp's 512 in a row. SwiGLU moves 6 bytes a number forward and 12 backward, and computes for
-// about 40 instructions, which an H100 issues while 6 bytes move.
+// a warp's 512 in a row. SwiGLU moves 6 bytes a number forward and 12 backward; forward it
+// takes 44 instructions a number in sm_90's assembly, a third of them the division, and an H100
+// issues 53 while 6 bytes move, an A100 75.
 
 #include "trainer/cuda/bodies/math.h"
 

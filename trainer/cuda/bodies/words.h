@@ -30,6 +30,11 @@ struct Place {
   std::uint32_t block, thread, threads;  ///< threads of the block
 };
 
+template <class Body>
+concept Phased = requires {
+  typename Body::Shared;
+};
+
 /// A bfloat16: the upper half of a float.
 using Bf16Bits = std::uint16_t;
 
