@@ -88,6 +88,7 @@ const std::vector<MachineKey>& machine_keys() {
       number("gflops_bfloat16", Need::cpu, &Machine::gflops_bfloat16),
       number("gflops_float32", Need::cpu, &Machine::gflops_float32),
       word("gflops_source", Need::cpu, &Machine::gflops_source),
+      number("memory_bytes_per_second", Need::optional, &Machine::memory_bytes_per_second),
   };
   return keys;
 }

@@ -35,6 +35,8 @@ struct Machine {
   int cores = 1;
   double gflops_bfloat16 = 0, gflops_float32 = 0;  ///< what a step reaches with all cores
   std::string gflops_source;                       ///< measured or assumed, and where
+  /// What dequantising moves with all cores, packed bytes and values together; assumed.
+  double memory_bytes_per_second = 10e9;
 };
 
 /// Reads a profile strictly; Error{bad_file} with every problem.

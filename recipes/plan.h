@@ -35,6 +35,15 @@ struct MemoryItem {
   std::string working;
 };
 
+/// A term in which the trainer's step departs from the oracle, the analytic model that the plan of
+/// a GPU run is checked against: what leaving it out would change. Seconds of a step, or bytes.
+struct PlanDifference {
+  std::string name;
+  double value = 0;
+  std::string unit;  ///< seconds or bytes
+  std::string working;
+};
+
 /// What is known of the tokenised data.
 struct DataStats {
   std::int64_t rows = 0;            ///< of sequence_len, a pass
@@ -72,12 +81,15 @@ struct Plan {
   std::string bound_working;
   std::vector<MemoryItem> items;
   std::vector<std::string> warnings;
+  std::vector<PlanDifference> differences;  ///< on the CPU none: the oracle knows GPUs only
 
   // What the trainer follows.
   double resident_fraction = 1;        ///< of the routed experts, on the device (RAM on the CPU)
   std::int64_t device_tile_bytes = 0;  ///< frozen weights kept there, one rank
   std::int64_t host_tile_bytes = 0;    ///< frozen weights kept in RAM behind the device, all ranks
+  std::int64_t ring_bytes = 0;  ///< of slots of whole tiles on a GPU, beside those kept there
   ActivationHome activations = ActivationHome::host;  ///< never automatic
+  bool stream_head = false;       ///< the vocabulary head waits on the host and crosses in runs
   bool keep_activations = false;  ///< everything the backward pass needs, no recompute
   PriceQuote price;
 };
@@ -86,6 +98,9 @@ struct PlanExtras {
   std::optional<DataStats> data;
   std::optional<Calibration> calibration;
   std::int64_t at_unix_ms = 0;  ///< the day whose prices hold
+  /// Every term in which our step departs from the oracle is left out: Plan::differences is empty.
+  /// For GPUs only; Error{usage} otherwise.
+  bool oracle_assumptions = false;
 };
 
 /// A pure function: reads no file, asks no clock, touches no device. `recipe` must be resolved for
@@ -93,9 +108,9 @@ struct PlanExtras {
 /// the recipe and the machine contradict each other (more ranks than devices; a price that is not
 /// in the book).
 ///
-/// GPUs: a step passes every layer once forward and once backward over all its tokens; each pass
-/// takes the longest of computing, copying and reading. CPU: the same with disk to RAM as the only
-/// link.
+/// GPUs: the arithmetic of recipes/stream_model.h: a step passes every layer once forward and once
+/// backward over all its tokens; each pass takes the longest of computing, copying and reading.
+/// CPU: the same with disk to RAM as the only link.
 Plan make_plan(const Recipe& recipe, const ModelFacts& model, const Machine& machine,
                const PriceBook& prices, const PlanExtras& extras = {});
 

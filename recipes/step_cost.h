@@ -1,10 +1,7 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <vector>
 
-#include "recipes/machine.h"
 #include "recipes/model_facts.h"
 #include "recipes/recipe.h"
 
@@ -16,10 +13,21 @@ namespace tailor {
 /// does not need that output.
 struct TokenFlops {
   double forward_other = 0, forward_expert = 0, backward_other = 0, backward_expert = 0;
+  /// The head's logits. They are formed beside their gradient, so `backward_other` holds them, and
+  /// the gradient of their input, which costs the same.
+  double head = 0;
   double total() const { return forward_other + forward_expert + backward_other + backward_expert; }
 };
-/// `keep`: all activations are kept, nothing is computed again.
-TokenFlops token_flops(const Recipe& recipe, const ModelFacts& model, bool keep);
+/// `keep`: all activations are kept, nothing is computed again. `loss_share`: of the tokens, those
+/// that carry loss; the head meets no others.
+TokenFlops token_flops(const Recipe& recipe, const ModelFacts& model, bool keep,
+                       double loss_share = 1);
+
+/// A trained parameter's bytes: float32 value, gradient and two moments, bf16 copy.
+constexpr double kTrainBytes = 18;
+
+/// Values that one token of a micro-batch takes while it passes through a block.
+double workspace_width(const ModelFacts& model);
 
 /// Rows of the vocabulary head worked on at once on the CPU: logits of at most 64 MiB, so that
 /// memory does not follow the vocabulary.
@@ -33,31 +41,9 @@ struct BaseBytes {
   double head = 0, embedding = 0;  ///< kept in the published form; embedding 0 when tied
   double all() const { return routed + other + head + embedding; }
 };
-BaseBytes base_bytes(const Recipe& recipe, const ModelFacts& model);
-
-/// How a GPU step spends its time, in seconds; forward and backward overlap nothing of each other.
-struct StepTime {
-  double link_forward = 0, link_backward = 0;  ///< host to device, activations and factors too
-  double disk_forward = 0, disk_backward = 0;  ///< disk to host
-  double compute_forward = 0, compute_backward = 0;  ///< dequantising included
-  double network_forward = 0, network_backward = 0;  ///< between devices
-  double exposed = 0;       ///< what overlaps with nothing: start, optimizer's end
-  double stream_bytes = 0;  ///< both passes, all ranks
-  double seconds() const;
-  double link() const { return link_forward + link_backward; }
-  double disk() const { return disk_forward + disk_backward; }
-  double compute() const { return compute_forward + compute_backward; }
-  double network() const { return network_forward + network_backward; }
-};
-
-/// What decides a GPU step beside recipe, model and machine.
-struct GpuChoice {
-  double tokens = 0;              ///< a step, all ranks
-  double resident_fraction = 0;   ///< of the routed experts
-  double host_tile_bytes = -1;    ///< of experts held in RAM; < 0: all of them
-  bool activations_cross = true;  ///< kept layer inputs go to the host and back
-};
-StepTime gpu_step_time(const Recipe& recipe, const ModelFacts& model, const Machine& machine,
-                       const GpuChoice& choice);
+/// Where a router lives: in bfloat16 as published, or in the format of what stands around it.
+enum class RouterForm { bfloat16, packed };
+BaseBytes base_bytes(const Recipe& recipe, const ModelFacts& model,
+                     RouterForm routers = RouterForm::bfloat16);
 
 }  // namespace tailor

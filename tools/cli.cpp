@@ -169,6 +169,9 @@ class CommandLine {
         "--data", plan.own.data,
         "Count the data's rows, tokenising it once where that was not done yet "
         "(files of 64 MB or less are counted anyway where the steps follow from them)");
+    plan.app.add_flag("--oracle-assumptions", plan.own.oracle_assumptions,
+                      "The analytic streaming model's figures, without the terms in which our "
+                      "step departs from it (GPUs only)");
     with_json(plan);
   }
 
@@ -320,8 +323,8 @@ class CommandLine {
   }
 
   void add_model() {
-    CLI::App& model =
-        group("model", "Look at models", "tailor model inspect models/smollm2-maverick");
+    CLI::App& model = group("model", "Look at models, pack them into stores, verify those",
+                            "tailor model inspect models/smollm2-maverick");
     auto inspect = verb<ModelInspectArguments>(
         model, "inspect", "A model's shape, and whether its files are whole; reads no weights",
         "tailor model inspect models/smollm2-maverick");
@@ -330,6 +333,56 @@ class CommandLine {
                     "Model folder, or a Hugging Face repository in the local cache")
         ->required();
     with_json(inspect);
+    const std::vector<std::string> formats = {"int4", "nf4", "fp8", "bf16", "as_is"};
+    auto pack = verb<ModelPackArguments>(
+        model, "pack", "Pack a model into a store that training streams from",
+        "tailor model pack models/smollm2-maverick --to stores/smollm2-maverick-int4");
+    pack.app.add_option("MODEL", pack.own.model,
+                        "Model folder, or a Hugging Face repository in the local cache");
+    pack.app.add_option("--to", pack.own.to, "Folder of the store; a begun one is gone on with")
+        ->type_name("DIR")
+        ->required();
+    pack.app
+        .add_option("--format", pack.own.format, "Of routed experts: int4, nf4, fp8, bf16, as_is")
+        ->check(one_of("--format", formats))
+        ->type_name("NAME")
+        ->capture_default_str();
+    pack.app
+        .add_option("--non-expert-format", pack.own.non_expert_format,
+                    "Of attention, dense MLPs and shared experts")
+        ->check(one_of("--non-expert-format", formats))
+        ->type_name("NAME")
+        ->capture_default_str();
+    pack.app
+        .add_option("--group", pack.own.group,
+                    "Weights a scale of int4 covers; 128, or 64 or 32, what divides, without it")
+        ->check(not_below("--group", 1))
+        ->type_name("N");
+    pack.app
+        .add_option("--follow", pack.own.follow,
+                    "Instead of MODEL: a folder that a download is filling; waits for its shards")
+        ->type_name("DIR");
+    pack.app.add_flag("--delete-source", pack.own.delete_source,
+                      "With --follow: remove a shard once all of it is in the store");
+    pack.app.add_option("--max-ram", pack.own.max_ram, "Memory it may use")
+        ->type_name("BYTES")
+        ->capture_default_str();
+    pack.app.add_option("--threads", pack.own.threads, "Threads; all cores without it")
+        ->check(not_below("--threads", 1))
+        ->type_name("N");
+    with_json(pack);
+    auto verify = verb<ModelVerifyArguments>(
+        model, "verify", "Check every tile of a store against its hash",
+        "tailor model verify stores/smollm2-maverick-int4 --against models/smollm2-maverick");
+    verify.app.add_option("STORE", verify.own.store, "Folder of a store")->required();
+    verify.app
+        .add_option("--against", verify.own.against,
+                    "Also compare every matrix with this model, within what its format can lose")
+        ->type_name("MODEL");
+    verify.app.add_option("--threads", verify.own.threads, "Threads; all cores without it")
+        ->check(not_below("--threads", 1))
+        ->type_name("N");
+    with_json(verify);
   }
 
   void add_runs() {

@@ -44,6 +44,8 @@ int run(const Command& command, char** argv) {
           [](const DataInspectArguments& arguments) { return run_data_inspect(arguments); },
           [](const DataTokenizeArguments& arguments) { return run_data_tokenize(arguments); },
           [](const ModelInspectArguments& arguments) { return run_model_inspect(arguments); },
+          [](const ModelPackArguments& arguments) { return run_model_pack(arguments); },
+          [](const ModelVerifyArguments& arguments) { return run_model_verify(arguments); },
           [](const RunsListArguments& arguments) { return run_runs_list(arguments); },
           [](const RunsShowArguments& arguments) { return run_runs_show(arguments); },
           [](const RunsReportArguments& arguments) { return run_runs_report(arguments); },

@@ -94,13 +94,14 @@ Machine recipe_machine(const Recipe& recipe) {
 }
 
 PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<DataStats>& data,
-                          Measure measure) {
+                          Measure measure, bool oracle_assumptions) {
   const Recipe& recipe = resolved.file.recipe;
   PlannedRecipe out{recipe_machine(recipe), {}};
   PlanExtras extras;
   extras.data = data;
   extras.calibration = calibration_of(recipe, out.machine, measure);
   extras.at_unix_ms = RealClock().unix_ms();
+  extras.oracle_assumptions = oracle_assumptions;
   out.plan = make_plan(recipe, resolved.facts, out.machine,
                        PriceBook::read(recipes_folder() / "prices.yaml"), extras);
   return out;

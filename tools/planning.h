@@ -38,7 +38,7 @@ struct PlannedRecipe {
 };
 /// make_plan() with the recipe's machine, the shipped prices of today and what is measured.
 PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<DataStats>& data,
-                          Measure measure);
+                          Measure measure, bool oracle_assumptions = false);
 
 /// What a plan takes from prepared data.
 DataStats stats_of(const PrepareReport& report);

@@ -37,8 +37,9 @@ int run_recipe_validate(const RecipeValidateArguments& arguments);
 struct PlanArguments {
   std::string recipe;
   std::vector<std::string> overrides;
-  bool explain = false;  ///< the working of every figure
-  bool data = false;     ///< tokenise the data if need be, whatever its size
+  bool explain = false;             ///< the working of every figure
+  bool data = false;                ///< tokenise the data if need be, whatever its size
+  bool oracle_assumptions = false;  ///< leave out where our step departs from the oracle
   bool json = false;
 };
 int run_plan(const PlanArguments& arguments);
@@ -68,7 +69,27 @@ struct ModelInspectArguments {
   std::string model;
   bool json = false;
 };
+struct ModelPackArguments {
+  std::string model;            ///< folder or repository; empty with follow
+  std::string to;               ///< the store's folder
+  std::string format = "int4";  ///< of routed experts
+  std::string non_expert_format = "as_is";
+  std::int64_t group = 0;  ///< of int4; 0: what divides the width
+  std::string follow;      ///< a folder that a download is filling
+  bool delete_source = false;
+  std::string max_ram = "1GiB";
+  int threads = 0;  ///< 0: all cores
+  bool json = false;
+};
+struct ModelVerifyArguments {
+  std::string store;
+  std::string against;  ///< a model to compare with; empty: hashes only
+  int threads = 0;
+  bool json = false;
+};
 int run_model_inspect(const ModelInspectArguments& arguments);
+int run_model_pack(const ModelPackArguments& arguments);
+int run_model_verify(const ModelVerifyArguments& arguments);
 
 struct RunsListArguments {
   std::string ledger;  ///< empty: the default one

@@ -110,22 +110,43 @@ fs::path find_model_folder(const std::string& base_model) {
              "hf download NAME"});
 }
 
-Checkpoint Checkpoint::open(const fs::path& folder) {
+Checkpoint Checkpoint::open(const fs::path& folder) { return open_shards(folder, nullptr); }
+
+Checkpoint Checkpoint::open_arrived(const fs::path& folder, std::string& missing) {
+  missing.clear();
+  return open_shards(folder, &missing);
+}
+
+Checkpoint Checkpoint::open_shards(const fs::path& folder, std::string* missing) {
   Checkpoint out;
   out.folder_ = folder;
   std::map<std::string, Tensor, std::less<>> stored;
   const Shards shards = find_shards(folder);
+  std::set<std::string> opened;
   for (const std::string& name : shards.names) {
     const fs::path path = inside_folder(folder, name);
     std::error_code error;
     if (!fs::exists(path, error)) {
+      if (missing != nullptr) {
+        *missing = name;
+        continue;
+      }
       throw Error(Fault::bad_file,
                   {"shard " + name + " is missing", folder.string(),
                    "Finish the download: the index names this file, the folder lacks it."});
     }
-    out.shards_.emplace_back(path);
-    const MappedFile& file = out.shards_.back();
-    for (auto& [tensor, info] : parse_safetensors_header(file.bytes(), path).tensors) {
+    SafetensorsHeader header;
+    MappedFile file(path);
+    try {
+      header = parse_safetensors_header(file.bytes(), path);
+    } catch (const Error&) {
+      if (missing == nullptr) throw;
+      *missing = name;  // still growing
+      continue;
+    }
+    opened.insert(name);
+    out.shards_.push_back(std::move(file));
+    for (auto& [tensor, info] : header.tensors) {
       out.total_bytes_ += info.bytes;
       const bool fresh =
           stored.emplace(tensor, Tensor{info, out.shards_.size() - 1, tensor}).second;
@@ -135,27 +156,63 @@ Checkpoint Checkpoint::open(const fs::path& folder) {
       }
     }
   }
-  for (const auto& [tensor, shard] : shards.promised) {
+  std::map<std::string, std::string> promised = shards.promised;
+  for (const auto& [tensor, shard] : promised) {
+    if (opened.count(shard) == 0) continue;
     const auto found = stored.find(tensor);
-    if (found != stored.end() && shards.names[found->second.shard] == shard) continue;
+    if (found != stored.end() &&
+        out.shards_[found->second.shard].path().filename() == fs::path(shard).filename())
+      continue;
     throw Error(Fault::bad_file,
                 {"shard " + shard + " lacks tensor '" + tensor + "', which the index says it holds",
                  (folder / kIndexName).string(),
                  "Index and shards are of different downloads: fetch the folder again."});
   }
-  const bool wrapped = std::any_of(stored.begin(), stored.end(), [](const auto& entry) {
-    return entry.first.starts_with(kWrapperPrefix);
-  });
-  if (!wrapped) {
-    out.tensors_ = std::move(stored);
-    return out;
+  if (promised.empty()) {
+    for (const auto& entry : stored) promised[entry.first] = shards.names.front();
   }
-  out.prefix_ = kWrapperPrefix;
+  const auto wrapped_name = [](const std::string& name) {
+    return name.starts_with(kWrapperPrefix);
+  };
+  const bool wrapped = std::any_of(promised.begin(), promised.end(),
+                                   [&](const auto& entry) { return wrapped_name(entry.first); });
+  if (wrapped) out.prefix_ = kWrapperPrefix;
+  const auto of_text = [&](const std::string& name) { return !wrapped || wrapped_name(name); };
   for (auto& [name, tensor] : stored) {
-    if (name.starts_with(kWrapperPrefix))
-      out.tensors_.emplace(name.substr(kWrapperPrefix.size()), tensor);
+    if (of_text(name)) out.tensors_.emplace(name.substr(out.prefix_.size()), tensor);
+  }
+  for (auto& [name, shard] : promised) {
+    if (of_text(name)) out.promised_.emplace(name.substr(out.prefix_.size()), shard);
   }
   return out;
+}
+
+std::vector<const std::string*> Checkpoint::companions(const std::string& name) const {
+  constexpr std::string_view kWeight = ".weight";
+  const std::string module =
+      name.ends_with(kWeight) ? name.substr(0, name.size() - kWeight.size()) : name;
+  std::vector<const std::string*> out;
+  for (auto at = promised_.lower_bound(module);
+       at != promised_.end() && at->first.starts_with(module); ++at) {
+    const std::string_view rest = std::string_view(at->first).substr(module.size());
+    if (rest.empty() || rest.starts_with(kWeight) || rest.starts_with("_scale"))
+      out.push_back(&at->first);
+  }
+  return out;
+}
+
+bool Checkpoint::arrived_with_companions(const std::string& name) const {
+  const auto names = companions(name);
+  return !names.empty() && std::all_of(names.begin(), names.end(),
+                                       [&](const std::string* each) { return has(*each); });
+}
+
+std::vector<fs::path> Checkpoint::promised_shards(const std::string& name) const {
+  std::set<fs::path> out;
+  for (const std::string* each : companions(name)) {
+    out.insert(inside_folder(folder_, promised_.find(*each)->second));
+  }
+  return {out.begin(), out.end()};
 }
 
 const Checkpoint::Tensor& Checkpoint::find(std::string_view name) const {

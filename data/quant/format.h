@@ -42,14 +42,16 @@ std::string format_text(const WeightFormat& format);
 /// kind | codes                                        | scales
 /// f32  | float [rows, columns]                        | none
 /// bf16 | bfloat16 [rows, columns]                     | none
-/// fp8  | e4m3 byte [rows, columns]                    | float [ceil(rows / block_rows), ceil(columns / block_columns)]
-/// int4 | uint32 [rows, ceil(columns / 8)]: element c  | bfloat16 [rows, ceil(columns / group)]
+/// fp8  | e4m3 byte [rows, columns]                    | float [ceil(rows / block_rows),
+/// ceil(columns / block_columns)] int4 | uint32 [rows, ceil(columns / 8)]: element c  | bfloat16
+/// [rows, ceil(columns / group)]
 ///      | is code + 8 in bits 4 (c % 8) of word c / 8; |
-///      | padding is code 0, so bits 8                 |
-/// nf4  | two codes a byte over the flattened matrix,  | float offset; float [ceil(blocks / 256)]; byte
-///      | the first in the high bits; rows * columns   | [blocks], blocks = ceil(rows * columns / 64).
-///      | odd: the last low bits are 0                 | A block's scale is
-///      |                                              | code_map[byte] * float[block / 256] + offset
+///      | the last word's unused bits are 0            |
+/// nf4  | two codes a byte over the flattened matrix,  | float offset; float [ceil(blocks / 256)];
+/// byte
+///      | the first in the high bits; rows * columns   | [blocks], blocks = ceil(rows * columns /
+///      64). | odd: the last low bits are 7, a zero         | A block's scale is | | code_map[byte]
+///      * float[block / 256] + offset
 std::int64_t code_bytes(const WeightFormat& format, std::int64_t rows, std::int64_t columns);
 std::int64_t scale_bytes(const WeightFormat& format, std::int64_t rows, std::int64_t columns);
 

@@ -108,7 +108,7 @@ TEST(LoraCounts, of_maverick_follow_the_shapes) {
   EXPECT_EQ(counts.other(), 65'273'856);
 }
 
-// The analytic model of docs/streaming.md at 512-token sequences, rank 16, expert rank 16,
+// The analytic model of docs/planning.md at 512-token sequences, rank 16, expert rank 16,
 // non-expert weights in NF4: 2k..128k tokens a step give 142, 562, 1605, 1680 and 1720 tokens/s.
 struct Anchor {
   int rows;
@@ -247,6 +247,55 @@ TEST(Plan, on_the_cpu_a_budget_of_zero_streams_every_byte_twice) {
   const BaseBytes base = base_bytes(planned.file.recipe, demo());
   EXPECT_NEAR(*planned.plan.stream_bytes_per_step.value, 2 * base.all(), 1);
   EXPECT_TRUE(planned.plan.fits);
+}
+
+double host_item(const Plan& plan, const std::string& name) {
+  for (const MemoryItem& item : plan.items) {
+    if (item.home == MemoryItem::Home::host && item.name == name) return item.bytes;
+  }
+  return 0;
+}
+
+TEST(Plan, on_the_cpu_a_packed_store_costs_its_dequantising) {
+  PlanExtras extras;
+  extras.calibration = Calibration{100, "measured", false};
+  const auto plan_with = [&](std::vector<std::string> overrides) {
+    overrides.insert(overrides.end(), {"base.device_memory=0", "base.host_memory=0"});
+    return plan_of("demo-maverick.yaml", overrides, demo(), "cpu", extras);
+  };
+  const Planned packed = plan_with({"base.format=int4"});
+  const BaseBytes base = base_bytes(packed.file.recipe, demo());
+  const ModelFacts model = demo();
+  // 1,024 tokens meet all 8 experts; each pass reads the codes and writes bfloat16.
+  const double moved = base.routed + 2 * static_cast<double>(model.routed_parameters());
+  const double flops = token_flops(packed.file.recipe, model, packed.plan.keep_activations).total();
+  const double busy = flops * 1024 / 100e9 + 2 * moved / 10e9;
+  EXPECT_GT(busy, 2 * base.all() / 1e9);
+  EXPECT_NEAR(*packed.plan.seconds_per_step.value, busy, 1e-9);
+  EXPECT_EQ(packed.plan.bound, Bound::compute);
+  EXPECT_THAT(packed.plan.seconds_per_step.working, testing::HasSubstr("dequantise 2 passes x "));
+  EXPECT_THAT(packed.plan.bound_working, testing::HasSubstr("dequantise "));
+  EXPECT_DOUBLE_EQ(host_item(packed.plan, "dequantise scratch"), 3.0 * 576 * 768 * 2);
+  EXPECT_NEAR(host_item(packed.plan, "ring"),
+              3 * std::max(base.expert, base.other / static_cast<double>(model.layers)), 1);
+
+  // As published, nothing is unpacked; all of it packed, the largest piece is the dense MLP.
+  const Plan plain = plan_with({}).plan;
+  EXPECT_THAT(plain.seconds_per_step.working, testing::Not(testing::HasSubstr("dequantise")));
+  EXPECT_EQ(host_item(plain, "dequantise scratch"), 0);
+  const Plan all = plan_with({"base.format=nf4", "base.non_expert_format=nf4"}).plan;
+  EXPECT_DOUBLE_EQ(host_item(all, "dequantise scratch"), 3.0 * 576 * 1536 * 2);
+
+  // A slow disk is the brake all the same, and fewer tokens would not change that.
+  Machine slow = find_machine("cpu", kRecipes / "machines");
+  slow.disk_bytes_per_second = 10e6;
+  extras.at_unix_ms = kDay;
+  const Plan waiting = make_plan(packed.file.recipe, model, slow, prices(), extras);
+  EXPECT_EQ(waiting.bound, Bound::disk);
+  EXPECT_NEAR(*waiting.seconds_per_step.value, 2 * base.all() / 10e6, 1e-6);
+  const double per_token = flops / 100e9, reading = 2 * base.all() / 10e6;
+  EXPECT_DOUBLE_EQ(*waiting.crossover_tokens_per_step.value,
+                   std::ceil((reading - 2 * moved / 10e9) / per_token));
 }
 
 TEST(Plan, names_what_does_not_fit_and_what_to_change) {

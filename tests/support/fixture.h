@@ -109,7 +109,8 @@ struct TinyModel {
 inline TinyModel load_tiny(const fs::path& model_folder, at::ScalarType dtype) {
   const ModelSpec spec = read_model_spec(model_folder);
   const Checkpoint checkpoint = Checkpoint::open(model_folder);
-  return {spec, Decoder::create(spec, load_weights(checkpoint, spec, dtype), dtype)};
+  return {spec,
+          Decoder::create(resident_weights(spec, load_weights(checkpoint, spec, dtype)), dtype)};
 }
 
 inline double relative_norm(const at::Tensor& got, const at::Tensor& want) {

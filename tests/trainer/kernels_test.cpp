@@ -544,23 +544,51 @@ TYPED_TEST(KernelsOf, cross_entropy) {
       gradient.insert(gradient.end(), want.gradient.begin(), want.gradient.end());
     }
     this->every_level([&](const Kernels<S>& kernels) {
-      std::vector<double> loss_got(at(n));
-      std::vector<std::int32_t> best_got(at(n));
+      std::vector<SoftmaxRow<AccumOf<S>>> state(at(n));
+      const auto check_state = [&](const std::string& how) {
+        for (std::size_t row = 0; row < loss.size(); ++row) {
+          EXPECT_EQ(state[row].best, best[row]) << how;
+          EXPECT_NEAR(state[row].loss(), loss[row], 100 * this->kAccumulate + 1e-15 * loss[row])
+              << how << ", row " << row << " of width " << V;
+        }
+      };
       this->check(n, logits, gradient, 100, [&](auto begin, auto end, S* z) {
-        kernels.cross_entropy(begin, end, V, z, target.data(), 0.37, loss_got.data(),
-                              best_got.data());
+        kernels.softmax_run(begin, end, V, 0, z, target.data(), state.data());
+        kernels.softmax_gradient(begin, end, V, 0, z, target.data(), 0.37, state.data());
       });
-      EXPECT_EQ(best_got, best);
-      for (std::size_t row = 0; row < loss.size(); ++row) {
-        EXPECT_NEAR(loss_got[row], loss[row], 100 * this->kAccumulate + 1e-15 * loss[row])
-            << "row " << row << " of width " << V;
+      check_state("one run");
+      // The classes in runs, as a streamed head has them.
+      for (const std::int64_t run : {std::int64_t{1}, std::int64_t{7}, std::int64_t{64}}) {
+        const auto each_run = [&](const auto& use) {
+          for (std::int64_t first = 0; first < V; first += run) {
+            const std::int64_t width = std::min(run, V - first);
+            std::vector<S> part;
+            for (std::int64_t row = 0; row < n; ++row) {
+              const auto from = logits.begin() + row * V + first;
+              part.insert(part.end(), from, from + width);
+            }
+            use(first, width, part);
+          }
+        };
+        state.assign(at(n), {});
+        each_run([&](std::int64_t first, std::int64_t width, std::vector<S>& part) {
+          kernels.softmax_run(0, n, width, first, part.data(), target.data(), state.data());
+        });
+        check_state("runs of " + std::to_string(run));
+        std::vector<S> whole(logits.size());
+        each_run([&](std::int64_t first, std::int64_t width, std::vector<S>& part) {
+          kernels.softmax_gradient(0, n, width, first, part.data(), target.data(), 0.37,
+                                   state.data());
+          for (std::int64_t row = 0; row < n; ++row) {
+            std::copy_n(part.begin() + row * width, width, whole.begin() + row * V + first);
+          }
+        });
+        // Each run's sum is added with a rounding of its own.
+        const auto steps = static_cast<double>(100 + V / run);
+        this->check(n, logits, gradient, steps, [&](auto begin, auto end, S* z) {
+          std::copy(whole.begin() + begin * V, whole.begin() + end * V, z + begin * V);
+        });
       }
-      // Scale 0: the same losses, logits as they were.
-      std::vector<S> kept = logits;
-      std::vector<double> again(at(n));
-      kernels.cross_entropy(0, n, V, kept.data(), target.data(), 0, again.data(), best_got.data());
-      EXPECT_TRUE(same_bits(kept, logits));
-      EXPECT_TRUE(same_bits(again, loss_got));
     });
   }
 }
@@ -573,11 +601,10 @@ TYPED_TEST(KernelsOf, cross_entropy_of_nan_is_nan) {
         std::vector<S> z(at(V), stored<S>(1.0));
         z[at(where)] = stored<S>(std::numeric_limits<double>::quiet_NaN());
         const std::int32_t target = 1;
-        double loss = 0;
-        std::int32_t best = -1;
-        kernels.cross_entropy(0, 1, V, z.data(), &target, 0, &loss, &best);
-        EXPECT_TRUE(std::isnan(loss)) << "NaN at " << where << " of " << V;
-        EXPECT_TRUE(best >= 0 && best < V);
+        SoftmaxRow<AccumOf<S>> row;
+        kernels.softmax_run(0, 1, V, 0, z.data(), &target, &row);
+        EXPECT_TRUE(std::isnan(row.loss())) << "NaN at " << where << " of " << V;
+        EXPECT_TRUE(row.best >= 0 && row.best < V);
       }
     }
   });

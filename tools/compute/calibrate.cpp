@@ -87,7 +87,7 @@ double step_gflops(at::ScalarType dtype) {
   LoraOptions lora;
   lora.targets = {"attention", "dense_mlp"};
   const Adapter adapter = Adapter::create(spec, lora, 1);
-  const auto decoder = Decoder::create(spec, random_weights(spec, dtype), dtype);
+  const auto decoder = Decoder::create(resident_weights(spec, random_weights(spec, dtype)), dtype);
   decoder->set_adapter(&adapter);
   std::vector<std::int32_t> ids, position, target, document_start;
   for (std::int32_t t = 0; t < kTokens; ++t) {

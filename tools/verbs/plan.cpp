@@ -72,6 +72,19 @@ void print_plan(const PlannedRecipe& planned, const ResolvedRecipe& recipe, bool
               explain, out);
   print_items(plan, MemoryItem::Home::host, "host memory", plan.host_bytes_peak, explain, out);
   print_items(plan, MemoryItem::Home::disk, "disk", plan.disk_bytes, explain, out);
+  if (explain && !plan.differences.empty()) {
+    out << "\n" << heading("what the oracle leaves out or takes otherwise") << "\n";
+    TextTable terms({"", ">", ""});
+    for (const PlanDifference& difference : plan.differences) {
+      const bool bytes = difference.unit == "bytes";
+      const std::string sign = difference.value < 0 ? "-" : "+";
+      const double size = std::abs(difference.value);
+      terms.add({difference.name,
+                 sign + (bytes ? bytes_of(size) : number_text(size, 3) + " s a step"),
+                 difference.working});
+    }
+    out << rows_text(terms, "  ");
+  }
   for (const std::string& warning : plan.warnings) out << "\nnote: " << warning;
   for (const std::string& note : recipe.notes) out << "\nnote: " << note;
   if (!plan.warnings.empty() || !recipe.notes.empty()) out << "\n";
@@ -82,8 +95,8 @@ void print_plan(const PlannedRecipe& planned, const ResolvedRecipe& recipe, bool
 
 int run_plan(const PlanArguments& arguments) {
   const ResolvedRecipe recipe = resolve_recipe(arguments.recipe, arguments.overrides);
-  const PlannedRecipe planned =
-      plan_recipe(recipe, data_stats(recipe.file.recipe, arguments.data), Measure::once);
+  const PlannedRecipe planned = plan_recipe(recipe, data_stats(recipe.file.recipe, arguments.data),
+                                            Measure::once, arguments.oracle_assumptions);
   if (arguments.json) {
     Json out = plan_json(planned.plan);
     out["recipe"] = recipe.file.name;

@@ -1,8 +1,11 @@
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace tailor {
+
+struct EncodedMatrix;
 
 /// The CPU kernels: raw pointers and sizes only, no ATen, no threads. Each works on a range of rows
 /// or tasks; the wrappers in trainer/ops.h split that range over threads. Every row is computed the
@@ -57,6 +60,19 @@ struct QkShape {
   bool pairs;  ///< rotate (2i, 2i+1) as Llama 4 does; else (i, i + head_dim/2)
   bool norm;
   double eps;
+};
+
+/// What is known of a row's softmax after some runs of its classes.
+template <class A>
+struct SoftmaxRow {
+  A top = 0;              ///< largest logit
+  double sum = 0;         ///< of exp(logit - top)
+  A target_logit = 0;     ///< once its run was seen
+  std::int32_t best = 0;  ///< class of the largest logit, the lowest on ties
+
+  double loss() const {
+    return std::log(sum) + static_cast<double>(top) - static_cast<double>(target_logit);
+  }
 };
 
 template <class S>
@@ -120,11 +136,14 @@ struct Kernels {
   void (*gate_gradient)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* dxs,
                         const S* x, const std::int32_t* token, A* dot);
 
-  /// Softmax cross-entropy over rows of logits [n, V]: loss[row] = lse - logit[target], best[row] =
-  /// arg max (lowest index on ties). With gradient_scale != 0, logits become their gradient.
-  void (*cross_entropy)(std::int64_t begin, std::int64_t end, std::int64_t V, S* logits,
-                        const std::int32_t* target, double gradient_scale, double* loss,
-                        std::int32_t* best);
+  /// Softmax cross-entropy of rows of logits that come in runs of classes: logits [n, V] are those
+  /// of classes [first, first + V). The run from class 0 begins a row's state, the others go on.
+  void (*softmax_run)(std::int64_t begin, std::int64_t end, std::int64_t V, std::int64_t first,
+                      const S* logits, const std::int32_t* target, SoftmaxRow<A>* rows);
+  /// Turns a run's logits into the gradient of their rows' losses times gradient_scale.
+  void (*softmax_gradient)(std::int64_t begin, std::int64_t end, std::int64_t V, std::int64_t first,
+                           S* logits, const std::int32_t* target, double gradient_scale,
+                           const SoftmaxRow<A>* rows);
 
   /// out = x * keep / (1 - p), keep from Philox of (key, token id, feature).
   void (*dropout)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,
@@ -132,6 +151,12 @@ struct Kernels {
                   const std::uint64_t* token_id, S* out, std::int64_t out_stride);
   /// out += x
   void (*add)(std::int64_t begin, std::int64_t end, const S* x, S* out);
+
+  /// Rows [row_begin, row_end) of a frozen matrix in any format of data/quant/format.h, rows of
+  /// `out` [row_end - row_begin, columns] out_stride apart: the bits of decode_rows (float; widened
+  /// for double) or decode_rows_bf16, which are the truth.
+  void (*dequantise)(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
+                     S* out, std::int64_t out_stride);
 };
 
 template <class S>

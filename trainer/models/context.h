@@ -7,6 +7,7 @@
 
 #include "adapters/lora.h"
 #include "trainer/ops.h"
+#include "trainer/stream/frozen_weights.h"
 #include "trainer/workspace.h"
 
 namespace tailor {
@@ -16,6 +17,7 @@ namespace tailor {
 template <class S>
 struct PassContext {
   Workspace* workspace = nullptr;    ///< where all tensors of the pass live; never null in a pass
+  FrozenWeights* weights = nullptr;  ///< the base; never null in a pass
   const Adapter* adapter = nullptr;  ///< null: the base model alone
   const S* factors = nullptr;        ///< arena of adapter, cast once a step
   AccumOf<S>* gradients = nullptr;   ///< arena of equal layout; null: forward only

@@ -14,18 +14,21 @@ namespace {
 /// One layer's parts, bound to this pass's factors.
 template <class S>
 struct Layer {
-  Layer(const ModelSpec& spec, std::size_t index, const LayerWeights& layer_weights,
-        const PassContext<S>& context)
-      : weights(layer_weights),
-        moe(spec.layers[index].moe),
-        attention(spec, static_cast<int>(index), layer_weights, context),
-        mlp(moe ? Mlp<S>::Kind::shared_expert : Mlp<S>::Kind::dense, static_cast<int>(index),
-            layer_weights, context) {
+  Layer(const ModelSpec& spec, std::size_t layer, const PassContext<S>& context)
+      : index(static_cast<std::int64_t>(layer)),
+        moe(spec.layers[layer].moe),
+        attention(spec, static_cast<int>(layer), weights, context),
+        mlp(moe ? Mlp<S>::Kind::shared_expert : Mlp<S>::Kind::dense, spec, static_cast<int>(layer),
+            weights, context) {
     if (!moe) return;
-    router.emplace(spec, static_cast<int>(index), layer_weights, context);
-    experts.emplace(spec, static_cast<int>(index), layer_weights, context);
+    router.emplace(spec, static_cast<int>(layer), weights, context);
+    experts.emplace(spec, static_cast<int>(layer), context);
   }
-  const LayerWeights& weights;
+  Layer(const Layer&) = delete;  // its parts hold the address of `weights`
+  Layer& operator=(const Layer&) = delete;
+
+  std::int64_t index;
+  LayerWeights weights;  ///< the parts that are leased now
   bool moe;
   Attention<S> attention;
   Mlp<S> mlp;
@@ -53,17 +56,20 @@ template <class S>
 class DecoderOf final : public Decoder {
   using A = AccumOf<S>;
   using Layout = TokenLayout<A>;
+  using Pass = FrozenWeights::Pass;
+  using Lease = FrozenWeights::Lease;
 
  public:
-  DecoderOf(ModelSpec spec, ModelWeights weights)
-      : spec_(std::move(spec)), weights_(std::move(weights)) {
+  explicit DecoderOf(std::unique_ptr<FrozenWeights> weights)
+      : weights_(std::move(weights)), spec_(weights_->spec()) {
     context_.workspace = &workspace_;
+    context_.weights = weights_.get();
   }
   DecoderOf(const DecoderOf&) = delete;  // context_ holds the address of workspace_
   DecoderOf& operator=(const DecoderOf&) = delete;
 
   const ModelSpec& spec() const override { return spec_; }
-  const ModelWeights& weights() const override { return weights_; }
+  FrozenWeights& weights() override { return *weights_; }
 
   void set_adapter(const Adapter* adapter) override {
     context_.adapter = adapter;
@@ -98,19 +104,20 @@ class DecoderOf final : public Decoder {
 
   LossResult evaluate(const TokenInput& input) override {
     const Frame kept(workspace_.kept), scratch(workspace_.scratch);
+    weights_->begin(Pass::forward, false);
     const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, nullptr);
-    return head_loss<S>(weights_, spec_.norm_eps, x_TD, input.target, 0, at::Tensor(),
-                        workspace_.scratch);
+    return head_loss<S>(*weights_, x_TD, input.target, 0, at::Tensor(), workspace_.scratch);
   }
 
   Trace trace(const TokenInput& input) override {
     Trace out;
     const Frame kept_frame(workspace_.kept), scratch_frame(workspace_.scratch);
+    weights_->begin(Pass::forward, false);
     const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, &out);
     const at::Tensor n_TD = at::empty_like(x_TD);
-    ops::rms_norm<S>(x_TD, weights_.norm_D, spec_.norm_eps, n_TD);
+    ops::rms_norm<S>(x_TD, weights_->final_norm_D(), spec_.norm_eps, n_TD);
     out.hidden_TD.push_back(n_TD);
-    out.logits_TV = head_logits<S>(weights_, spec_.norm_eps, x_TD);
+    out.logits_TV = head_logits<S>(*weights_, x_TD, workspace_.scratch);
     return out;
   }
 
@@ -129,6 +136,7 @@ class DecoderOf final : public Decoder {
 
   at::Tensor next_logits(GenerationState& state, std::span<const std::int32_t> ids) override {
     const Frame kept_frame(workspace_.kept);
+    weights_->begin(Pass::generate, true);
     const at::Tensor x_TD = embed(ids);
     const std::int64_t T = x_TD.size(0);
     TAILOR_CHECK(T > 0 && state.position + T <= state.kv.front().size(0));
@@ -136,13 +144,17 @@ class DecoderOf final : public Decoder {
     kept.h_TD = take_kept({T, spec_.hidden});
     for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
       const Frame of_layer(workspace_.kept), scratch(workspace_.scratch);
-      const Layer<S> layer(spec_, l, weights_.layers[l], context_);
-      layer.attention.forward_cached(state.position, x_TD, kept.h_TD, {state.kv[l]});
+      Layer<S> layer(spec_, l, context_);
+      {
+        const Frame of_attention(workspace_.scratch);
+        const Lease lease = weights_->attention(layer.index, layer.weights, workspace_.scratch);
+        layer.attention.forward_cached(state.position, x_TD, kept.h_TD, {state.kv[l]});
+      }
       const TokenRange all{0, T};
       feed_forward(layer, std::span(&all, 1), kept, x_TD, false);
     }
     state.position += T;
-    return head_logits<S>(weights_, spec_.norm_eps, x_TD.narrow(0, T - 1, 1))[0];
+    return head_logits<S>(*weights_, x_TD.narrow(0, T - 1, 1), workspace_.scratch)[0];
   }
 
  private:
@@ -153,10 +165,7 @@ class DecoderOf final : public Decoder {
     const auto T = static_cast<std::int64_t>(ids.size());
     for (const std::int32_t id : ids) TAILOR_CHECK(id >= 0 && id < spec_.vocab);
     const at::Tensor x_TD = take_kept({T, spec_.hidden});
-    at::parallel_for(0, T, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
-      kernels<S>().gather_rows(begin, end, spec_.hidden, data<S>(weights_.embedding_VD), ids.data(),
-                               nullptr, data<S>(x_TD));
-    });
+    weights_->embed(ids, x_TD);
     return x_TD;
   }
 
@@ -164,14 +173,14 @@ class DecoderOf final : public Decoder {
     return context_.token_id == nullptr ? nullptr : context_.token_id + range.begin;
   }
 
-  at::Tensor norm_after_attention(const Layer<S>& layer, const at::Tensor& h_TD) const {
-    const at::Tensor n_TD = context_.scratch(h_TD.sizes());
-    ops::rms_norm<S>(h_TD, layer.weights.post_norm_D, spec_.norm_eps, n_TD);
-    return n_TD;
+  void attention_forward(Layer<S>& layer, const Layout& layout, const LayerKept<S>& kept) {
+    const Frame of_weights(workspace_.scratch);
+    const Lease lease = weights_->attention(layer.index, layer.weights, workspace_.scratch);
+    attention_micro_batches(layer, layout, kept);
   }
 
-  void attention_forward(const Layer<S>& layer, const Layout& layout,
-                         const LayerKept<S>& kept) const {
+  void attention_micro_batches(const Layer<S>& layer, const Layout& layout,
+                               const LayerKept<S>& kept) const {
     for (std::size_t m = 0; m < layout.micro_batches().size(); ++m) {
       const TokenRange range = layout.micro_batches()[m];
       layer.attention.forward(layout, m, rows_of(kept.x_TD, range), rows_of(kept.h_TD, range),
@@ -181,39 +190,44 @@ class DecoderOf final : public Decoder {
 
   /// out = h + feed-forward(norm(h)): dense and shared parts a micro-batch at a time, routed
   /// experts over all of them. With `keep`, kept.mlp and kept.experts are taken and filled.
-  void feed_forward(const Layer<S>& layer, std::span<const TokenRange> micro_batches,
-                    LayerKept<S>& kept, const at::Tensor& out_TD, bool keep) {
-    const std::int64_t T = kept.h_TD.size(0);
+  void feed_forward(Layer<S>& layer, std::span<const TokenRange> micro_batches, LayerKept<S>& kept,
+                    const at::Tensor& out_TD, bool keep) {
     const Frame frame(workspace_.scratch);
-    if (keep) kept.mlp = layer.mlp.allocate(T, workspace_.kept);
-    const auto mlp_kept = [&](TokenRange range) {
-      return keep ? kept.mlp.rows(range.begin, range.size())
-                  : layer.mlp.allocate(range.size(), workspace_.scratch);
-    };
-    if (!layer.moe) {
-      for (const TokenRange range : micro_batches) {
-        const Frame of_micro_batch(workspace_.scratch);
-        const at::Tensor h = rows_of(kept.h_TD, range);
-        layer.mlp.forward(norm_after_attention(layer, h), h, rows_of(out_TD, range),
-                          mlp_kept(range), token_ids(range));
-      }
-      return;
-    }
-    kept.routing = layer.router->start(T);
-    kept.router_xa = layer.router->allocate_kept(T);
-    const at::Tensor n_TD = context_.scratch(kept.h_TD.sizes());
-    for (const TokenRange range : micro_batches) {
-      const Frame of_micro_batch(workspace_.scratch);
-      const at::Tensor h = rows_of(kept.h_TD, range), n = rows_of(n_TD, range);
-      ops::rms_norm<S>(h, layer.weights.post_norm_D, spec_.norm_eps, n);
-      layer.router->forward(n, range.begin, kept.routing, rows_of(kept.router_xa, range));
-      layer.mlp.forward(n, h, rows_of(out_TD, range), mlp_kept(range), token_ids(range));
-    }
+    const at::Tensor n_TD = layer.moe ? context_.scratch(kept.h_TD.sizes()) : at::Tensor();
+    mlp_and_router_forward(layer, micro_batches, kept, n_TD, out_TD, keep);
+    if (!layer.moe) return;
     layer.router->finish(kept.routing);
     ExpertsKept experts = layer.experts->allocate(kept.routing.rows(), keep,
                                                   keep ? workspace_.kept : workspace_.scratch);
     layer.experts->forward(n_TD, kept.routing, out_TD, experts);
     if (keep) kept.experts = std::move(experts);
+  }
+
+  /// All of it but the routed experts, for which n_TD is left behind.
+  void mlp_and_router_forward(Layer<S>& layer, std::span<const TokenRange> micro_batches,
+                              LayerKept<S>& kept, const at::Tensor& n_TD, const at::Tensor& out_TD,
+                              bool keep) {
+    const std::int64_t T = kept.h_TD.size(0);
+    const Frame of_weights(workspace_.scratch);
+    const Lease lease = weights_->feed_forward(layer.index, layer.weights, workspace_.scratch);
+    if (keep) kept.mlp = layer.mlp.allocate(T, workspace_.kept);
+    if (layer.moe) {
+      kept.routing = layer.router->start(T);
+      kept.router_xa = layer.router->allocate_kept(T);
+    }
+    for (const TokenRange range : micro_batches) {
+      const Frame of_micro_batch(workspace_.scratch);
+      const at::Tensor h = rows_of(kept.h_TD, range);
+      const at::Tensor n = layer.moe ? rows_of(n_TD, range) : context_.scratch(h.sizes());
+      ops::rms_norm<S>(h, layer.weights.post_norm_D, spec_.norm_eps, n);
+      if (layer.moe) {
+        layer.router->forward(n, range.begin, kept.routing, rows_of(kept.router_xa, range));
+      }
+      layer.mlp.forward(n, h, rows_of(out_TD, range),
+                        keep ? kept.mlp.rows(range.begin, range.size())
+                             : layer.mlp.allocate(range.size(), workspace_.scratch),
+                        token_ids(range));
+    }
   }
 
   /// Forward through all layers keeping nothing but, if asked, a trace.
@@ -223,7 +237,7 @@ class DecoderOf final : public Decoder {
     kept.h_TD = take_kept(kept.x_TD.sizes());
     for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
       const Frame of_layer(workspace_.kept), scratch(workspace_.scratch);
-      const Layer<S> layer(spec_, l, weights_.layers[l], context_);
+      Layer<S> layer(spec_, l, context_);
       kept.attention = layer.attention.allocate(layout.tokens(), workspace_.scratch);
       if (trace != nullptr) trace->hidden_TD.push_back(kept.x_TD.clone());
       attention_forward(layer, layout, kept);
@@ -245,12 +259,13 @@ class DecoderOf final : public Decoder {
     const Frame kept_frame(workspace_.kept), scratch_frame(workspace_.scratch);
     std::vector<LayerKept<S>> kept(spec_.layers.size());
     std::vector<TensorStack::Mark> before(kept.size());  // where a layer's kept tensors begin
+    weights_->begin(keep ? Pass::train_kept : Pass::train_recompute, pass.another_follows);
     at::Tensor x_TD = embed(input.ids);
     const at::Tensor h_scratch = keep ? at::Tensor() : context_.scratch(x_TD.sizes());
     for (std::size_t l = 0; l < kept.size(); ++l) {
       before[l] = workspace_.kept.mark();
       const Frame scratch(workspace_.scratch);
-      const Layer<S> layer(spec_, l, weights_.layers[l], context_);
+      Layer<S> layer(spec_, l, context_);
       LayerKept<S>& mine = kept[l];
       mine.x_TD = x_TD;
       mine.h_TD = keep ? take_kept(x_TD.sizes()) : h_scratch;
@@ -261,55 +276,68 @@ class DecoderOf final : public Decoder {
       if (!keep) mine.attention = {};
     }
     const at::Tensor dx_TD = context_.scratch(x_TD.sizes());
-    LossResult result = head_loss<S>(weights_, spec_.norm_eps, x_TD, input.target,
-                                     pass.gradient_scale, dx_TD, workspace_.scratch);
+    LossResult result =
+        head_loss<S>(*weights_, x_TD, input.target, pass.gradient_scale, dx_TD, workspace_.scratch);
     for (std::size_t l = kept.size(); l-- > 0;) {
       const Frame scratch(workspace_.scratch);
-      const Layer<S> layer(spec_, l, weights_.layers[l], context_);
-      LayerKept<S>& mine = kept[l];
+      Layer<S> layer(spec_, l, context_);
+      Lease of_attention;
       if (!keep) {  // phase 1: every micro-batch again, up to the feed-forward part
-        mine.attention = layer.attention.allocate(T, workspace_.scratch);
-        attention_forward(layer, layout, mine);
+        kept[l].attention = layer.attention.allocate(T, workspace_.scratch);
+        of_attention = weights_->attention(layer.index, layer.weights, workspace_.scratch);
+        attention_micro_batches(layer, layout, kept[l]);
       }
-      feed_forward_backward(layer, layout.micro_batches(), mine, dx_TD, keep);
+      feed_forward_backward(layer, layout.micro_batches(), kept[l], dx_TD, keep);
+      if (keep) {
+        of_attention = weights_->attention(layer.index, layer.weights, workspace_.scratch);
+      }
       for (std::size_t m = 0; m < layout.micro_batches().size(); ++m) {
         const TokenRange range = layout.micro_batches()[m];
         const at::Tensor dx = rows_of(dx_TD, range);
-        layer.attention.backward(layout, m, rows_of(mine.x_TD, range), dx,
-                                 mine.attention.rows(range), dx, l != 0);
+        layer.attention.backward(layout, m, rows_of(kept[l].x_TD, range), dx,
+                                 kept[l].attention.rows(range), dx, l != 0);
       }
-      mine = {};
+      kept[l] = {};
       workspace_.kept.release(before[l]);
     }
     return result;
   }
 
   /// dx_TD enters as the gradient of the layer's output and leaves as that of h.
-  void feed_forward_backward(const Layer<S>& layer, std::span<const TokenRange> micro_batches,
+  void feed_forward_backward(Layer<S>& layer, std::span<const TokenRange> micro_batches,
                              LayerKept<S>& kept, const at::Tensor& dx_TD, bool keep) {
     const Frame frame(workspace_.scratch);
-    const auto mlp_backward = [&](const at::Tensor& n, TokenRange range, const at::Tensor& dn) {
-      const Frame of_micro_batch(workspace_.scratch);
-      const MlpKept mine = keep ? kept.mlp.rows(range.begin, range.size())
-                                : layer.mlp.allocate(range.size(), workspace_.scratch);
-      if (!keep) layer.mlp.recompute(n, mine, token_ids(range));
-      layer.mlp.backward(n, rows_of(dx_TD, range), mine, dn, token_ids(range));
-    };
     if (!layer.moe) {
+      const Lease lease = weights_->feed_forward(layer.index, layer.weights, workspace_.scratch);
       for (const TokenRange range : micro_batches) {
         const Frame of_micro_batch(workspace_.scratch);
         const at::Tensor h = rows_of(kept.h_TD, range), dx = rows_of(dx_TD, range);
-        const at::Tensor n = norm_after_attention(layer, h), dn = context_.scratch(n.sizes());
-        mlp_backward(n, range, dn);
+        const at::Tensor n = context_.scratch(h.sizes()), dn = context_.scratch(h.sizes());
+        ops::rms_norm<S>(h, layer.weights.post_norm_D, spec_.norm_eps, n);
+        mlp_backward(layer, kept, range, n, dx, dn, keep);
         ops::rms_norm_backward<S>(h, layer.weights.post_norm_D, dn, dx, spec_.norm_eps, dx);
       }
       return;
     }
-    const at::Tensor n_TD = norm_after_attention(layer, kept.h_TD);
-    const at::Tensor dn_TD = context_.scratch(n_TD.sizes());
-    for (const TokenRange range : micro_batches) {
-      mlp_backward(rows_of(n_TD, range), range, rows_of(dn_TD, range));
+    const at::Tensor n_TD = context_.scratch(kept.h_TD.sizes());
+    const at::Tensor dn_TD = context_.scratch(kept.h_TD.sizes());
+    // Norm and router are wanted again after the experts; the MLP's weights need not wait for that.
+    const at::Tensor post_norm_D = context_.scratch({spec_.hidden});
+    const at::Tensor router_ED = context_.scratch({spec_.experts, spec_.hidden});
+    {
+      const Frame of_weights(workspace_.scratch);
+      const Lease lease = weights_->feed_forward(layer.index, layer.weights, workspace_.scratch);
+      post_norm_D.copy_(layer.weights.post_norm_D);
+      router_ED.copy_(layer.weights.router_ED);
+      ops::rms_norm<S>(kept.h_TD, post_norm_D, spec_.norm_eps, n_TD);
+      for (const TokenRange range : micro_batches) {
+        const Frame of_micro_batch(workspace_.scratch);
+        mlp_backward(layer, kept, range, rows_of(n_TD, range), rows_of(dx_TD, range),
+                     rows_of(dn_TD, range), keep);
+      }
     }
+    layer.weights.post_norm_D = post_norm_D;
+    layer.weights.router_ED = router_ED;
     const ExpertsKept experts =
         keep ? kept.experts
              : layer.experts->allocate(kept.routing.rows(), false, workspace_.scratch);
@@ -319,13 +347,22 @@ class DecoderOf final : public Decoder {
       const at::Tensor dx = rows_of(dx_TD, range), dn = rows_of(dn_TD, range);
       layer.router->backward(rows_of(n_TD, range), range.begin, kept.routing, d_gate,
                              rows_of(kept.router_xa, range), dn);
-      ops::rms_norm_backward<S>(rows_of(kept.h_TD, range), layer.weights.post_norm_D, dn, dx,
-                                spec_.norm_eps, dx);
+      ops::rms_norm_backward<S>(rows_of(kept.h_TD, range), post_norm_D, dn, dx, spec_.norm_eps, dx);
     }
   }
 
+  /// dn = gradient of n through the MLP, whose activations were kept or are computed again.
+  void mlp_backward(const Layer<S>& layer, const LayerKept<S>& kept, TokenRange range,
+                    const at::Tensor& n, const at::Tensor& dout, const at::Tensor& dn, bool keep) {
+    const Frame of_micro_batch(workspace_.scratch);
+    const MlpKept mine = keep ? kept.mlp.rows(range.begin, range.size())
+                              : layer.mlp.allocate(range.size(), workspace_.scratch);
+    if (!keep) layer.mlp.recompute(n, mine, token_ids(range));
+    layer.mlp.backward(n, dout, mine, dn, token_ids(range));
+  }
+
+  std::unique_ptr<FrozenWeights> weights_;
   ModelSpec spec_;
-  ModelWeights weights_;
   Workspace workspace_;
   PassContext<S> context_;
   at::Tensor factors_;
@@ -333,15 +370,15 @@ class DecoderOf final : public Decoder {
 
 }  // namespace
 
-std::unique_ptr<Decoder> Decoder::create(ModelSpec spec, ModelWeights weights,
+std::unique_ptr<Decoder> Decoder::create(std::unique_ptr<FrozenWeights> weights,
                                          at::ScalarType dtype) {
   switch (dtype) {
     case at::kDouble:
-      return std::make_unique<DecoderOf<double>>(std::move(spec), std::move(weights));
+      return std::make_unique<DecoderOf<double>>(std::move(weights));
     case at::kFloat:
-      return std::make_unique<DecoderOf<float>>(std::move(spec), std::move(weights));
+      return std::make_unique<DecoderOf<float>>(std::move(weights));
     case at::kBFloat16:
-      return std::make_unique<DecoderOf<Bf16>>(std::move(spec), std::move(weights));
+      return std::make_unique<DecoderOf<Bf16>>(std::move(weights));
     default:
       TAILOR_CHECK(false, "dtype of the blocks");
   }

@@ -13,6 +13,7 @@
 #include "data/checkpoint/model_spec.h"
 #include "trainer/models/head_loss.h"
 #include "trainer/models/token_layout.h"
+#include "trainer/stream/frozen_weights.h"
 
 namespace tailor {
 
@@ -28,6 +29,7 @@ struct TrainPass {
   double dropout = 0;
   std::uint64_t seed = 0;
   std::uint64_t step = 0;
+  bool another_follows = false;  ///< a pass like this one comes next: weights may be read ahead
 };
 
 /// Everything a parity test looks at.
@@ -52,12 +54,12 @@ struct GenerationState {
 class Decoder {
  public:
   /// dtype: float64 (gradient checks), float32 or bfloat16.
-  static std::unique_ptr<Decoder> create(ModelSpec spec, ModelWeights weights,
+  static std::unique_ptr<Decoder> create(std::unique_ptr<FrozenWeights> weights,
                                          at::ScalarType dtype);
   virtual ~Decoder() = default;
 
   virtual const ModelSpec& spec() const = 0;
-  virtual const ModelWeights& weights() const = 0;
+  virtual FrozenWeights& weights() = 0;
   /// The factors to add; null: the base model alone. Casts them to the blocks' dtype: call it again
   /// after every change (once a step). `adapter` must outlive its use.
   virtual void set_adapter(const Adapter* adapter) = 0;

@@ -59,13 +59,28 @@ std::int64_t ExpertsKept::bytes() const {
 }
 
 template <class S>
-Experts<S>::Experts(const ModelSpec& spec, int layer, const LayerWeights& weights,
-                    const PassContext<S>& context)
+Experts<S>::Experts(const ModelSpec& spec, int layer, const PassContext<S>& context)
     : spec_(spec),
-      weights_(weights),
+      layer_(layer),
       context_(context),
       lora_gate_up_(context, layer, {Projection::experts_gate_up}, {0}),
       lora_down_(context, layer, {Projection::experts_down}, {0}) {}
+
+template <class S>
+template <class Use>
+void Experts<S>::each_expert(const Routing<AccumOf<S>>& routing, const Use& use) const {
+  FrozenWeights& weights = *context_.weights;
+  for (std::int64_t t = 0; t < weights.expert_tiles(); ++t) {
+    const FrozenWeights::ExpertTile tile = weights.experts(layer_, t);
+    for (std::int64_t e = tile.first; e < tile.first + tile.count; ++e) {
+      const std::int64_t begin = routing.expert_begin[static_cast<std::size_t>(e)];
+      const std::int64_t n = routing.expert_begin[static_cast<std::size_t>(e) + 1] - begin;
+      if (n == 0) continue;
+      const Frame of_expert(context_.scratch_stack());
+      use(e, begin, n, weights.expert(tile, e, context_.scratch_stack()));
+    }
+  }
+}
 
 template <class S>
 ExpertsKept Experts<S>::allocate(std::int64_t rows, bool keep_gate_up, TensorStack& stack) const {
@@ -89,10 +104,8 @@ void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rout
   const at::Tensor gate_up_scratch =
       kept.gate_up.defined() ? at::Tensor() : context_.scratch({most, 2 * F});
   const at::Tensor y = context_.scratch({routing.rows() + kRowMultiple, D});
-  for (std::int64_t e = 0; e < spec_.experts; ++e) {
-    const std::int64_t begin = routing.expert_begin[static_cast<std::size_t>(e)];
-    const std::int64_t n = routing.expert_begin[static_cast<std::size_t>(e) + 1] - begin;
-    if (n == 0) continue;
+  each_expert(routing, [&](std::int64_t e, std::int64_t begin, std::int64_t n,
+                           const ExpertWeights& weights) {
     const std::int64_t p = padded(n);
     const at::Tensor x_p = slice(x_scratch, 0, p), x = slice(x_p, 0, n);
     const at::Tensor m_p = slice(m_scratch, 0, p), m = slice(m_p, 0, n);
@@ -101,19 +114,19 @@ void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rout
     gather<S>(n_TD, routing.token_of_row.data() + begin, routing.gate_of_row.data() + begin, x);
     zero_past(x_p, n);
     at::Tensor to = gate_up;
-    at::mm_out(to, x_p, weights_.experts_gate_up_EDO[e]);
+    at::mm_out(to, x_p, weights.gate_up_DO);
     if (!lora_gate_up_.empty()) {
       lora_gate_up_.forward(x, slice(gate_up, 0, n), slice(kept.xa_gate_up, begin, n), e,
                             row_ids(routing, begin));
     }
     ops::swiglu<S>(gate_up, m_p);
     to = slice(y, begin, p);
-    at::mm_out(to, m_p, weights_.experts_down_EFD[e]);
+    at::mm_out(to, m_p, weights.down_FD);
     if (!lora_down_.empty()) {
       lora_down_.forward(m, slice(y, begin, n), slice(kept.xa_down, begin, n), e,
                          row_ids(routing, begin));
     }
-  }
+  });
   combine<S>(y, routing, nullptr, out_TD);
 }
 
@@ -132,10 +145,8 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
   const at::Tensor gate_up_scratch =
       kept.gate_up.defined() ? at::Tensor() : context_.scratch({most, 2 * F});
   const at::Tensor dx = context_.scratch({rows + kRowMultiple, D});
-  for (std::int64_t e = 0; e < spec_.experts; ++e) {
-    const std::int64_t begin = routing.expert_begin[static_cast<std::size_t>(e)];
-    const std::int64_t n = routing.expert_begin[static_cast<std::size_t>(e) + 1] - begin;
-    if (n == 0) continue;
+  each_expert(routing, [&](std::int64_t e, std::int64_t begin, std::int64_t n,
+                           const ExpertWeights& weights) {
     const std::int64_t p = padded(n);
     const at::Tensor x_p = slice(x_scratch, 0, p), x = slice(x_p, 0, n);
     const at::Tensor dy_p = slice(dy_scratch, 0, p), dy = slice(dy_p, 0, n);
@@ -153,12 +164,11 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     zero_past(dy_p, n);
     if (!kept.gate_up.defined()) {
       zero_past(x_p, n);
-      at::mm_out(gate_up_p, x_p, weights_.experts_gate_up_EDO[e]);
+      at::mm_out(gate_up_p, x_p, weights.gate_up_DO);
       if (!lora_gate_up_.empty()) lora_gate_up_.forward(x, gate_up, xa_gate_up, e, ids);
     }
     at::Tensor to = dm_p;
-    at::mm_out(to, dy_p, weights_.experts_down_EFD[e].t());
-    const Frame of_expert(context_.scratch_stack());
+    at::mm_out(to, dy_p, weights.down_FD.t());
     if (!lora_down_.empty() && !kept.gate_up.defined()) {
       ops::swiglu<S>(gate_up, m);
       lora_down_.down_only(m, slice(kept.xa_down, begin, n), e, ids);
@@ -167,11 +177,11 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
                              d_gate_up, e, ids);
     zero_past(d_gate_up_p, n);
     to = slice(dx, begin, p);
-    at::mm_out(to, d_gate_up_p, weights_.experts_gate_up_EDO[e].t());
+    at::mm_out(to, d_gate_up_p, weights.gate_up_DO.t());
     if (!lora_gate_up_.empty()) {
       lora_gate_up_.backward(x, d_gate_up, xa_gate_up, slice(dx, begin, n), e, ids);
     }
-  }
+  });
   d_gate.resize(static_cast<std::size_t>(rows));
   at::parallel_for(0, rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
     kernels<S>().gate_gradient(begin, end, D, data<S>(dx), data<S>(n_TD),

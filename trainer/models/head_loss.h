@@ -6,8 +6,8 @@
 #include <span>
 #include <vector>
 
-#include "trainer/models/weights.h"
 #include "trainer/ops.h"
+#include "trainer/stream/frozen_weights.h"
 #include "trainer/workspace.h"
 
 namespace tailor {
@@ -20,17 +20,19 @@ struct LossResult {
   std::vector<std::uint8_t> hits;  ///< [tokens]
 };
 
-/// Final norm, vocabulary head and cross-entropy, only at positions that carry a loss and in chunks
-/// of rows, so that [T, V] logits never exist (Cut Cross-Entropy's point, arXiv 2411.09009).
-/// Forward and backward go together: logits are turned into their gradient in place. dx_TD, if
-/// defined, is overwritten with the gradient of x_TD times `gradient_scale` per token.
+/// Final norm, vocabulary head and cross-entropy, only at positions that carry a loss. The head
+/// comes in runs of vocabulary rows, once for the losses and once more for their gradient; logits
+/// of a run are made in chunks of rows and kept for the gradient only where all of them are small,
+/// so that [T, V] logits never exist (Cut Cross-Entropy's point, arXiv 2411.09009). The order of
+/// all sums follows from the model's vocabulary runs. dx_TD, if defined, is overwritten with the
+/// gradient of x_TD times `gradient_scale` per token.
 template <class S>
-LossResult head_loss(const ModelWeights& weights, double norm_eps, const at::Tensor& x_TD,
+LossResult head_loss(FrozenWeights& weights, const at::Tensor& x_TD,
                      std::span<const std::int32_t> target, double gradient_scale,
                      const at::Tensor& dx_TD, TensorStack& scratch);
 
 /// Logits [rows, V] in float32 of rows of the residual stream, for tests and for generating.
 template <class S>
-at::Tensor head_logits(const ModelWeights& weights, double norm_eps, const at::Tensor& x_TD);
+at::Tensor head_logits(FrozenWeights& weights, const at::Tensor& x_TD, TensorStack& scratch);
 
 }  // namespace tailor

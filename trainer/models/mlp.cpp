@@ -18,13 +18,15 @@ std::int64_t MlpKept::bytes() const {
 }
 
 template <class S>
-Mlp<S>::Mlp(Kind kind, int layer, const LayerWeights& weights, const PassContext<S>& context)
-    : weights_(weights),
+Mlp<S>::Mlp(Kind kind, const ModelSpec& spec, int layer, const LayerWeights& weights,
+            const PassContext<S>& context)
+    : width_(kind == Kind::dense ? spec.dense_width : spec.expert_width),
+      weights_(weights),
       context_(context),
       lora_gate_up_(context, layer,
                     {kind == Kind::dense ? Projection::gate_proj : Projection::shared_gate_proj,
                      kind == Kind::dense ? Projection::up_proj : Projection::shared_up_proj},
-                    {0, weights.down_DF.size(1)}),
+                    {0, width_}),
       lora_down_(context, layer,
                  {kind == Kind::dense ? Projection::down_proj : Projection::shared_down_proj},
                  {0}) {}
@@ -32,7 +34,7 @@ Mlp<S>::Mlp(Kind kind, int layer, const LayerWeights& weights, const PassContext
 template <class S>
 MlpKept Mlp<S>::allocate(std::int64_t tokens, TensorStack& stack) const {
   MlpKept kept;
-  kept.gate_up = stack.take({tokens, weights_.gate_up_OD.size(0)}, kDtype<S>);
+  kept.gate_up = stack.take({tokens, 2 * width_}, kDtype<S>);
   if (!lora_gate_up_.empty())
     kept.xa_gate_up = stack.take({tokens, lora_gate_up_.rank()}, kDtype<S>);
   if (!lora_down_.empty()) kept.xa_down = stack.take({tokens, lora_down_.rank()}, kDtype<S>);
@@ -53,7 +55,7 @@ void Mlp<S>::forward(const at::Tensor& n_TD, const at::Tensor& base_TD, const at
                      const MlpKept& kept, const std::uint64_t* token_id) const {
   const Frame frame(context_.scratch_stack());
   gate_up(n_TD, kept, token_id);
-  const at::Tensor m_TF = context_.scratch({n_TD.size(0), weights_.down_DF.size(1)});
+  const at::Tensor m_TF = context_.scratch({n_TD.size(0), width_});
   ops::swiglu<S>(kept.gate_up, m_TF);
   at::Tensor out = out_TD;
   at::addmm_out(out, base_TD, m_TF, weights_.down_DF.t());
@@ -66,7 +68,7 @@ void Mlp<S>::recompute(const at::Tensor& n_TD, const MlpKept& kept,
   gate_up(n_TD, kept, token_id);
   if (lora_down_.empty()) return;
   const Frame frame(context_.scratch_stack());
-  const at::Tensor m_TF = context_.scratch({n_TD.size(0), weights_.down_DF.size(1)});
+  const at::Tensor m_TF = context_.scratch({n_TD.size(0), width_});
   ops::swiglu<S>(kept.gate_up, m_TF);
   lora_down_.down_only(m_TF, kept.xa_down, 0, token_id);
 }
@@ -74,7 +76,7 @@ void Mlp<S>::recompute(const at::Tensor& n_TD, const MlpKept& kept,
 template <class S>
 void Mlp<S>::backward(const at::Tensor& n_TD, const at::Tensor& dout_TD, const MlpKept& kept,
                       const at::Tensor& dn_TD, const std::uint64_t* token_id) const {
-  const std::int64_t T = n_TD.size(0), F = weights_.down_DF.size(1);
+  const std::int64_t T = n_TD.size(0), F = width_;
   const Frame frame(context_.scratch_stack());
   const at::Tensor dm_TF = context_.scratch({T, F});
   ops::linear_backward(dout_TD, weights_.down_DF, dm_TF);

@@ -20,7 +20,8 @@ template <class S>
 class Mlp {
  public:
   enum class Kind { dense, shared_expert };
-  Mlp(Kind kind, int layer, const LayerWeights& weights, const PassContext<S>& context);
+  Mlp(Kind kind, const ModelSpec& spec, int layer, const LayerWeights& weights,
+      const PassContext<S>& context);
 
   MlpKept allocate(std::int64_t tokens, TensorStack& stack) const;
   /// out = base + y(n); fills kept. out may be base.
@@ -35,6 +36,7 @@ class Mlp {
  private:
   void gate_up(const at::Tensor& n_TD, const MlpKept& kept, const std::uint64_t* token_id) const;
 
+  std::int64_t width_;
   const LayerWeights& weights_;
   const PassContext<S>& context_;
   LoraGroup<S> lora_gate_up_, lora_down_;

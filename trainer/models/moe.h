@@ -61,13 +61,13 @@ class Router {
 };
 
 /// The routed experts over the pooled rows of a whole step: each expert's weights are met once a
-/// pass, whatever the number of micro-batches. Expert e sees x' = gate * x (Llama 4 scales the
-/// input), y = W_down (silu(W_gate x') * W_up x'); a token's K results are added in slot order.
+/// pass, whatever the number of micro-batches, as they come in tiles. Expert e sees x' = gate * x
+/// (Llama 4 scales the input), y = W_down (silu(W_gate x') * W_up x'); a token's K results are
+/// added in slot order.
 template <class S>
 class Experts {
  public:
-  Experts(const ModelSpec& spec, int layer, const LayerWeights& weights,
-          const PassContext<S>& context);
+  Experts(const ModelSpec& spec, int layer, const PassContext<S>& context);
 
   /// With `keep_gate_up` false only the thin products are kept.
   ExpertsKept allocate(std::int64_t rows, bool keep_gate_up, TensorStack& stack) const;
@@ -81,12 +81,15 @@ class Experts {
                 std::vector<AccumOf<S>>& d_gate) const;
 
  private:
+  /// Calls use(expert, weights) for every expert that has rows, tile by tile.
+  template <class Use>
+  void each_expert(const Routing<AccumOf<S>>& routing, const Use& use) const;
   const std::uint64_t* row_ids(const Routing<AccumOf<S>>& routing, std::int64_t begin) const {
     return routing.id_of_row.empty() ? nullptr : routing.id_of_row.data() + begin;
   }
 
   const ModelSpec& spec_;
-  const LayerWeights& weights_;
+  int layer_;
   const PassContext<S>& context_;
   LoraGroup<S> lora_gate_up_, lora_down_;
 };

@@ -2,6 +2,7 @@
 // Register tiles are arrays of vectors indexed by int: every such index would need a cast.
 #pragma GCC diagnostic ignored "-Wsign-conversion"
 #include "trainer/kernels/cpu/attention.h"
+#include "trainer/kernels/cpu/dequantise.h"
 #include "trainer/kernels/cpu/lora.h"
 #include "trainer/kernels/cpu/rows.h"
 #include "trainer/kernels/levels.h"
@@ -25,9 +26,11 @@ constexpr Kernels<S> kTable = {
     .gather_rows = gather_rows<S>,
     .combine_rows = combine_rows<S>,
     .gate_gradient = gate_gradient<S>,
-    .cross_entropy = cross_entropy<S>,
+    .softmax_run = softmax_run<S>,
+    .softmax_gradient = softmax_gradient<S>,
     .dropout = dropout<S>,
     .add = add<S>,
+    .dequantise = dequantise<S>,
 };
 
 }  // namespace

@@ -237,12 +237,12 @@ void gate_gradient(std::int64_t begin, std::int64_t end, std::int64_t D, const S
 }
 
 template <class S>
-void cross_entropy(std::int64_t begin, std::int64_t end, std::int64_t V, S* logits,
-                   const std::int32_t* target, double gradient_scale, double* loss,
-                   std::int32_t* best) {
+void softmax_run(std::int64_t begin, std::int64_t end, std::int64_t V, std::int64_t first,
+                 const S* logits, const std::int32_t* target, SoftmaxRow<AccumOf<S>>* rows) {
   using A = AccumOf<S>;
   for (std::int64_t row = begin; row < end; ++row) {
-    S* z = logits + row * V;
+    const S* z = logits + row * V;
+    SoftmaxRow<A>& state = rows[row];
     const std::int64_t whole = V / kLanes<A> * kLanes<A>;
     A top = scalar(z[0]);
     Vec<A> tops = splat(top);
@@ -252,9 +252,16 @@ void cross_entropy(std::int64_t begin, std::int64_t end, std::int64_t V, S* logi
     }
     top = max_lanes<A>(tops);
     for (std::int64_t i = whole; i < V; ++i) top = scalar(z[i]) > top ? scalar(z[i]) : top;
-    std::int64_t at = 0;
-    while (at + 1 < V && !(scalar(z[at]) == top)) ++at;  // stops at the end when top is NaN
-    best[row] = static_cast<std::int32_t>(at);
+    if (first == 0 || top > state.top) {
+      std::int64_t at = 0;
+      while (at + 1 < V && !(scalar(z[at]) == top)) ++at;  // stops at the end when top is NaN
+      state.best = static_cast<std::int32_t>(first + at);
+      const A before = state.top;
+      state.top = top;
+      const bool fresh = first == 0 || std::isinf(before);
+      state.sum = fresh ? 0 : state.sum * std::exp(static_cast<double>(before - top));
+    }
+    top = state.top;
     // Sums of blocks in A, blocks in double: V is 200,000 in the models this is for.
     constexpr std::int64_t kPart = 1024;
     double total = 0;
@@ -273,15 +280,29 @@ void cross_entropy(std::int64_t begin, std::int64_t end, std::int64_t V, S* logi
       }
       total += static_cast<double>(sum_lanes<A>(part));
     }
-    const double log_sum = std::log(total) + static_cast<double>(top);
-    loss[row] = log_sum - static_cast<double>(scalar(z[target[row]]));
-    if (gradient_scale == 0) continue;
-    const A target_probability = static_cast<A>(std::exp(-loss[row]));
-    const A scale_each = static_cast<A>(gradient_scale / total);
+    state.sum += total;
+    const std::int64_t wanted = target[row] - first;
+    if (wanted >= 0 && wanted < V) state.target_logit = scalar(z[wanted]);
+  }
+}
+
+template <class S>
+void softmax_gradient(std::int64_t begin, std::int64_t end, std::int64_t V, std::int64_t first,
+                      S* logits, const std::int32_t* target, double gradient_scale,
+                      const SoftmaxRow<AccumOf<S>>* rows) {
+  using A = AccumOf<S>;
+  for (std::int64_t row = begin; row < end; ++row) {
+    S* z = logits + row * V;
+    const SoftmaxRow<A>& state = rows[row];
+    const A top = state.top;
+    const A scale_each = static_cast<A>(gradient_scale / state.sum);
     for (std::int64_t i = 0; i < V; i += kLanes<A>) {
       store_up_to(z + i, exp_vec(load_up_to(z + i, V - i) - top) * scale_each, V - i);
     }
-    put(z + target[row], (target_probability - A{1}) * static_cast<A>(gradient_scale));
+    const std::int64_t wanted = target[row] - first;
+    if (wanted < 0 || wanted >= V) continue;
+    const A probability = static_cast<A>(std::exp(-state.loss()));
+    put(z + wanted, (probability - A{1}) * static_cast<A>(gradient_scale));
   }
 }
 

@@ -1,4 +1,4 @@
-#include "tools/compute/interrupt.h"
+#include "tools/interrupt.h"
 
 #include <csignal>
 

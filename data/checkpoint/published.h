@@ -1,0 +1,64 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "data/checkpoint/checkpoint.h"
+#include "data/checkpoint/model_spec.h"
+
+namespace tailor {
+
+/// What a frozen matrix is in its layer. A vector is a matrix of one row.
+enum class MatrixRole : std::uint32_t {
+  embedding = 1,
+  head = 2,
+  final_norm = 3,
+  input_norm = 10,
+  q = 11,
+  k = 12,
+  v = 13,
+  o = 14,
+  post_norm = 20,
+  router = 21,
+  gate = 22,
+  up = 23,
+  down = 24,
+};
+const char* role_name(MatrixRole role);
+
+/// One matrix [rows, columns] of outputs by inputs, and the published tensor that holds it.
+struct PublishedMatrix {
+  MatrixRole role;
+  std::int64_t rows, columns;
+  std::string name;  ///< of the tensor
+  /// How the matrix lies in it. plain: the tensor is the matrix. fused: the tensor is
+  /// [experts, columns, width], inputs first (Llama 4); the matrix is expert `expert`, columns
+  /// [first, first + rows) of the width.
+  bool fused = false;
+  std::int64_t expert = 0, first = 0, width = 0;
+};
+
+/// The published matrices of one part of a model, by the names of its family. `experts_fused`: the
+/// checkpoint holds all experts of a layer in one tensor.
+std::vector<PublishedMatrix> attention_matrices(const ModelSpec& spec, std::int64_t layer);
+/// The norm before it, the router, and the dense MLP or shared expert.
+std::vector<PublishedMatrix> feed_forward_matrices(const ModelSpec& spec, std::int64_t layer);
+std::vector<PublishedMatrix> expert_matrices(const ModelSpec& spec, std::int64_t layer,
+                                             std::int64_t expert, bool experts_fused);
+PublishedMatrix embedding_matrix(const ModelSpec& spec);
+/// Of a tied model too: the embedding's tensor then.
+PublishedMatrix head_matrix(const ModelSpec& spec);
+PublishedMatrix final_norm_matrix(const ModelSpec& spec);
+
+/// Whether `has(name)` says that the checkpoint's experts are fused.
+template <class Has>
+bool experts_are_fused(const ModelSpec& spec, Has&& has) {
+  for (std::int64_t l = 0; l < spec.layer_count(); ++l) {
+    if (!spec.layers[static_cast<std::size_t>(l)].moe) continue;
+    return has(expert_matrices(spec, l, 0, true).front().name);
+  }
+  return false;
+}
+
+}  // namespace tailor

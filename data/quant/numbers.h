@@ -1,0 +1,41 @@
+#pragma once
+
+// One number at a time: the conversions the formats are made of. The kernels have their own vector
+// forms, and may not include this: an inline function compiled for AVX-512 could be handed to
+// another file by the linker.
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace tailor {
+
+inline float bf16_to_float(std::uint16_t bits) {
+  return std::bit_cast<float>(std::uint32_t{bits} << 16U);
+}
+
+/// To nearest, ties to even; every NaN becomes 0x7FC0, as in torch.
+inline std::uint16_t bf16_from_float(float value) {
+  if (std::isnan(value)) return 0x7FC0;
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  return static_cast<std::uint16_t>((bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U);
+}
+
+/// One NaN for all: what a product of two NaNs holds is up to the processor.
+inline float plain_nan(float value) {
+  return std::isnan(value) ? std::bit_cast<float>(0x7FC00000U) : value;
+}
+
+/// The magnitude of an e4m3 code without its sign bit (OCP 8-bit floating point, E4M3): 4 exponent
+/// bits of bias 7, 3 mantissa bits, denormals, no infinity; 0x7F is NaN.
+inline float e4m3_magnitude(std::uint8_t code) {
+  const std::uint32_t exponent = code >> 3U, mantissa = code & 7U;
+  if (code == 0x7F) return std::numeric_limits<float>::quiet_NaN();
+  if (exponent == 0) return static_cast<float>(mantissa) * 0x1p-9F;
+  return std::bit_cast<float>((exponent + 120U) << 23U | mantissa << 20U);
+}
+
+constexpr float kE4m3Largest = 448;
+
+}  // namespace tailor

@@ -1,0 +1,277 @@
+#include "data/store/store.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/text.h"
+#include "base/units.h"
+
+namespace tailor {
+namespace {
+
+constexpr std::int64_t kStoreVersion = 1;
+constexpr std::string_view kHex = "0123456789abcdef";
+
+std::string to_hex(std::span<const std::byte> bytes) {
+  std::string out;
+  for (const std::byte b : bytes) {
+    const auto value = std::to_integer<unsigned>(b);
+    out += kHex[value >> 4U];
+    out += kHex[value & 15U];
+  }
+  return out;
+}
+
+template <std::size_t N>
+std::array<std::byte, N> from_hex(const std::string& text, const std::string& where) {
+  std::array<std::byte, N> out{};
+  bool fine = text.size() == 2 * N;
+  for (std::size_t i = 0; fine && i < N; ++i) {
+    const auto high = kHex.find(text[2 * i]), low = kHex.find(text[2 * i + 1]);
+    fine = high != std::string_view::npos && low != std::string_view::npos;
+    if (fine) out[i] = static_cast<std::byte>(high << 4U | low);
+  }
+  if (!fine) {
+    throw Error(Fault::bad_file, {"'" + text + "' is not a digest of " + std::to_string(2 * N) +
+                                      " hexadecimal digits",
+                                  where, "The store's manifest is damaged: pack the model again."});
+  }
+  return out;
+}
+
+[[noreturn]] void refuse(const std::string& what, const std::string& where) {
+  throw Error(Fault::bad_file, {what, where, "Pack the model again: tailor model pack."});
+}
+
+/// Matrices are the same in every layer but for a few: units name theirs by a number.
+Json matrices_json(const std::vector<MatrixPlace>& matrices) {
+  Json out = Json::array();
+  for (const MatrixPlace& place : matrices) {
+    out.push_back({static_cast<std::uint32_t>(place.role),
+                   static_cast<std::uint32_t>(place.format.kind), place.format.group,
+                   place.format.block_rows, place.format.block_columns, place.rows, place.columns});
+  }
+  return out;
+}
+
+std::int64_t integer_of(const Json& value, const std::string& where) {
+  if (!value.is_number_integer() && !value.is_number_unsigned()) {
+    refuse("a number in the store's manifest is not a whole number", where);
+  }
+  const auto out = value.get<std::int64_t>();
+  if (out < 0 || out > (std::int64_t{1} << 50)) {
+    refuse("a number in the store's manifest is out of range", where);
+  }
+  return out;
+}
+
+std::vector<MatrixPlace> read_matrices(const Json& json, const std::string& where) {
+  if (!json.is_array() || json.size() > 32) refuse("matrices of a unit are not a list", where);
+  std::vector<MatrixPlace> out;
+  for (const Json& row : json) {
+    if (!row.is_array() || row.size() != 7) refuse("a matrix is not a list of 7 numbers", where);
+    std::int64_t numbers[7];
+    for (std::size_t i = 0; i < 7; ++i) numbers[i] = integer_of(row[i], where);
+    MatrixPlace place{};
+    place.role = static_cast<MatrixRole>(numbers[0]);
+    place.format.kind = static_cast<WeightKind>(numbers[1]);
+    place.format.group = numbers[2];
+    place.format.block_rows = numbers[3];
+    place.format.block_columns = numbers[4];
+    place.rows = numbers[5];
+    place.columns = numbers[6];
+    constexpr std::int64_t kSideMax = std::int64_t{1} << 31;
+    const bool fine = numbers[1] <= static_cast<std::int64_t>(WeightKind::nf4) && place.rows > 0 &&
+                      place.columns > 0 && place.rows <= kSideMax && place.columns <= kSideMax &&
+                      (place.format.kind != WeightKind::int4 || place.format.group > 0) &&
+                      (place.format.kind != WeightKind::fp8 || place.format.block_rows > 0);
+    if (!fine) refuse("a matrix in the store's manifest has impossible sizes", where);
+    out.push_back(place);
+  }
+  return out;
+}
+
+}  // namespace
+
+UnitHash hash_unit(const std::byte* bytes, std::int64_t count) {
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical, XXH3_128bits(bytes, static_cast<std::size_t>(count)));
+  UnitHash out;
+  static_assert(sizeof canonical.digest == sizeof out);
+  std::memcpy(out.data(), canonical.digest, sizeof out);
+  return out;
+}
+
+std::string hash_text(const UnitHash& hash) { return to_hex(hash); }
+
+std::array<std::byte, 16> store_mark(const StoreLayout& layout, std::string_view config) {
+  Json json;
+  for (const StoreLayout::File& file : layout.files) json.push_back({file.name, file.bytes});
+  for (const StoredUnit& unit : layout.units) {
+    json.push_back({static_cast<std::uint32_t>(unit.id.kind), unit.id.layer, unit.id.index,
+                    unit.offset, matrices_json(unit.matrices)});
+  }
+  const std::string digest = sha256_hex(json.dump() + "\n" + std::string(config));
+  return from_hex<16>(digest.substr(0, 32), kManifestName);
+}
+
+Json manifest_json(const StoreManifest& manifest) {
+  Json out;
+  out["format"] = "tailor-store";
+  out["version"] = kStoreVersion;
+  out["source"] = manifest.source;
+  out["fingerprint"] = manifest.fingerprint;
+  out["mark"] = to_hex(manifest.mark);
+  Json files = Json::array();
+  for (const auto& file : manifest.layout.files) files.push_back({file.name, file.bytes});
+  out["files"] = std::move(files);
+  Json kinds = Json::array(), units = Json::array();
+  for (std::size_t i = 0; i < manifest.layout.units.size(); ++i) {
+    const StoredUnit& unit = manifest.layout.units[i];
+    Json matrices = matrices_json(unit.matrices);
+    const auto known = std::find(kinds.begin(), kinds.end(), matrices);
+    const auto kind = known - kinds.begin();
+    if (known == kinds.end()) kinds.push_back(std::move(matrices));
+    units.push_back({static_cast<std::uint32_t>(unit.id.kind), unit.id.layer, unit.id.index,
+                     unit.file, unit.offset, kind, to_hex(manifest.hashes[i])});
+  }
+  out["matrices"] = std::move(kinds);
+  out["units"] = std::move(units);
+  return out;
+}
+
+StoreManifest read_manifest(const Json& json, const std::string& where) {
+  const JsonReader reader(json, where);
+  if (reader.text("format", "") != "tailor-store") refuse("this is not a store's manifest", where);
+  if (reader.integer("version") != kStoreVersion) {
+    refuse("store of version " + std::to_string(reader.integer("version")) +
+               ", this program reads version " + std::to_string(kStoreVersion),
+           where);
+  }
+  StoreManifest out;
+  out.source = reader.text("source");
+  out.fingerprint = reader.text("fingerprint");
+  out.mark = from_hex<16>(reader.text("mark"), where);
+  for (const Json& file : reader.at("files")) {
+    if (!file.is_array() || file.size() != 2 || !file[0].is_string()) {
+      refuse("an entry of files is not [name, bytes]", where);
+    }
+    out.layout.files.push_back({file[0].get<std::string>(), integer_of(file[1], where)});
+  }
+  std::vector<std::vector<MatrixPlace>> kinds;
+  for (const Json& kind : reader.at("matrices")) kinds.push_back(read_matrices(kind, where));
+  for (const Json& entry : reader.at("units")) {
+    if (!entry.is_array() || entry.size() != 7 || !entry[6].is_string()) {
+      refuse("an entry of units is not a list of 7", where);
+    }
+    StoredUnit unit;
+    const std::int64_t kind = integer_of(entry[0], where), matrices = integer_of(entry[5], where);
+    unit.id = {static_cast<UnitKind>(kind), integer_of(entry[1], where),
+               integer_of(entry[2], where)};
+    unit.file = integer_of(entry[3], where);
+    unit.offset = integer_of(entry[4], where);
+    if (kind < 1 || kind > 6 || unit.file >= narrow<std::int64_t>(out.layout.files.size()) ||
+        matrices >= narrow<std::int64_t>(kinds.size()) || unit.offset % kUnitAlignment != 0) {
+      refuse("an entry of units is impossible", where);
+    }
+    unit.matrices = kinds[static_cast<std::size_t>(matrices)];
+    unit.bytes = place_matrices(unit.matrices);
+    if (unit.offset + unit.bytes > out.layout.files[static_cast<std::size_t>(unit.file)].bytes) {
+      refuse(unit_text(unit.id) + " ends past the end of its file", where);
+    }
+    out.layout.units.push_back(std::move(unit));
+    out.hashes.push_back(from_hex<16>(entry[6].get<std::string>(), where));
+  }
+  out.layout.index();
+  return out;
+}
+
+bool Store::is_store(const fs::path& folder) {
+  std::error_code error;
+  return fs::exists(folder / kManifestName, error) || fs::exists(folder / kJournalName, error);
+}
+
+Store Store::open(const fs::path& folder) {
+  std::error_code error;
+  const fs::path manifest_path = folder / kManifestName;
+  if (!fs::exists(manifest_path, error)) {
+    const bool begun = fs::exists(folder / kJournalName, error);
+    throw Error(
+        Fault::bad_file,
+        {begun ? "this store is not finished" : "this folder is not a store", folder.string(),
+         begun ? "Run the same `tailor model pack` command again: it goes on where it "
+                 "stopped."
+               : "Make one with: tailor model pack MODEL --to " + folder.string()});
+  }
+  Store out;
+  out.folder_ = folder;
+  out.spec_ = read_model_spec(folder);
+  StoreManifest manifest = read_manifest(read_json(manifest_path), manifest_path.string());
+  out.layout_ = std::move(manifest.layout);
+  out.hashes_ = std::move(manifest.hashes);
+  out.source_ = std::move(manifest.source);
+  out.fingerprint_ = std::move(manifest.fingerprint);
+  out.mark_ = manifest.mark;
+  const std::string config = read_text(folder / "config.json");
+  if (store_mark(out.layout_, config) != out.mark_) {
+    refuse("manifest and config.json do not belong together", manifest_path.string());
+  }
+  for (const StoreLayout::File& file : out.layout_.files) {
+    const fs::path path = inside_folder(folder, file.name);
+    const auto size = fs::file_size(path, error);
+    if (error) {
+      refuse("a file of the store is missing", path.string());
+    }
+    if (narrow<std::int64_t>(size) < file.bytes) {
+      refuse("a file of the store is cut off: it has " + count_text(narrow<std::int64_t>(size)) +
+                 " bytes, " + count_text(file.bytes) + " are needed",
+             path.string());
+    }
+  }
+  return out;
+}
+
+const UnitHash& Store::hash(const StoredUnit& unit) const {
+  const auto at = &unit - layout_.units.data();
+  TAILOR_CHECK(at >= 0 && static_cast<std::size_t>(at) < hashes_.size());
+  return hashes_[static_cast<std::size_t>(at)];
+}
+
+fs::path Store::path_of(const StoredUnit& unit) const {
+  return inside_folder(folder_, layout_.files[static_cast<std::size_t>(unit.file)].name);
+}
+
+std::string Store::where(const StoredUnit& unit) const {
+  return (folder_ / layout_.files[static_cast<std::size_t>(unit.file)].name).string() +
+         ", offset " + std::to_string(unit.offset) + ": " + unit_text(unit.id);
+}
+
+void Store::check_header(const StoredUnit& unit, const std::byte* bytes) const {
+  const UnitHeader header =
+      read_unit_header({bytes, static_cast<std::size_t>(kUnitHeaderBytes)}, where(unit));
+  if (header.model != mark_) {
+    refuse("a tile of another store lies here", where(unit));
+  }
+  if (header.id != unit.id) {
+    refuse("a tile of " + unit_text(header.id) + " lies here", where(unit));
+  }
+  if (header.bytes != unit.bytes || header.matrices != unit.matrices) {
+    refuse("the tile's header and the store's manifest disagree", where(unit));
+  }
+}
+
+void Store::check_hash(const StoredUnit& unit, const std::byte* bytes) const {
+  const UnitHash found = hash_unit(bytes, unit.bytes);
+  if (found == hash(unit)) return;
+  throw Error(Fault::bad_file,
+              {"a tile is damaged: its hash is " + hash_text(found) + ", " + hash_text(hash(unit)) +
+                   " was written",
+               where(unit),
+               "Check the disk, then pack the model again; `tailor model verify` lists every "
+               "damaged tile."});
+}
+
+}  // namespace tailor

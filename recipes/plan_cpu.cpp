@@ -1,0 +1,203 @@
+#include <algorithm>
+#include <cmath>
+
+#include "recipes/plan_text.h"
+#include "recipes/planner.h"
+
+namespace tailor {
+namespace {
+
+using Home = MemoryItem::Home;
+
+constexpr double kGb = 1e9;
+
+}  // namespace
+
+/// What the backward pass wants back from every layer, beside its input.
+double Planner::kept_bytes(double value_bytes) const {
+  double attention = as_double(model_.heads * model_.qk_dim);
+  for (const MatrixShape& shape : model_.attention) attention += as_double(shape.out);
+  const double dense = attention + 2 * as_double(model_.dense_width);
+  const double moe =
+      attention + 2 * as_double((model_.shared_experts + model_.top_k) * model_.expert_width);
+  return tokens_ * value_bytes *
+         (as_double(model_.dense_layers) * dense + as_double(model_.moe_layers) * moe);
+}
+
+bool Planner::dequantised(BaseFormat format) const {
+  if (format == BaseFormat::as_is) format = model_.published;
+  return format != BaseFormat::bf16 && format != BaseFormat::as_is;
+}
+
+double Planner::scratch_parameters() const {
+  std::int64_t largest = 0;
+  if (model_.experts > 0 && dequantised(recipe_.base.format)) largest = model_.expert_parameters();
+  if (dequantised(recipe_.base.non_expert_format)) {
+    largest = std::max({largest, model_.attention_parameters(),
+                        model_.dense_layers > 0 ? model_.dense_mlp_parameters() : 0,
+                        model_.shared_experts * model_.expert_parameters()});
+  }
+  return as_double(largest);
+}
+
+double Planner::dequantise_bytes(double value_bytes) const {
+  double bytes = 0;
+  if (dequantised(recipe_.base.format)) {
+    bytes += touched_share(model_, tokens_) *
+             (base_.routed + as_double(model_.routed_parameters()) * value_bytes);
+  }
+  if (dequantised(recipe_.base.non_expert_format))
+    bytes += base_.other + as_double(model_.other_parameters()) * value_bytes;
+  return bytes;
+}
+
+void Planner::run_cpu() {
+  const double value_bytes = recipe_.compute.dtype == ComputeType::float32 ? 4 : 2;
+  // Recomputing costs a third more arithmetic, so it is worth it only where memory is short.
+  constexpr double kShareForActivations = 0.25;
+  const KeepActivations choice = recipe_.compute.keep_activations;
+  const bool keep = choice == KeepActivations::all ||
+                    (choice == KeepActivations::automatic &&
+                     kept_bytes(value_bytes) <= kShareForActivations * machine_.host_bytes);
+  plan.keep_activations = keep;
+  plan.activations = recipe_.base.activations == ActivationHome::disk ? ActivationHome::disk
+                                                                      : ActivationHome::host;
+  add_cpu_memory(keep, value_bytes);
+  add_cpu_time(keep, value_bytes);
+}
+
+void Planner::add_cpu_memory(bool keep, double value_bytes) {
+  const double layers = as_double(model_.layers);
+  const double micro =
+      std::min(as_double(recipe_.training.micro_batch_size * recipe_.data.sequence_len),
+               std::max(1.0, tokens_ / ranks_));
+
+  // Measured on the demo run: what its peak of 1.57 GB holds beyond the items below.
+  item(Home::host, "process", 0.36 * kGb * ranks_,
+       "program, LibTorch and what the tokenizer leaves behind, each rank");
+  item(Home::host, "factors", as_double(lora_.total()) * (value_bytes == 2 ? kTrainBytes : 16),
+       whole(as_double(lora_.total())) + " parameters x " + (value_bytes == 2 ? "18" : "16") +
+           " B: float32 value, gradient, two moments" + (value_bytes == 2 ? ", bf16 copy" : ""));
+  if (plan.activations == ActivationHome::host) {
+    item(Home::host, "kept layer inputs", tokens_ * layers * as_double(model_.hidden) * value_bytes,
+         whole(tokens_) + " tokens x " + whole(layers) + " layers x D x " +
+             short_text(value_bytes) + " B");
+  }
+  if (keep) {
+    item(Home::host, "kept activations", kept_bytes(value_bytes),
+         "q, k, v, attention's result, the stream after it, gate and up, all layers");
+  }
+  item(Home::host, "residual stream", tokens_ * as_double(model_.hidden) * 2 * 4,
+       "value and gradient, float32");
+  if (model_.experts > 0) {
+    item(Home::host, "routed rows pool",
+         tokens_ * as_double(model_.top_k) *
+             as_double(4 * model_.hidden + 4 * model_.expert_width) * value_bytes,
+         "rows sorted by expert with gate, up and their product");
+  }
+  item(Home::host, "micro-batch workspace", micro * workspace_width(model_) * 4 * ranks_,
+       whole(micro) + " tokens through one block");
+  const double head_rows = std::min(
+      as_double(head_chunk_rows(model_.vocab, static_cast<std::int64_t>(value_bytes))), tokens_);
+  item(Home::host, "head chunk",
+       head_rows * as_double(model_.vocab + 3 * model_.hidden) * value_bytes * ranks_,
+       "logits of " + whole(head_rows) + " tokens, which become their gradient");
+
+  item(Home::host, "dequantise scratch", scratch_parameters() * value_bytes * ranks_,
+       "the largest piece of a layer that is packed, its values");
+
+  const double weights = base_.all();
+  const double limit = machine_.host_bytes * kHostShare;
+  const double room = std::max(0.0, limit - sum(Home::host));
+  double budget = room;
+  if (recipe_.base.device_memory || recipe_.base.host_memory) {
+    budget = as_double(recipe_.base.device_memory.value_or(0)) +
+             as_double(recipe_.base.host_memory.value_or(0));
+    if (!recipe_.base.device_memory || !recipe_.base.host_memory)
+      budget = std::max(budget, std::min(room, weights));
+  }
+  const double resident = std::min(weights, budget);
+  plan.resident_fraction = weights > 0 ? resident / weights : 1;
+  item(Home::host, "weights", resident,
+       resident < weights ? gb(weights - resident) + " more come from disk on each pass"
+                          : "all of the frozen model");
+  if (resident < weights) {
+    const double tile = std::max(base_.expert, base_.other / std::max(1.0, layers));
+    item(Home::host, "ring", 3 * tile, "3 slots of the largest tile");
+  }
+  plan.device_tile_bytes = std::llround(resident);
+  plan.host_bytes_peak = {sum(Home::host), "bytes", sum_text(Home::host)};
+  plan.device_bytes_peak = {0, "bytes", "the CPU is the device: see host_bytes_peak"};
+  if (sum(Home::host) > limit) {
+    const bool by_budget = sum(Home::host) - resident <= limit && resident > 0;
+    plan.misfits.push_back(
+        {"memory: " + gb(sum(Home::host)) + " needed, " + gb(limit) + " usable of " +
+             gb(machine_.host_bytes) + " (" + machine_.name + ")",
+         by_budget ? "Set base.device_memory and base.host_memory to auto: frozen weights that "
+                     "do not fit are then streamed from disk."
+                   : advice(Home::host)});
+  }
+}
+
+void Planner::add_cpu_time(bool keep, double value_bytes) {
+  const TokenFlops flops = token_flops(recipe_, model_, keep, loss_share_);
+  plan.flops_per_token = {
+      flops.total(), "FLOP",
+      "forward " + short_text((flops.forward_other + flops.forward_expert) / 1e9) + " + backward " +
+          short_text((flops.backward_other + flops.backward_expert) / 1e9) + " GFLOP" +
+          (keep ? "" : ", recompute included") +
+          (loss_share_ < 1 ? ", the head for " + short_text(100 * loss_share_) + " % of the tokens"
+                           : "")};
+  const bool measured = extras_.calibration.has_value() && extras_.calibration->gflops > 0;
+  const double profile = value_bytes == 4 ? machine_.gflops_float32 : machine_.gflops_bfloat16;
+  const double threads_share =
+      recipe_.compute.threads
+          ? std::min(1.0, *recipe_.compute.threads * ranks_ / std::max(1, machine_.cores))
+          : 1.0;
+  const double gflops =
+      std::max(1e-3, measured ? extras_.calibration->gflops : profile * threads_share);
+  const double compute = flops.total() * tokens_ / (gflops * 1e9);
+  forward_seconds_per_token_ =
+      (flops.forward_other + flops.forward_expert + flops.head) / (gflops * 1e9);
+  const double unpacked = dequantise_bytes(value_bytes);
+  const double dequantise = 2 * unpacked / machine_.memory_bytes_per_second;
+  const double busy = compute + dequantise;
+  const double weights = base_.all();
+  const double from_disk = 2 * weights * (1 - plan.resident_fraction);
+  const double disk = from_disk / machine_.disk_bytes_per_second;
+  plan.stream_bytes_per_step = {
+      from_disk, "bytes",
+      from_disk > 0 ? "2 passes x " + gb(from_disk / 2) + " from disk" : "all weights are in RAM"};
+  plan.seconds_per_step = {
+      std::max(busy, disk), "seconds",
+      "max(" + short_text(flops.total() / 1e9) + " GFLOP x " + whole(tokens_) + " tokens / " +
+          short_text(gflops) + " GFLOP/s = " + short_text(compute) +
+          (dequantise > 0
+               ? " + dequantise 2 passes x " + gb(unpacked) + " packed and unpacked / " +
+                     gb(machine_.memory_bytes_per_second) + "/s = " + short_text(dequantise)
+               : "") +
+          ", disk " + short_text(disk) + "); " +
+          (measured ? extras_.calibration->source : machine_.gflops_source)};
+  plan.bound = disk > busy ? Bound::disk : Bound::compute;
+  plan.bound_working = "a step: compute " + short_text(compute) + " s, " +
+                       (dequantise > 0 ? "dequantise " + short_text(dequantise) + " s, " : "") +
+                       "disk " + short_text(disk) + " s";
+  const double per_token = flops.total() / (gflops * 1e9);
+  if (from_disk > 0) {
+    plan.crossover_tokens_per_step = {
+        std::max(1.0, std::ceil((disk - dequantise) / per_token)), "tokens",
+        short_text(disk) + " s of reading" +
+            (dequantise > 0 ? " - " + short_text(dequantise) + " s of dequantising" : "") + " / " +
+            short_text(per_token * 1e3) + " ms a token"};
+  } else {
+    plan.crossover_tokens_per_step = {std::nullopt, "tokens", "nothing is streamed"};
+  }
+  load_seconds_ = weights / machine_.disk_bytes_per_second;
+  if (measured && extras_.calibration->disturbed) {
+    plan.warnings.push_back(
+        "CPU speed was measured while others used this machine: run `tailor calibrate` again");
+  }
+  if (!measured) plan.warnings.push_back("CPU speed is assumed (" + machine_.gflops_source + ")");
+}
+
+}  // namespace tailor

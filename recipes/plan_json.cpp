@@ -1,0 +1,75 @@
+#include <cmath>
+
+#include "recipes/plan.h"
+
+namespace tailor {
+namespace {
+
+Json figure_json(const Figure& figure) {
+  Json value = nullptr;
+  if (figure.value && std::isfinite(*figure.value)) {
+    const bool counted = figure.unit == "bytes" || figure.unit == "tokens" ||
+                         figure.unit == "steps" || figure.unit == "parameters";
+    if (counted) {
+      value = std::llround(*figure.value);
+    } else {
+      value = *figure.value;
+    }
+  }
+  return {{"value", value}, {"unit", figure.unit}, {"working", figure.working}};
+}
+
+}  // namespace
+
+Json plan_json(const Plan& plan) {
+  Json out;
+  out["fits"] = {{"value", plan.fits}, {"unit", "boolean"}, {"working", plan.fits_working}};
+  out["device_bytes_peak"] = figure_json(plan.device_bytes_peak);
+  out["host_bytes_peak"] = figure_json(plan.host_bytes_peak);
+  out["disk_bytes"] = figure_json(plan.disk_bytes);
+  out["stream_bytes_per_step"] = figure_json(plan.stream_bytes_per_step);
+  out["tokens_per_step"] = figure_json(plan.tokens_per_step);
+  out["seconds_per_step"] = figure_json(plan.seconds_per_step);
+  out["tokens_per_second"] = figure_json(plan.tokens_per_second);
+  out["crossover_tokens_per_step"] = figure_json(plan.crossover_tokens_per_step);
+  out["steps"] = figure_json(plan.steps);
+  out["hours"] = figure_json(plan.hours);
+  out["gpu_hours"] = figure_json(plan.gpu_hours);
+  out["usd"] = figure_json(plan.usd);
+  out["bound"] = {
+      {"value", bound_name(plan.bound)}, {"unit", "resource"}, {"working", plan.bound_working}};
+  out["flops_per_token"] = figure_json(plan.flops_per_token);
+  out["trainable_parameters"] = figure_json(plan.trainable_parameters);
+  out["resident_fraction"] = plan.resident_fraction;
+  out["price"] = {{"id", plan.price.id}, {"kind", plan.price.kind}, {"source", plan.price.source}};
+  Json items = Json::array();
+  for (const MemoryItem& item : plan.items) {
+    const char* home = item.home == MemoryItem::Home::device ? "device"
+                       : item.home == MemoryItem::Home::host ? "host"
+                                                             : "disk";
+    items.push_back({{"home", home},
+                     {"name", item.name},
+                     {"bytes", std::llround(item.bytes)},
+                     {"working", item.working}});
+  }
+  out["items"] = std::move(items);
+  Json misfits = Json::array();
+  for (const Plan::Misfit& misfit : plan.misfits)
+    misfits.push_back({{"what", misfit.what}, {"mend", misfit.mend}});
+  out["misfits"] = std::move(misfits);
+  Json differences = Json::array();
+  for (const PlanDifference& difference : plan.differences) {
+    Json entry = {{"name", difference.name}, {"working", difference.working}};
+    if (difference.unit == "bytes") {
+      entry["bytes"] = std::llround(difference.value);
+    } else {
+      entry[difference.unit] = difference.value;
+    }
+    differences.push_back(std::move(entry));
+  }
+  out["differences"] = std::move(differences);
+  out["warnings"] = plan.warnings;
+  return out;
+}
+
+}  // namespace tailor

@@ -1,0 +1,77 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "recipes/plan.h"
+#include "recipes/step_cost.h"
+#include "recipes/stream_model.h"
+
+namespace tailor {
+
+/// The working state of make_plan(): inputs, and the sums shared by its parts. plan.cpp has what
+/// both kinds of machine share, plan_gpu.cpp and plan_cpu.cpp the memory and the step of each.
+class Planner {
+ public:
+  Planner(const Recipe& recipe, const ModelFacts& model, const Machine& machine,
+          const PlanExtras& extras);
+  void run(const PriceBook& prices);
+
+  Plan plan;
+
+ private:
+  using Home = MemoryItem::Home;
+  static constexpr double kHostShare = 0.95;  // of RAM: the rest is the system's
+
+  /// A GPU step under one schedule.
+  struct GpuStep {
+    Geometry geometry;
+    StreamOptions options;
+    DeviceMemory device;
+    HostMemory host;
+    StreamEstimate time;
+    bool experts_beyond_ram = false;  ///< because RAM is too small, not because of a setting
+  };
+
+  void run_gpu();
+  GpuStep gpu_step(const Schedule& schedule) const;
+  void add_gpu_memory(const GpuStep& step);
+  void add_gpu_time(const GpuStep& step);
+  void add_crossover(const GpuStep& step);
+  void add_differences(const GpuStep& ours);
+
+  void run_cpu();
+  void add_cpu_memory(bool keep, double value_bytes);
+  void add_cpu_time(bool keep, double value_bytes);
+  double kept_bytes(double value_bytes) const;
+  /// Whether matrices in a format are turned into values before they are multiplied.
+  bool dequantised(BaseFormat format) const;
+  /// Of the largest piece of a layer whose matrices are unpacked together; 0 when none is packed.
+  double scratch_parameters() const;
+  /// Packed bytes read and values written by unpacking all weights once, as a pass does.
+  double dequantise_bytes(double value_bytes) const;
+
+  void add_disk();
+  Figure evaluation(double steps) const;
+  void add_job(const PriceBook& prices);
+
+  void item(Home home, std::string name, double bytes, std::string working);
+  void items(Home home, const std::vector<MemoryPart>& parts);
+  double sum(Home home) const;
+  /// "weights 12.1 GB + factors 3.0 GB + ..."
+  std::string sum_text(Home home) const;
+  /// The largest item and the setting that governs its size.
+  std::string advice(Home home) const;
+
+  const Recipe& recipe_;
+  const ModelFacts& model_;
+  const Machine& machine_;
+  const PlanExtras& extras_;
+  LoraCounts lora_;
+  BaseBytes base_;
+  double ranks_, tokens_;
+  double loss_share_ = 1;  ///< of the tokens, where the data is known
+  double load_seconds_ = 0, forward_seconds_per_token_ = 0;
+};
+
+}  // namespace tailor

@@ -1,0 +1,201 @@
+// What the block reader gets out of a disk beside fio, which asks for the same reads: 1 MiB each,
+// 16 at once, O_DIRECT, front to back. The readers take turns within a round, so that other work on
+// the machine disturbs all alike; the figures are medians over the rounds.
+//
+//   build/release/bin/bench_block_reader [FOLDER [GIB [ROUNDS]]]
+//
+// FOLDER (else the system's folder for temporary files) must be on the disk to measure and have
+// room for a file of GIB GiB (2), which is removed at the end. Exits 1 if io_uring reaches less
+// than 0.95 of fio, 69 where fio is missing or O_DIRECT is refused.
+
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/aligned_memory.h"
+#include "base/block_reader.h"
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/json.h"
+
+namespace tailor {
+namespace {
+
+constexpr std::int64_t kExtentBytes = std::int64_t{16} << 20, kSlots = 4;
+constexpr double kNeeded = 0.95;
+
+struct Round {
+  double bytes_per_second = 0, cpu_seconds = 0;
+};
+
+double cpu_seconds_now() {
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+/// Every block begins with its number, so that a read can be checked.
+void write_file(const fs::path& path, std::int64_t bytes) {
+  FileWriter file(path);
+  std::vector<std::uint64_t> block(kBlockBytes / 8);
+  for (std::uint64_t number = 0; number < static_cast<std::uint64_t>(bytes / kBlockBytes);
+       ++number) {
+    std::uint64_t state = number;
+    for (std::uint64_t& word : block)
+      word = state = state * 6364136223846793005U + 1442695040888963407U;
+    block[0] = number;
+    file.write(std::as_bytes(std::span(block)));
+  }
+  file.close();
+}
+
+/// The file once, in extents through a ring of slots, as the weight stream reads.
+Round read_with(const BlockReader::Options& options, bool registered, const fs::path& path,
+                std::int64_t bytes, const AlignedMemory& memory, bool check) {
+  const auto reader = BlockReader::create(options);
+  const int file = reader->add_file(path);
+  if (registered) reader->register_memory(memory.bytes());
+  const BlockReader::Facts facts = reader->facts();
+  if (!facts.direct || facts.registered != registered) {
+    throw Error(Fault::device, {"this is not the reader to measure: " + facts.why, path.string(),
+                                "Name a folder on a disk; raise ulimit -l."});
+  }
+  const double start = seconds_now(), cpu_start = cpu_seconds_now();
+  std::int64_t next = 0;
+  const auto submit = [&](std::int64_t slot) {
+    reader->submit({file, next, kExtentBytes, kExtentBytes, memory.data() + slot * kExtentBytes,
+                    static_cast<std::uint64_t>(next) << 8U | static_cast<std::uint64_t>(slot)});
+    next += kExtentBytes;
+  };
+  for (std::int64_t slot = 0; slot < kSlots && next < bytes; ++slot) submit(slot);
+  while (reader->in_flight() > 0) {
+    const BlockDone done = reader->wait();
+    const auto slot = static_cast<std::int64_t>(done.tag & 255U);
+    const auto offset = static_cast<std::int64_t>(done.tag >> 8U);
+    if (!done.good()) throw io_error(done.error_number, "cannot read", path.string());
+    for (std::int64_t at = 0; check && at < kExtentBytes; at += kBlockBytes) {
+      std::int64_t number = 0;
+      std::memcpy(&number, memory.data() + slot * kExtentBytes + at, sizeof number);
+      TAILOR_CHECK(number == (offset + at) / kBlockBytes);
+    }
+    if (next < bytes) submit(slot);
+  }
+  TAILOR_CHECK(reader->bytes_read() == bytes);
+  return {static_cast<double>(bytes) / (seconds_now() - start), cpu_seconds_now() - cpu_start};
+}
+
+Round read_with_fio(const fs::path& path) {
+  const std::string command =
+      "fio --name=read --filename='" + path.string() +
+      "' --direct=1 --ioengine=io_uring --bs=1M --iodepth=16 --rw=read --output-format=json";
+  std::FILE* pipe = ::popen(command.c_str(), "r");
+  TAILOR_CHECK(pipe != nullptr);
+  std::string text;
+  char piece[4096];
+  for (std::size_t n = 0; (n = std::fread(piece, 1, sizeof piece, pipe)) > 0;)
+    text.append(piece, n);
+  const int status = ::pclose(pipe);
+  const std::size_t begin = text.find('{');  // warnings come before
+  if (status != 0 || begin == std::string::npos) {
+    throw Error(Fault::device, {"fio failed", command, "Run the command by hand to see why."});
+  }
+  const Json document = parse_json(std::string_view(text).substr(begin), command);
+  const Json& job = document.at("jobs").at(0);
+  const double seconds = 1e-3 * job.at("job_runtime").get<double>();
+  const double cpu_percent = job.at("usr_cpu").get<double>() + job.at("sys_cpu").get<double>();
+  return {job.at("read").at("bw_bytes").get<double>(), 1e-2 * cpu_percent * seconds};
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const std::size_t half = values.size() / 2;
+  return values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
+}
+
+int run(const fs::path& folder, std::int64_t bytes, int rounds) {
+  struct Reader {
+    const char* name;
+    std::optional<BlockReader::Engine> engine;  ///< unset: fio
+    bool registered;
+    std::vector<double> bytes_per_second, cpu_seconds, of_fio;
+  };
+  std::vector<Reader> readers = {
+      {"fio io_uring", {}, false, {}, {}, {}},
+      {"io_uring", BlockReader::Engine::io_uring, true, {}, {}, {}},
+      {"io_uring, unregistered", BlockReader::Engine::io_uring, false, {}, {}, {}},
+      {"threads", BlockReader::Engine::threads, false, {}, {}, {}}};
+  if (std::system("fio --version >/dev/null 2>&1") != 0) {
+    throw Error(Fault::device, {"fio is not installed; there is nothing to compare with", "",
+                                "apt-get install fio"});
+  }
+  const fs::path path = folder / ("tailor_bench_" + std::to_string(::getpid()) + ".bin");
+  struct Remove {
+    fs::path path;
+    ~Remove() { ::unlink(path.c_str()); }
+  } const remove{path};
+  write_file(path, bytes);
+  const AlignedMemory memory(kSlots * kExtentBytes, true);
+  memory.poison();  // touched once, as a stream's slots are
+  const auto read = [&](const Reader& reader, bool check) {
+    if (!reader.engine) return read_with_fio(path);
+    BlockReader::Options options;
+    options.engine = reader.engine;
+    return read_with(options, reader.registered, path, bytes, memory, check);
+  };
+  for (const Reader& reader : readers) read(reader, true);  // not counted
+  for (int round = 0; round < rounds; ++round) {
+    for (std::size_t i = 0; i < readers.size(); ++i) {
+      Reader& reader = readers[(i + static_cast<std::size_t>(round)) % readers.size()];
+      const Round got = read(reader, false);
+      reader.bytes_per_second.push_back(got.bytes_per_second);
+      reader.cpu_seconds.push_back(got.cpu_seconds);
+    }
+    for (Reader& reader : readers) {
+      reader.of_fio.push_back(reader.bytes_per_second.back() / readers[0].bytes_per_second.back());
+    }
+  }
+  std::printf("%-24s %8s %10s %12s %8s   rounds, GB/s\n", "reader", "GB/s", "CPU s", "CPU s / GB",
+              "of fio");
+  for (const Reader& reader : readers) {
+    const double cpu = median(reader.cpu_seconds);
+    std::printf("%-24s %8.3f %10.3f %12.4f %8.3f  ", reader.name,
+                1e-9 * median(reader.bytes_per_second), cpu,
+                cpu / (1e-9 * static_cast<double>(bytes)), median(reader.of_fio));
+    for (const double value : reader.bytes_per_second) std::printf(" %.3f", 1e-9 * value);
+    std::printf("\n");
+  }
+  const double ratio = median(readers[1].bytes_per_second) / median(readers[0].bytes_per_second);
+  std::printf("io_uring / fio, of the medians: %.3f (needed: %.2f)\n", ratio, kNeeded);
+  return ratio >= kNeeded ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace tailor
+
+int main(int count, char** arguments) {
+  try {
+    const tailor::fs::path folder =
+        count > 1 ? tailor::fs::path(arguments[1]) : tailor::fs::temp_directory_path();
+    const double gib = count > 2 ? std::atof(arguments[2]) : 2.0;
+    const int rounds = count > 3 ? std::atoi(arguments[3]) : 5;
+    const auto extents = static_cast<std::int64_t>(gib * 64);
+    if (extents < 1 || rounds < 1 || count > 4) {
+      std::fprintf(stderr, "usage: bench_block_reader [FOLDER [GIB [ROUNDS]]]\n");
+      return 2;
+    }
+    return tailor::run(folder, extents * tailor::kExtentBytes, rounds);
+  } catch (const tailor::Error& error) {
+    std::fprintf(stderr, "%s", tailor::to_text(error).c_str());
+    return error.exit_code();
+  }
+}

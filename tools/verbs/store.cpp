@@ -1,0 +1,232 @@
+#include <sched.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <iostream>
+
+#include "base/error.h"
+#include "base/json.h"
+#include "base/text.h"
+#include "data/checkpoint/checkpoint.h"
+#include "data/store/pack.h"
+#include "data/store/verify.h"
+#include "recipes/scalars.h"
+#include "tools/interrupt.h"
+#include "tools/table.h"
+#include "tools/terminal.h"
+#include "tools/verbs.h"
+
+namespace tailor {
+namespace {
+
+int threads_or_all(int threads) {
+  if (threads > 0) return threads;
+  cpu_set_t cores;
+  return sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
+}
+
+FormatChoice format_choice(const std::string& name, std::int64_t group) {
+  if (name == "as_is") return {};
+  if (name == "int4") return {false, WeightKind::int4, group};
+  if (name == "nf4") return {false, WeightKind::nf4, 0};
+  if (name == "fp8") return {false, WeightKind::fp8, 0};
+  if (name == "bf16") return {false, WeightKind::bf16, 0};
+  throw Error(Fault::usage, {"format '" + name + "' is not known", "--format",
+                             "Use int4, nf4, fp8, bf16 or as_is."});
+}
+
+std::string error_text(const LayerError& error) {
+  std::string out = "layer " + std::to_string(error.layer) +
+                    (error.experts ? ", experts" : ", the rest") + ": error " +
+                    number_text(100 * error.relative(), 3) + " % of the weights";
+  if (error.absmax_squared_error > 0) {
+    out += ", mean square " +
+           number_text(error.squared_error / error.absmax_squared_error, 3) +
+           " x that of scales from the largest value";
+  }
+  return out;
+}
+
+/// Progress of a long pass over a store: a line that overwrites itself on a terminal, plain lines
+/// every ten seconds elsewhere.
+class StoreProgress {
+ public:
+  StoreProgress() : terminal_(takes_colour(2)) {}
+
+  void show(const std::string& doing, std::int64_t done, std::int64_t before, std::int64_t bytes,
+            double seconds, const std::string& note) {
+    const double share = bytes > 0 ? static_cast<double>(done) / static_cast<double>(bytes) : 1;
+    std::string text = doing + " " + number_text(100 * share, 3) + " % of " + bytes_text(bytes);
+    const auto mine = static_cast<double>(done - before);
+    if (seconds > 1 && mine > 0) {
+      const double rate = mine / seconds;
+      text += ", " + bytes_text(static_cast<std::int64_t>(rate)) + "/s, " +
+              seconds_text(static_cast<double>(bytes - done) / rate) + " to go";
+    }
+    if (!note.empty()) text += ", " + note;
+    line_.show(text);
+    if (terminal_ || seconds - said_ < 10) return;
+    said_ = seconds;
+    say(text);
+  }
+  void say(const std::string& text) {
+    line_.show("");
+    std::fprintf(stderr, "%s\n", text.c_str());
+  }
+
+ private:
+  bool terminal_;
+  double said_ = 0;
+  ProgressLine line_;
+};
+
+}  // namespace
+
+int run_model_pack(const ModelPackArguments& arguments) {
+  if (arguments.model.empty() == arguments.follow.empty()) {
+    throw Error(Fault::usage,
+                {arguments.model.empty() ? "no model is named" : "MODEL and --follow are both given",
+                 "the command line of tailor model pack",
+                 "Give the model's folder or repository, or --follow DIR with the folder its "
+                 "download fills."});
+  }
+  if (arguments.delete_source && arguments.follow.empty()) {
+    throw Error(Fault::usage, {"--delete-source without --follow", "--delete-source",
+                               "Only the shards of a download that is followed are removed."});
+  }
+  const auto memory = parse_bytes(arguments.max_ram);
+  if (!memory || *memory <= 0) {
+    throw Error(Fault::usage, {"'" + arguments.max_ram + "' is not a size", "--max-ram",
+                               "Write bytes with a unit, such as 1GiB or 800MB."});
+  }
+  PackOptions options;
+  options.formats.experts = format_choice(arguments.format, arguments.group);
+  options.formats.others = format_choice(arguments.non_expert_format, arguments.group);
+  options.source = arguments.follow.empty() ? arguments.model : arguments.follow;
+  options.threads = threads_or_all(arguments.threads);
+  options.memory_bytes_max = *memory;
+  options.follow = !arguments.follow.empty();
+  options.delete_source = arguments.delete_source;
+  const fs::path model =
+      options.follow ? fs::path(arguments.follow) : find_model_folder(arguments.model);
+  if (Store::is_store(model)) {
+    throw Error(Fault::usage, {"the model is a store already", model.string(),
+                               "Pack from the published checkpoint."});
+  }
+  const Interrupt interrupt;
+  options.stop = [&] { return interrupt.asked(); };
+  StoreProgress progress;
+  options.progress = [&](const PackProgress& at) {
+    for (const LayerError& error : at.finished) progress.say(error_text(error));
+    progress.show("packing", at.bytes_done, at.bytes_before, at.bytes, at.seconds,
+                  at.waiting_for.empty() ? "" : "waiting for " + at.waiting_for);
+  };
+  const PackReport report = pack_store(model, arguments.to, options);
+  double squared = 0, squares = 0, absmax = 0;
+  for (const LayerError& error : report.errors) {
+    squared += error.squared_error;
+    squares += error.squares;
+    absmax += error.absmax_squared_error;
+  }
+  LayerError all;
+  all.squared_error = squared;
+  all.squares = squares;
+  if (arguments.json) {
+    Json layers = Json::array();
+    for (const LayerError& error : report.errors) {
+      layers.push_back({{"layer", error.layer},
+                        {"experts", error.experts},
+                        {"relative_error", error.relative()},
+                        {"mse_over_absmax", error.absmax_squared_error > 0
+                                                ? Json(error.squared_error /
+                                                       error.absmax_squared_error)
+                                                : Json()}});
+    }
+    std::cout << Json{{"store", arguments.to},
+                      {"bytes", report.bytes},
+                      {"units", report.units},
+                      {"units_before", report.units_before},
+                      {"source_bytes_read", report.source_bytes_read},
+                      {"seconds", report.seconds},
+                      {"relative_error", squares > 0 ? Json(all.relative()) : Json()},
+                      {"mse_over_absmax", absmax > 0 ? Json(squared / absmax) : Json()},
+                      {"layers", layers}}
+                     .dump(2)
+              << "\n";
+    return 0;
+  }
+  if (report.units_before == report.units) {
+    std::cout << "This store is complete: " << bytes_text(report.bytes) << " in " << arguments.to
+              << "\n";
+    return 0;
+  }
+  std::cout << heading("Packed") << " " << bytes_text(report.bytes) << " into " << arguments.to
+            << " in " << seconds_text(report.seconds) << ", reading "
+            << bytes_text(report.source_bytes_read) << "\n";
+  if (report.units_before > 0) {
+    std::cout << "  " << count_text(report.units_before) << " of " << count_text(report.units)
+              << " tiles were there from before\n";
+  }
+  if (squares > 0) {
+    std::cout << "  quantisation error " << number_text(100 * all.relative(), 3)
+              << " % of the weights (root mean square)";
+    if (absmax > 0) {
+      std::cout << ", mean square " << number_text(squared / absmax, 3)
+                << " x that of scales from the largest value";
+    }
+    std::cout << "\n";
+  }
+  std::cout << "  train from it: base_model=" << arguments.to
+            << ", or base.store=" << arguments.to << " beside the published model\n";
+  return 0;
+}
+
+int run_model_verify(const ModelVerifyArguments& arguments) {
+  const Store store = Store::open(arguments.store);
+  std::optional<Checkpoint> against;
+  if (!arguments.against.empty()) {
+    against = Checkpoint::open(find_model_folder(arguments.against));
+    if (fingerprint(*against, store.spec()) != store.fingerprint()) {
+      throw Error(Fault::bad_file,
+                  {"the store was made from another model", arguments.store,
+                   "It was packed from " + store.source() + "; compare it with that."});
+    }
+  }
+  const Interrupt interrupt;
+  StoreProgress progress;
+  VerifyOptions options;
+  options.threads = threads_or_all(arguments.threads);
+  options.against = against ? &*against : nullptr;
+  options.stop = [&] { return interrupt.asked(); };
+  options.progress = [&](std::int64_t done, std::int64_t bytes, double seconds) {
+    progress.show("verifying", done, 0, bytes, seconds, "");
+  };
+  const VerifyReport report = verify_store(store, options);
+  if (arguments.json) {
+    std::cout << Json{{"store", arguments.store},
+                      {"good", report.problems.empty()},
+                      {"tiles", report.units},
+                      {"bytes", report.bytes},
+                      {"seconds", report.seconds},
+                      {"problems", report.problems}}
+                     .dump(2)
+              << "\n";
+  } else {
+    for (const std::string& problem : report.problems) std::cout << problem << "\n";
+  }
+  if (!report.problems.empty()) {
+    throw Error(Fault::bad_file,
+                {count_text(static_cast<std::int64_t>(report.problems.size())) + " of " +
+                     count_text(report.units) + " tiles are not as they were packed",
+                 arguments.store, "Check the disk, then pack the model again into a new folder."});
+  }
+  if (!arguments.json) {
+    std::cout << "All " << count_text(report.units) << " tiles (" << bytes_text(report.bytes)
+              << ") are as they were packed"
+              << (against ? ", and as near the checkpoint as their formats can be" : "") << "; read in "
+              << seconds_text(report.seconds) << "\n";
+  }
+  return 0;
+}
+
+}  // namespace tailor

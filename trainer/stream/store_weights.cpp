@@ -1,0 +1,501 @@
+#include "trainer/stream/store_weights.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <map>
+
+#include "base/error.h"
+#include "base/text.h"
+#include "base/units.h"
+#include "recipes/tile_homes.h"
+#include "trainer/ops.h"
+
+namespace tailor {
+namespace {
+
+constexpr std::int64_t kTileBytes = std::int64_t{16} << 20;  // experts that are read together
+constexpr std::int64_t kRingBytes = std::int64_t{128} << 20;
+
+enum Pool { kAttentionPool, kFeedForwardPool, kTilePool, kPools };
+
+template <class S>
+void decode_with(const EncodedMatrix& matrix, S* out, std::int64_t stride) {
+  at::parallel_for(0, matrix.rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    kernels<S>().dequantise(begin, end, matrix, out + begin * stride, stride);
+  });
+}
+
+/// Decodes a matrix into rows of `out`, of any of the blocks' dtypes.
+void decode(const EncodedMatrix& matrix, const at::Tensor& out) {
+  const std::int64_t stride = out.stride(0);
+  switch (out.scalar_type()) {
+    case at::kDouble:
+      return decode_with(matrix, data<double>(out), stride);
+    case at::kFloat:
+      return decode_with(matrix, data<float>(out), stride);
+    default:
+      return decode_with(matrix, data<Bf16>(out), stride);
+  }
+}
+
+/// Whether codes are the numbers themselves.
+bool stored_as(const EncodedMatrix& matrix, at::ScalarType dtype) {
+  return (matrix.format.kind == WeightKind::bf16 && dtype == at::kBFloat16) ||
+         (matrix.format.kind == WeightKind::f32 && dtype == at::kFloat);
+}
+
+at::Tensor view_of(const std::byte* codes, at::IntArrayRef shape, at::ScalarType dtype) {
+  return at::from_blob(const_cast<std::byte*>(codes), shape, at::TensorOptions(dtype));
+}
+
+/// Matrices with one input as one tensor of all their rows: a view where they lie side by side in
+/// the blocks' dtype, else decoded.
+at::Tensor stacked(std::span<const EncodedMatrix> matrices, at::ScalarType dtype,
+                   TensorStack& scratch) {
+  const std::int64_t columns = matrices[0].columns;
+  std::int64_t rows = 0;
+  bool plain = true;
+  for (const EncodedMatrix& matrix : matrices) {
+    plain = plain && stored_as(matrix, dtype) &&
+            matrix.codes == matrices[0].codes +
+                                rows * columns * static_cast<std::int64_t>(c10::elementSize(dtype));
+    rows += matrix.rows;
+  }
+  if (plain) return view_of(matrices[0].codes, {rows, columns}, dtype);
+  const at::Tensor out = scratch.take({rows, columns}, dtype);
+  std::int64_t at = 0;
+  for (const EncodedMatrix& matrix : matrices) {
+    decode(matrix, out.narrow(0, at, matrix.rows));
+    at += matrix.rows;
+  }
+  return out;
+}
+
+/// A store's units, cut into tiles, with numbers that tell where each is.
+struct TileMap {
+  std::vector<RingTile> tiles;
+  std::vector<std::vector<const StoredUnit*>> units;  ///< of each tile
+  std::vector<int> attention, feed_forward;           ///< tile of each layer
+  std::vector<int> first_expert_tile;                 ///< of each layer; -1: dense
+  std::vector<int> head;                              ///< tile of each vocabulary run
+  std::int64_t experts_per_tile = 0, expert_tiles = 0;
+};
+
+class StoreStream final : public StoreWeights {
+ public:
+  StoreStream(std::shared_ptr<const Store> store, at::ScalarType dtype,
+              const StreamOptions& options)
+      : store_(std::move(store)), spec_(store_->spec()), dtype_(dtype) {
+    cut_tiles(options);
+    choose_tile_homes(options);
+    BlockReader::Options reader_options = options.reader;
+    auto reader = BlockReader::create(reader_options);
+    for (std::size_t f = 0; f < store_->layout().files.size(); ++f) {
+      reader->add_file(inside_folder(store_->folder(), store_->layout().files[f].name));
+    }
+    if (options.wrap_reader) reader = options.wrap_reader(std::move(reader));
+    checked_.assign(map_.tiles.size(), 0);
+    ring_ = std::make_unique<TileRing>(
+        map_.tiles, pools(options), std::move(reader),
+        TileRing::Checks{[this](int tile, const std::byte* bytes) { check(tile, bytes); },
+                         [this](int tile, const BlockDone& done) { return failed(tile, done); }});
+    facts_.reader = ring_->reader_facts();
+    load_norm(options);
+  }
+
+  const ModelSpec& spec() const override { return spec_; }
+
+  void begin(Pass pass, bool again) override {
+    const std::vector<int>& order = order_of(pass);
+    ring_->begin(order);
+    if (again) ring_->expect(order);
+  }
+
+  Lease attention(std::int64_t layer, LayerWeights& out, TensorStack& scratch) override {
+    const int tile = map_.attention[static_cast<std::size_t>(layer)];
+    Lease lease = acquire(tile);
+    const auto matrices = matrices_of(*unit_of(tile, 0), lease.bytes());
+    out.input_norm_D = stacked(std::span(&matrices[0], 1), dtype_, scratch)[0];
+    out.qkv_OD = stacked(std::span(&matrices[1], 3), dtype_, scratch);
+    out.o_DO = stacked(std::span(&matrices[4], 1), dtype_, scratch);
+    return lease;
+  }
+
+  Lease feed_forward(std::int64_t layer, LayerWeights& out, TensorStack& scratch) override {
+    const int tile = map_.feed_forward[static_cast<std::size_t>(layer)];
+    Lease lease = acquire(tile);
+    const auto matrices = matrices_of(*unit_of(tile, 0), lease.bytes());
+    const bool moe = spec_.layers[static_cast<std::size_t>(layer)].moe;
+    const std::size_t gate = moe ? 2 : 1;
+    out.post_norm_D = stacked(std::span(&matrices[0], 1), dtype_, scratch)[0];
+    if (moe) out.router_ED = stacked(std::span(&matrices[1], 1), dtype_, scratch);
+    out.gate_up_OD = stacked(std::span(&matrices[gate], 2), dtype_, scratch);
+    out.down_DF = stacked(std::span(&matrices[gate + 2], 1), dtype_, scratch);
+    return lease;
+  }
+
+  std::int64_t expert_tiles() const override { return map_.expert_tiles; }
+
+  ExpertTile experts(std::int64_t layer, std::int64_t tile) override {
+    const std::int64_t first = tile * map_.experts_per_tile;
+    return {acquire(map_.first_expert_tile[static_cast<std::size_t>(layer)] + narrow<int>(tile)),
+            layer, first, std::min(map_.experts_per_tile, spec_.experts - first)};
+  }
+
+  ExpertWeights expert(const ExpertTile& tile, std::int64_t expert, TensorStack& scratch) override {
+    const int index = map_.first_expert_tile[static_cast<std::size_t>(tile.layer)] +
+                      narrow<int>(tile.first / map_.experts_per_tile);
+    const StoredUnit& unit = *unit_of(index, static_cast<std::size_t>(expert - tile.first));
+    const auto matrices =
+        matrices_of(unit, tile.lease.bytes() +
+                              (unit.offset - map_.tiles[static_cast<std::size_t>(index)].offset));
+    return {stacked(std::span(&matrices[0], 2), dtype_, scratch).t(),
+            stacked(std::span(&matrices[2], 1), dtype_, scratch).t()};
+  }
+
+  at::Tensor final_norm_D() override { return norm_D_; }
+  std::int64_t head_runs() const override { return narrow<std::int64_t>(map_.head.size()); }
+
+  HeadRun head(std::int64_t run, TensorStack& scratch) override {
+    const int tile = map_.head[static_cast<std::size_t>(run)];
+    HeadRun out;
+    out.lease = acquire(tile);
+    const StoredUnit& unit = *unit_of(tile, 0);
+    out.first = unit.id.index;
+    const auto matrices = matrices_of(unit, out.lease.bytes());
+    out.w_VD = stacked(matrices, dtype_, scratch);
+    return out;
+  }
+
+  void embed(std::span<const std::int32_t> ids, const at::Tensor& out_TD) override {
+    std::map<std::int32_t, std::vector<std::int64_t>> tokens_of;  // each row is read once
+    for (std::size_t t = 0; t < ids.size(); ++t) {
+      tokens_of[ids[t]].push_back(static_cast<std::int64_t>(t));
+    }
+    if (embedding_.size() > 0) {
+      for (const auto& [id, tokens] : tokens_of) {
+        const auto [unit, row] = embedding_row(id);
+        copy_row(unit->matrices[0].in(embedding_.data() + unit->offset), row, tokens, out_TD);
+      }
+      return;
+    }
+    read_rows(tokens_of, out_TD);
+  }
+
+  std::int64_t memory_bytes() const override { return ring_->memory_bytes() + embedding_.size(); }
+  RingCounters counters() const override {
+    RingCounters out = ring_->counters();
+    out.streamed_bytes += embedding_bytes_read_;
+    return out;
+  }
+  StreamFacts facts() const override { return facts_; }
+
+ private:
+  // ------------------------------------------------------------------ tiles
+  void cut_tiles(const StreamOptions& options) {
+    const StoreLayout& layout = store_->layout();
+    std::int64_t expert_bytes = 0;
+    for (const StoredUnit& unit : layout.units) {
+      if (unit.id.kind == UnitKind::expert) expert_bytes = std::max(expert_bytes, unit.bytes);
+    }
+    if (expert_bytes > 0) {
+      map_.experts_per_tile =
+          options.experts_per_tile > 0
+              ? std::min(options.experts_per_tile, spec_.experts)
+              : std::clamp<std::int64_t>(kTileBytes / expert_bytes, 1, spec_.experts);
+      map_.expert_tiles = div_ceil(spec_.experts, map_.experts_per_tile);
+    }
+    for (std::int64_t l = 0; l < spec_.layer_count(); ++l) {
+      map_.attention.push_back(add_tile({wanted({UnitKind::attention, l, 0})}, kAttentionPool));
+      map_.feed_forward.push_back(
+          add_tile({wanted({UnitKind::feed_forward, l, 0})}, kFeedForwardPool));
+      map_.first_expert_tile.push_back(-1);
+      if (!spec_.layers[static_cast<std::size_t>(l)].moe) continue;
+      map_.first_expert_tile.back() = narrow<int>(narrow<std::int64_t>(map_.tiles.size()));
+      for (std::int64_t e = 0; e < spec_.experts; e += map_.experts_per_tile) {
+        std::vector<const StoredUnit*> units;
+        for (std::int64_t i = e; i < std::min(spec_.experts, e + map_.experts_per_tile); ++i) {
+          units.push_back(wanted({UnitKind::expert, l, i}));
+        }
+        add_tile(units, kTilePool);
+      }
+    }
+    const UnitKind kind = spec_.tied_head ? UnitKind::embedding : UnitKind::head;
+    const std::int64_t run = vocabulary_run_rows(spec_);
+    for (std::int64_t row = 0; row < spec_.vocab; row += run) {
+      map_.head.push_back(add_tile({wanted({kind, 0, row})}, kTilePool));
+    }
+  }
+
+  const StoredUnit* wanted(const UnitId& id) const {
+    const StoredUnit* unit = store_->layout().find(id);
+    if (unit == nullptr) {
+      throw Error(Fault::bad_file, {"the store lacks " + unit_text(id), store_->folder().string(),
+                                    "Pack the model again: tailor model pack."});
+    }
+    return unit;
+  }
+
+  int add_tile(const std::vector<const StoredUnit*>& units, int pool) {
+    RingTile tile;
+    tile.file = narrow<int>(units.front()->file);
+    tile.offset = units.front()->offset;
+    tile.pool = pool;
+    for (const StoredUnit* unit : units) {
+      if (unit->file != units.front()->file || unit->offset != tile.offset + tile.bytes) {
+        throw Error(Fault::bad_file, {"the experts of a layer do not lie side by side",
+                                      store_->where(*unit), "Pack the model again."});
+      }
+      tile.bytes += unit->bytes;
+    }
+    map_.tiles.push_back(tile);
+    map_.units.push_back(units);
+    return narrow<int>(narrow<std::int64_t>(map_.tiles.size()) - 1);
+  }
+
+  void choose_tile_homes(const StreamOptions& options) {
+    std::vector<PassTile> pass;
+    std::int64_t total = 0;
+    facts_.smallest_budget = map_.tiles.front().bytes;
+    for (const RingTile& tile : map_.tiles) {
+      pass.push_back({tile.bytes});
+      total += tile.bytes;
+      facts_.smallest_budget = std::min(facts_.smallest_budget, tile.bytes);
+    }
+    const std::int64_t device = options.device_bytes.value_or(options.host_bytes ? 0 : total);
+    const std::int64_t host = options.host_bytes.value_or(0);
+    const auto chosen = choose_homes(pass, device, host);
+    if (const auto* small = std::get_if<BudgetTooSmall>(&chosen)) {
+      throw Error(Fault::does_not_fit, small->parts());
+    }
+    const TileHomes& homes = std::get<TileHomes>(chosen);
+    for (std::size_t t = 0; t < homes.homes.size(); ++t) {
+      map_.tiles[t].home = homes.homes[t];
+      facts_.tiles_resident += homes.homes[t] == TileHome::disk ? 0 : 1;
+    }
+    facts_.streamed_bytes = homes.disk_bytes;
+    facts_.resident_bytes = homes.device_bytes + homes.host_bytes;
+    facts_.tiles = narrow<std::int64_t>(map_.tiles.size());
+    room_left_ = device + host - facts_.resident_bytes;
+  }
+
+  std::vector<RingPool> pools(const StreamOptions& options) {
+    std::array<std::int64_t, kPools> largest{};
+    for (const RingTile& tile : map_.tiles) {
+      if (tile.home != TileHome::disk) continue;
+      auto& of_pool = largest[static_cast<std::size_t>(tile.pool)];
+      of_pool = std::max(of_pool, tile.bytes);
+    }
+    const std::int64_t wanted_bytes = options.ring_bytes > 0 ? options.ring_bytes : kRingBytes;
+    const std::int64_t tile = largest[kTilePool];
+    // Two are the least that overlap anything; three let a read finish while another begins.
+    const std::int64_t slots = tile == 0 ? 0 : std::clamp<std::int64_t>(wanted_bytes / tile, 3, 64);
+    const std::vector<RingPool> out = {
+        {largest[kAttentionPool], 2}, {largest[kFeedForwardPool], 2}, {tile, narrow<int>(slots)}};
+    for (const RingPool& pool : out) facts_.ring_bytes += pool.slot_bytes * pool.slots;
+    return out;
+  }
+
+  const std::vector<int>& order_of(Pass pass) {
+    std::vector<int>& order = orders_[pass];
+    if (!order.empty()) return order;
+    const auto add_experts = [&](std::size_t l) {
+      for (std::int64_t t = 0; map_.first_expert_tile[l] >= 0 && t < map_.expert_tiles; ++t) {
+        order.push_back(map_.first_expert_tile[l] + narrow<int>(t));
+      }
+    };
+    for (std::size_t l = 0; l < map_.attention.size(); ++l) {
+      order.push_back(map_.attention[l]);
+      order.push_back(map_.feed_forward[l]);
+      add_experts(l);
+    }
+    order.insert(order.end(), map_.head.begin(), map_.head.end());
+    if (pass == Pass::forward || pass == Pass::generate) return order;
+    order.insert(order.end(), map_.head.begin(), map_.head.end());
+    for (std::size_t l = map_.attention.size(); l-- > 0;) {
+      if (pass == Pass::train_recompute) order.push_back(map_.attention[l]);
+      order.push_back(map_.feed_forward[l]);
+      add_experts(l);
+      if (pass == Pass::train_kept) order.push_back(map_.attention[l]);
+    }
+    return order;
+  }
+
+  // ------------------------------------------------------------------ bytes
+  const StoredUnit* unit_of(int tile, std::size_t index) const {
+    return map_.units[static_cast<std::size_t>(tile)][index];
+  }
+  static std::vector<EncodedMatrix> matrices_of(const StoredUnit& unit, const std::byte* bytes) {
+    std::vector<EncodedMatrix> out;
+    out.reserve(unit.matrices.size());
+    for (const MatrixPlace& place : unit.matrices) out.push_back(place.in(bytes));
+    return out;
+  }
+
+  Lease acquire(int tile) {
+    Lease lease = ring_->acquire(tile);
+    const std::byte* bytes = lease.bytes();
+    for (const StoredUnit* unit : map_.units[static_cast<std::size_t>(tile)]) {
+      store_->check_header(*unit, bytes);
+      bytes += unit->bytes;
+    }
+    return lease;
+  }
+
+  /// On the reading thread: the first time, all of a tile's bits.
+  void check(int tile, const std::byte* bytes) {
+    auto& checked = checked_[static_cast<std::size_t>(tile)];
+    if (checked != 0) return;
+    for (const StoredUnit* unit : map_.units[static_cast<std::size_t>(tile)]) {
+      store_->check_header(*unit, bytes);
+      store_->check_hash(*unit, bytes);
+      bytes += unit->bytes;
+    }
+    checked = 1;
+  }
+
+  std::exception_ptr failed(int tile, const BlockDone& done) const {
+    const std::string where = store_->where(*unit_of(tile, 0)) + "; failed at byte " +
+                              std::to_string(done.failed_offset) + " of the file";
+    if (done.cut_off) {
+      return std::make_exception_ptr(
+          Error(Fault::io, {"the store's file ends inside a tile", where,
+                            "The file was cut off. Check the disk, then pack the model again."}));
+    }
+    return std::make_exception_ptr(
+        io_error(done.error_number, "cannot read a tile of the store", where));
+  }
+
+  // ------------------------------------------------------------------ embedding and norm
+  std::pair<const StoredUnit*, std::int64_t> embedding_row(std::int32_t id) const {
+    const std::int64_t run = vocabulary_run_rows(spec_);
+    const std::int64_t first = id / run * run;
+    return {store_->layout().find({UnitKind::embedding, 0, first}), id - first};
+  }
+
+  static void copy_row(const EncodedMatrix& matrix, std::int64_t row,
+                       const std::vector<std::int64_t>& tokens, const at::Tensor& out_TD) {
+    EncodedMatrix one = matrix;
+    const std::int64_t row_bytes = code_bytes(matrix.format, 1, matrix.columns);
+    one.codes += row * row_bytes;
+    one.rows = 1;
+    const at::Tensor first = out_TD.narrow(0, tokens.front(), 1);
+    decode(one, first);
+    for (std::size_t i = 1; i < tokens.size(); ++i) out_TD.narrow(0, tokens[i], 1).copy_(first);
+  }
+
+  void load_norm(const StreamOptions& options) {
+    rows_reader_ = BlockReader::create(options.reader);
+    for (const StoreLayout::File& file : store_->layout().files) {
+      rows_reader_->add_file(inside_folder(store_->folder(), file.name));
+    }
+    const StoredUnit& norm = *wanted({UnitKind::final_norm, 0, 0});
+    const AlignedMemory memory = read_unit(norm);
+    norm_D_ = at::empty({1, spec_.hidden}, at::TensorOptions(dtype_));
+    decode(norm.matrices[0].in(memory.data()), norm_D_);
+    norm_D_ = norm_D_[0];
+    const StoredUnit& first = *wanted({UnitKind::embedding, 0, 0});
+    const WeightKind kind = first.matrices[0].format.kind;
+    if (kind != WeightKind::bf16 && kind != WeightKind::f32) {
+      throw Error(Fault::bad_file, {"a quantised embedding is not supported", store_->where(first),
+                                    "Pack from a checkpoint whose embedding "
+                                    "is F32, F16 or BF16."});
+    }
+    // Where all tiles fit, the embedding stays as well if there is room; else rows are read.
+    const auto& file = store_->layout().files[static_cast<std::size_t>(first.file)];
+    const bool unlimited = !options.device_bytes && !options.host_bytes;
+    if (facts_.streamed_bytes > 0 || (!unlimited && room_left_ < file.bytes)) return;
+    embedding_ = AlignedMemory(file.bytes);
+    for (const StoredUnit& unit : store_->layout().units) {
+      if (unit.id.kind != UnitKind::embedding) continue;
+      read_into(unit, embedding_.data() + unit.offset);
+    }
+    facts_.resident_bytes += file.bytes;
+  }
+
+  AlignedMemory read_unit(const StoredUnit& unit) {
+    AlignedMemory memory(unit.bytes);
+    read_into(unit, memory.data());
+    return memory;
+  }
+  void read_into(const StoredUnit& unit, std::byte* to) {
+    rows_reader_->submit({narrow<int>(unit.file), unit.offset, unit.bytes, unit.bytes, to, 0});
+    const BlockDone done = rows_reader_->wait();
+    if (!done.good()) {
+      throw io_error(done.error_number == 0 ? EIO : done.error_number, "cannot read the store",
+                     store_->where(unit));
+    }
+    store_->check_header(unit, to);
+    store_->check_hash(unit, to);
+  }
+
+  void read_rows(const std::map<std::int32_t, std::vector<std::int64_t>>& tokens_of,
+                 const at::Tensor& out_TD) {
+    const StoredUnit& any = *embedding_row(0).first;
+    const std::int64_t row_bytes = code_bytes(any.matrices[0].format, 1, spec_.hidden);
+    const std::int64_t slot = align_up(row_bytes, kBlockBytes) + kBlockBytes;
+    constexpr std::size_t kRowsAtOnce = 256;
+    if (row_slots_.size() == 0) {
+      row_slots_ = AlignedMemory(static_cast<std::int64_t>(kRowsAtOnce) * slot);
+    }
+    std::vector<BlockRead> reads;
+    std::vector<std::pair<std::int64_t, const std::vector<std::int64_t>*>> rows;
+    const auto flush = [&] {
+      rows_reader_->submit(reads);
+      std::exception_ptr failure;
+      for (std::size_t i = 0; i < reads.size(); ++i) {
+        const BlockDone done = rows_reader_->wait();
+        if (!done.good() && !failure) {
+          failure = std::make_exception_ptr(
+              io_error(done.error_number == 0 ? EIO : done.error_number,
+                       "cannot read rows of the embedding", store_->where(any)));
+        }
+      }
+      if (failure) std::rethrow_exception(failure);
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        const EncodedMatrix row{any.matrices[0].format, 1, spec_.hidden,
+                                reads[i].to + rows[i].first, nullptr};
+        copy_row(row, 0, *rows[i].second, out_TD);
+        embedding_bytes_read_ += reads[i].bytes;
+      }
+      reads.clear();
+      rows.clear();
+    };
+    for (const auto& [id, tokens] : tokens_of) {
+      const auto [unit, row] = embedding_row(id);
+      const std::int64_t from = unit->offset + unit->matrices[0].codes_offset + row * row_bytes;
+      const std::int64_t begin = from / kBlockBytes * kBlockBytes;
+      const std::int64_t end = align_up(from + row_bytes, kBlockBytes);
+      std::byte* to = row_slots_.data() + static_cast<std::size_t>(slot) * reads.size();
+      reads.push_back({narrow<int>(unit->file), begin, end - begin, end - begin, to, reads.size()});
+      rows.emplace_back(from - begin, &tokens);
+      if (reads.size() == kRowsAtOnce) flush();
+    }
+    if (!reads.empty()) flush();
+  }
+
+  std::shared_ptr<const Store> store_;
+  ModelSpec spec_;
+  at::ScalarType dtype_;
+  TileMap map_;
+  StreamFacts facts_;
+  std::int64_t room_left_ = 0;
+  std::vector<char> checked_;
+  std::map<Pass, std::vector<int>> orders_;
+  std::unique_ptr<TileRing> ring_;
+  at::Tensor norm_D_;
+  AlignedMemory embedding_, row_slots_;
+  std::unique_ptr<BlockReader> rows_reader_;
+  std::int64_t embedding_bytes_read_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<StoreWeights> StoreWeights::open(std::shared_ptr<const Store> store,
+                                                 at::ScalarType dtype,
+                                                 const StreamOptions& options) {
+  return std::make_unique<StoreStream>(std::move(store), dtype, options);
+}
+
+}  // namespace tailor

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <memory>
+#include <optional>
+
+#include "base/block_reader.h"
+#include "data/store/store.h"
+#include "trainer/stream/frozen_weights.h"
+
+namespace tailor {
+
+struct StreamOptions {
+  /// Budgets of resident tiles, bytes; what they do not hold comes from disk in every pass. On the
+  /// CPU both are RAM. Unset: everything is resident.
+  std::optional<std::int64_t> device_bytes, host_bytes;
+  /// Of the slots experts and vocabulary runs are read into; 0: what keeps a disk busy.
+  std::int64_t ring_bytes = 0;
+  /// Neighbouring experts read together; 0: about 16 MiB. Results do not depend on it.
+  std::int64_t experts_per_tile = 0;
+  BlockReader::Options reader;
+  /// For tests: wraps the reader of the ring.
+  std::function<std::unique_ptr<BlockReader>(std::unique_ptr<BlockReader>)> wrap_reader;
+};
+
+/// What a stream does, for people.
+struct StreamFacts {
+  std::int64_t tiles = 0, tiles_resident = 0;
+  std::int64_t resident_bytes = 0;   ///< of tiles that stay in memory
+  std::int64_t streamed_bytes = 0;   ///< that one pass over all tiles reads from disk
+  std::int64_t ring_bytes = 0;       ///< of all slots
+  std::int64_t smallest_budget = 0;  ///< bytes of the smallest tile
+  BlockReader::Facts reader;
+};
+
+/// The frozen base as a store holds it, decoded part by part as it is used, exactly as the format's
+/// owner does. Tiles live in memory as far as the budgets go; the others are read ahead of their
+/// use by a thread of their own. A tile's hash is checked when it is first read, its header always.
+///
+/// Throws Error: does_not_fit (a budget above zero that holds not even one tile; the smallest that
+/// works is named), io, bad_file.
+class StoreWeights : public FrozenWeights {
+ public:
+  static std::unique_ptr<StoreWeights> open(std::shared_ptr<const Store> store,
+                                            at::ScalarType dtype, const StreamOptions& options);
+  virtual StreamFacts facts() const = 0;
+};
+
+}  // namespace tailor

@@ -1,0 +1,149 @@
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/aligned_memory.h"
+#include "base/block_reader.h"
+#include "recipes/tile_homes.h"
+
+namespace tailor {
+
+/// Neighbouring units of a store that are read, kept and let go together.
+struct RingTile {
+  int file = 0;             ///< of the reader
+  std::int64_t offset = 0;  ///< in that file
+  std::int64_t bytes = 0;
+  int pool = 0;                    ///< whose slots it is read into
+  TileHome home = TileHome::disk;  ///< on the CPU device and host are both RAM
+};
+
+/// Slots of one size for one kind of tile. Kinds have pools of their own so that a lease that is
+/// held long (attention, over its layer's experts) cannot starve the others.
+struct RingPool {
+  std::int64_t slot_bytes = 0;
+  int slots = 0;
+};
+
+struct RingCounters {
+  std::int64_t streamed_bytes = 0;  ///< of tiles that came from disk, counted when acquired
+  std::int64_t tiles_from_disk = 0;
+  double stall_seconds = 0;  ///< that acquire() waited
+};
+
+/// Brings tiles into memory ahead of their use, in an order known beforehand.
+///
+/// A thread of its own reads; one other thread calls everything here. Tiles at home in RAM are read
+/// once, at the start. What goes wrong while reading a tile surfaces in acquire() of that tile.
+///
+///     ring.begin({0, 1, 2, 1, 0});
+///     for (...) { const TileRing::Lease lease = ring.acquire(t); use(lease.bytes()); }
+class TileRing {
+ public:
+  /// Bytes of a tile while the lease lives. Move-only.
+  class Lease {
+   public:
+    Lease() = default;
+    Lease(Lease&& other) noexcept;
+    Lease& operator=(Lease&& other) noexcept;
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+    ~Lease();
+    const std::byte* bytes() const { return bytes_; }
+
+   private:
+    friend class TileRing;
+    Lease(TileRing* ring, std::int64_t ticket, const std::byte* bytes)
+        : ring_(ring), ticket_(ticket), bytes_(bytes) {}
+    TileRing* ring_ = nullptr;
+    std::int64_t ticket_ = 0;
+    const std::byte* bytes_ = nullptr;
+  };
+
+  /// `check` is called on the reading thread with a tile's bytes after every read from disk; it
+  /// throws when they are not what they should be. `failed` makes the error for a read that went
+  /// wrong. Throws what reading the resident tiles threw.
+  struct Checks {
+    std::function<void(int tile, const std::byte* bytes)> check;
+    std::function<std::exception_ptr(int tile, const BlockDone& done)> failed;
+  };
+  TileRing(std::vector<RingTile> tiles, std::vector<RingPool> pools,
+           std::unique_ptr<BlockReader> reader, Checks checks);
+  ~TileRing();
+  TileRing(const TileRing&) = delete;
+  TileRing& operator=(const TileRing&) = delete;
+
+  /// From here on acquire() is called for `order`, tile by tile. Where the tiles read ahead are
+  /// already those (expect()), they are kept; otherwise they are dropped. No lease may be alive.
+  void begin(const std::vector<int>& order);
+  /// `order` will be begun after what was begun: reading ahead may go on into it.
+  void expect(const std::vector<int>& order);
+  /// Waits for the tile. Throws what went wrong with it; the ring is then good for begin() again.
+  Lease acquire(int tile);
+
+  const RingTile& tile(int index) const { return tiles_[static_cast<std::size_t>(index)]; }
+  int tile_count() const { return static_cast<int>(tiles_.size()); }
+  RingCounters counters() const;
+  /// RAM of slots and resident tiles.
+  std::int64_t memory_bytes() const { return memory_bytes_; }
+  BlockReader::Facts reader_facts() const { return facts_; }
+
+ private:
+  enum class State { waiting, reading, ready, failed, leased, released };
+  struct Entry {
+    int tile = 0;
+    State state = State::waiting;
+    int slot = -1;  ///< -1: resident
+    std::exception_ptr error;
+  };
+  struct Slot {
+    AlignedMemory memory;
+    bool free = true;
+  };
+  struct Pool {
+    std::int64_t slot_bytes = 0;
+    std::vector<Slot> slots;
+  };
+
+  void load_residents();
+  void read_loop();
+  bool issue(std::unique_lock<std::mutex>& lock);
+  void complete(const BlockDone& done, std::unique_lock<std::mutex>& lock);
+  void release(std::int64_t ticket);
+  void cancel(std::unique_lock<std::mutex>& lock);
+  Entry& entry(std::int64_t ticket) {
+    return entries_[static_cast<std::size_t>(ticket - first_ticket_)];
+  }
+  void free_slot(Entry& of);
+  void drop_finished();
+
+  std::vector<RingTile> tiles_;
+  std::vector<Pool> pools_;
+  std::vector<AlignedMemory> residents_;  ///< by tile; empty where it streams
+  std::unique_ptr<BlockReader> reader_;
+  BlockReader::Facts facts_;
+  Checks checks_;
+  std::int64_t memory_bytes_ = 0;
+
+  mutable std::mutex mutex_;
+  std::condition_variable to_reader_, to_user_;
+  std::deque<Entry> entries_;  ///< the order ahead; a ticket is an index that never repeats
+  std::int64_t first_ticket_ = 0;
+  std::int64_t next_issue_ = 0, next_acquire_ = 0, begun_end_ = 0;  ///< tickets
+  int reading_ = 0;
+  bool cancelling_ = false, stopping_ = false;
+  std::exception_ptr reader_failure_;
+  RingCounters counters_;
+  std::thread thread_;
+};
+
+}  // namespace tailor
