@@ -9,6 +9,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "trainer/cuda/bodies/words.h"
@@ -35,11 +36,6 @@ inline std::vector<Launch> launches() {
   }
   return out;
 }
-
-template <class Body>
-concept Phased = requires {
-  typename Body::Shared;
-};
 
 class CpuLauncher {
  public:
@@ -92,10 +88,11 @@ class Guarded {
     std::copy(values.begin(), values.end(), data());
   }
 
-  T* data() {
+  T* data() { return const_cast<T*>(std::as_const(*this).data()); }
+  const T* data() const {
     const auto begin = reinterpret_cast<std::uintptr_t>(bytes_.data());
     const std::size_t shift = (kGuard - begin % kGuard) % kGuard;
-    return reinterpret_cast<T*>(bytes_.data() + shift + kGuard);
+    return reinterpret_cast<const T*>(bytes_.data() + shift + kGuard);
   }
   std::vector<T> values() { return std::vector<T>(data(), data() + count_); }
   std::size_t size() const { return count_; }

@@ -40,4 +40,37 @@ void head_gradient(std::int64_t n, std::int64_t v, std::int64_t vocabulary_begin
       stream, "head_gradient");
 }
 
+void permute(const Permutation& permutation, void* stream) {
+  TAILOR_CHECK(permutation.E > 0 && permutation.E <= kExpertsMax, "number of experts");
+  TAILOR_CHECK(permutation.slots() < std::int64_t{1} << 31U, "number of slots");
+  launch(PermuteCount{permutation}, stream, "permute (count)");
+  launch(PermuteChunks{permutation}, stream, "permute (chunks)");
+  launch(PermuteExperts{permutation}, stream, "permute (experts)");
+  launch(PermuteScatter{permutation}, stream, "permute (scatter)");
+}
+
+void swiglu(std::int64_t T, std::int64_t F, const Bf16Bits* gate_up, Bf16Bits* m, void* stream) {
+  launch(Swiglu{WordGrid(T, F), F, gate_up, m}, stream, "swiglu");
+}
+
+void swiglu_backward(std::int64_t T, std::int64_t F, const Bf16Bits* gate_up, const Bf16Bits* dm,
+                     Bf16Bits* d_gate_up, Bf16Bits* m, void* stream) {
+  launch(SwigluBackward{WordGrid(T, F), F, gate_up, dm, d_gate_up, m}, stream, "swiglu_backward");
+}
+
+void gather_rows(std::int64_t rows, std::int64_t D, const Bf16Bits* x, const std::int32_t* token,
+                 const float* scale, Bf16Bits* out, void* stream) {
+  launch(GatherRows{WordGrid(rows, D), D, x, token, scale, out}, stream, "gather_rows");
+}
+
+void combine_rows(std::int64_t T, std::int64_t D, std::int64_t K, const Bf16Bits* y,
+                  const std::int32_t* slot_of, const float* scale, Bf16Bits* out, void* stream) {
+  launch(CombineRows{WordGrid(T, D), D, K, y, slot_of, scale, out}, stream, "combine_rows");
+}
+
+void gate_gradient(std::int64_t rows, std::int64_t D, const Bf16Bits* dxs, const Bf16Bits* x,
+                   const std::int32_t* token, float* dot, void* stream) {
+  launch(GateGradient{rows, D, dxs, x, token, dot}, stream, "gate_gradient");
+}
+
 }  // namespace tailor::cuda

@@ -4,6 +4,8 @@
 
 #include "trainer/cuda/bodies/cross_entropy.h"
 #include "trainer/cuda/bodies/dequantise.h"
+#include "trainer/cuda/bodies/permute.h"
+#include "trainer/cuda/bodies/rows.h"
 
 /// Tailor's GPU kernels. Pointers are of the calling thread's current device and aligned to 16
 /// bytes, sizes in numbers unless they say bytes, bfloat16 as Bf16Bits; `stream` is a cudaStream_t
@@ -36,5 +38,28 @@ void head_finish(std::int64_t n, const HeadRows& rows, double gradient_scale, do
 void head_gradient(std::int64_t n, std::int64_t v, std::int64_t vocabulary_begin, Bf16Bits* logits,
                    const std::int32_t* target, const HeadRows& rows, const float* weight,
                    double gradient_scale, void* stream);
+
+/// From the experts of the tokens' slots: the rows sorted by expert, as Router::finish() has them.
+/// Up to kExpertsMax experts and 2^31 - 1 slots.
+void permute(const Permutation& permutation, void* stream);
+
+// As in trainer/kernels/kernels.h, over all rows.
+
+/// m [T, F] = silu(gate) * up; gate_up [T, 2F].
+void swiglu(std::int64_t T, std::int64_t F, const Bf16Bits* gate_up, Bf16Bits* m, void* stream);
+/// d_gate_up [T, 2F] from dm [T, F]; and m to swiglu's bits, unless null. d_gate_up may be gate_up,
+/// m may be dm.
+void swiglu_backward(std::int64_t T, std::int64_t F, const Bf16Bits* gate_up, const Bf16Bits* dm,
+                     Bf16Bits* d_gate_up, Bf16Bits* m, void* stream);
+/// out[row] = scale[row] * x[token[row]] (scale may be null), out [rows, D].
+void gather_rows(std::int64_t rows, std::int64_t D, const Bf16Bits* x, const std::int32_t* token,
+                 const float* scale, Bf16Bits* out, void* stream);
+/// out[t] += sum over k in order of scale[slot] * y[slot], slot = slot_of[t * K + k], out [T, D];
+/// scale [rows] may be null.
+void combine_rows(std::int64_t T, std::int64_t D, std::int64_t K, const Bf16Bits* y,
+                  const std::int32_t* slot_of, const float* scale, Bf16Bits* out, void* stream);
+/// dot[row] = <dxs[row], x[token[row]]>, dxs [rows, D].
+void gate_gradient(std::int64_t rows, std::int64_t D, const Bf16Bits* dxs, const Bf16Bits* x,
+                   const std::int32_t* token, float* dot, void* stream);
 
 }  // namespace tailor::cuda

@@ -8,11 +8,6 @@
 namespace tailor::cuda {
 
 template <class Body>
-concept Phased = requires {
-  typename Body::Shared;
-};
-
-template <class Body>
 __global__ void __launch_bounds__(Body::kThreads) run_body(const Body body) {
   const Place at{blockIdx.x, threadIdx.x, blockDim.x};
   if constexpr (Phased<Body>) {

@@ -49,5 +49,29 @@ void head_gradient(std::int64_t, std::int64_t, std::int64_t, Bf16Bits*, const st
   no_cuda("head_gradient");
 }
 
+void permute(const Permutation&, void*) { no_cuda("permute"); }
+
+void swiglu(std::int64_t, std::int64_t, const Bf16Bits*, Bf16Bits*, void*) { no_cuda("swiglu"); }
+
+void swiglu_backward(std::int64_t, std::int64_t, const Bf16Bits*, const Bf16Bits*, Bf16Bits*,
+                     Bf16Bits*, void*) {
+  no_cuda("swiglu_backward");
+}
+
+void gather_rows(std::int64_t, std::int64_t, const Bf16Bits*, const std::int32_t*, const float*,
+                 Bf16Bits*, void*) {
+  no_cuda("gather_rows");
+}
+
+void combine_rows(std::int64_t, std::int64_t, std::int64_t, const Bf16Bits*, const std::int32_t*,
+                  const float*, Bf16Bits*, void*) {
+  no_cuda("combine_rows");
+}
+
+void gate_gradient(std::int64_t, std::int64_t, const Bf16Bits*, const Bf16Bits*,
+                   const std::int32_t*, float*, void*) {
+  no_cuda("gate_gradient");
+}
+
 }  // namespace cuda
 }  // namespace tailor

@@ -30,8 +30,20 @@ struct Place {
   std::uint32_t block, thread, threads;  ///< threads of the block
 };
 
+template <class Body>
+concept Phased = requires {
+  typename Body::Shared;
+};
+
 /// A bfloat16: the upper half of a float.
 using Bf16Bits = std::uint16_t;
+
+/// Steps of a tree over the threads of a block, a power of two.
+TAILOR_HOST_DEVICE inline int tree_levels(std::uint32_t threads) {
+  int out = 0;
+  while (1U << out < threads) ++out;
+  return out;
+}
 
 template <class To, class From>
 TAILOR_HOST_DEVICE inline To bits_as(From value) {
@@ -124,21 +136,22 @@ TAILOR_HOST_DEVICE inline Eight load_eight(const Bf16Bits* base, std::int64_t of
   return to_floats(load_eight_bf16(base, offset, count));
 }
 
-TAILOR_HOST_DEVICE inline void store_eight(Bf16Bits* base, std::int64_t offset, std::uint32_t count,
-                                           const Eight& values) {
-  if (count == kWord && offset % kWord == 0) {
-    EightBf16 word;
-    TAILOR_UNROLL
-    for (std::uint32_t i = 0; i < kWord / 2; ++i) {
-      word.pair[i] = to_bf16_pair(values.at[2 * i], values.at[2 * i + 1]);
-    }
-    store_word(base + offset, word);
-    return;
-  }
+TAILOR_HOST_DEVICE inline void store_eight_bf16(Bf16Bits* base, std::int64_t offset,
+                                                std::uint32_t count, const EightBf16& word) {
+  if (count == kWord && offset % kWord == 0) return store_word(base + offset, word);
   TAILOR_UNROLL
   for (std::uint32_t i = 0; i < kWord; ++i) {
-    if (i < count) base[offset + i] = to_bf16(values.at[i]);
+    if (i < count) base[offset + i] = static_cast<Bf16Bits>(word.pair[i / 2] >> 16U * (i % 2));
   }
+}
+TAILOR_HOST_DEVICE inline void store_eight(Bf16Bits* base, std::int64_t offset, std::uint32_t count,
+                                           const Eight& values) {
+  EightBf16 word;
+  TAILOR_UNROLL
+  for (std::uint32_t i = 0; i < kWord / 2; ++i) {
+    word.pair[i] = to_bf16_pair(values.at[2 * i], values.at[2 * i + 1]);
+  }
+  store_eight_bf16(base, offset, count, word);
 }
 
 /// Division of numbers below 2^31 by a divisor known at launch, as a product and a shift:
