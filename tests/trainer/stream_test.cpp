@@ -10,6 +10,7 @@
 
 #include "base/random.h"
 #include "data/store/pack.h"
+#include "tests/support/fake_device.h"
 #include "tests/support/faulty_reader.h"
 #include "tests/support/fixture.h"
 #include "trainer/stream/store_weights.h"
@@ -166,11 +167,16 @@ struct Case {
   bool as_is;
   at::ScalarType dtype;
   std::string name() const {
-    return model + "_" + (as_is ? "as_is" : kind == WeightKind::int4 ? "int4"
-                                       : kind == WeightKind::nf4     ? "nf4"
-                                       : kind == WeightKind::fp8     ? "fp8"
-                                                                     : "bf16") +
-           "_in_" + (dtype == at::kFloat ? "float32" : dtype == at::kDouble ? "float64" : "bfloat16");
+    return model + "_" +
+           (as_is                      ? "as_is"
+            : kind == WeightKind::int4 ? "int4"
+            : kind == WeightKind::nf4  ? "nf4"
+            : kind == WeightKind::fp8  ? "fp8"
+                                       : "bf16") +
+           "_in_" +
+           (dtype == at::kFloat    ? "float32"
+            : dtype == at::kDouble ? "float64"
+                                   : "bfloat16");
   }
 };
 
@@ -332,6 +338,50 @@ std::string error_of(const Packed& packed, const StreamOptions& options, Fault f
   }
   ADD_FAILURE() << "no error";
   return "";
+}
+
+TEST(Stream, a_device_that_is_late_and_unordered_gives_the_same_bits_under_100_seeds) {
+  const Packed packed("llama4_maverick_tiny", formats_of(WeightKind::int4));
+  const Adapter adapter = random_adapter(packed.store->spec());
+  const Tokens tokens = documents(packed.store->spec().vocab, 2);
+  const Result want = run(*packed.decoder({}), adapter, tokens, Activations::recomputed);
+  const std::int64_t all = packed.store->layout().bytes();
+  for (std::uint32_t seed = 0; seed < 100; ++seed) {
+    FakeDevice device(seed + 1);
+    {
+      StreamOptions options =
+          homes(seed % 3 == 0 ? 0 : all / 4, seed % 2 == 0 ? 0 : all / 4, 1 + seed % 3);
+      options.device = &device;
+      options.poison_released = true;
+      options.wrap_reader = [&](std::unique_ptr<BlockReader> reader) {
+        Faults faults;
+        faults.seed = seed;
+        faults.held_back = seed % 4;
+        return std::make_unique<FaultyReader>(std::move(reader), faults);
+      };
+      const auto decoder = packed.decoder(options);
+      const Result got = run(*decoder, adapter, tokens, Activations::recomputed);
+      expect_same_bits(got, want, "seed " + std::to_string(seed));
+      EXPECT_GT(got.counters.link_bytes, 0);
+      EXPECT_GE(got.counters.link_bytes, got.counters.streamed_bytes - got.counters.row_bytes);
+    }
+    EXPECT_THAT(device.violations(), testing::IsEmpty()) << "seed " << seed;
+  }
+}
+
+TEST(Stream, through_a_device_errors_surface_too) {
+  const Packed packed("llama4_maverick_tiny", formats_of(WeightKind::int4));
+  for (std::uint64_t which = 1; which < 30; which += 7) {
+    FakeDevice device(static_cast<std::uint32_t>(which));
+    StreamOptions options = homes(0, 0, 1);
+    options.device = &device;
+    options.wrap_reader = [&](std::unique_ptr<BlockReader> reader) {
+      Faults faults;
+      faults.fail = which;
+      return std::make_unique<FaultyReader>(std::move(reader), faults);
+    };
+    EXPECT_THAT(error_of(packed, options, Fault::io), HasSubstr(".tiles, offset "));
+  }
 }
 
 TEST(Stream, a_read_that_fails_ends_the_step_with_its_place) {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 
+#include "base/aligned_memory.h"
 #include "base/error.h"
 #include "base/text.h"
 #include "base/units.h"
@@ -94,11 +95,18 @@ class StoreStream final : public StoreWeights {
     }
     if (options.wrap_reader) reader = options.wrap_reader(std::move(reader));
     checked_.assign(map_.tiles.size(), 0);
-    ring_ = std::make_unique<TileRing>(
-        map_.tiles, pools(options), std::move(reader),
-        TileRing::Checks{[this](int tile, const std::byte* bytes) { check(tile, bytes); },
-                         [this](int tile, const BlockDone& done) { return failed(tile, done); }});
-    facts_.reader = ring_->reader_facts();
+    facts_.reader = reader->facts();
+    const TileRing::Checks checks{
+        [this](int tile, const std::byte* bytes) { check(tile, bytes); },
+        [this](int tile, const BlockDone& done) { return failed(tile, done); }};
+    const std::vector<RingPool> slots = pools(options);
+    if (options.device == nullptr) {
+      ring_ = std::make_unique<TileRing>(map_.tiles, slots, std::move(reader), checks);
+    } else {
+      ring_ = std::make_unique<DeviceRing>(*options.device, map_.tiles, slots, device_pools(),
+                                           std::move(reader), checks,
+                                           DeviceRing::Options{{}, options.poison_released});
+    }
     load_norm(options);
   }
 
@@ -295,6 +303,17 @@ class StoreStream final : public StoreWeights {
     return out;
   }
 
+  /// Slots on a device, of all that does not stay there.
+  std::vector<RingPool> device_pools() const {
+    std::vector<RingPool> out(kPools);
+    for (const RingTile& tile : map_.tiles) {
+      RingPool& pool = out[static_cast<std::size_t>(tile.pool)];
+      if (tile.home != TileHome::device) pool.slot_bytes = std::max(pool.slot_bytes, tile.bytes);
+      pool.slots = tile.pool == kTilePool ? 3 : narrow<int>(kLayerSlots);
+    }
+    return out;
+  }
+
   const std::vector<int>& order_of(Pass pass) {
     std::vector<int>& order = orders_[pass];
     if (!order.empty()) return order;
@@ -481,7 +500,7 @@ class StoreStream final : public StoreWeights {
   std::int64_t room_left_ = 0;
   std::vector<char> checked_;
   std::map<Pass, std::vector<int>> orders_;
-  std::unique_ptr<TileRing> ring_;
+  std::unique_ptr<TileSource> ring_;
   at::Tensor norm_D_;
   AlignedMemory embedding_, row_slots_;
   std::unique_ptr<BlockReader> rows_reader_;

@@ -5,6 +5,7 @@
 
 #include "base/block_reader.h"
 #include "data/store/store.h"
+#include "trainer/stream/device_ring.h"
 #include "trainer/stream/frozen_weights.h"
 
 namespace tailor {
@@ -18,6 +19,10 @@ struct StreamOptions {
   /// Neighbouring experts read together; 0: about 16 MiB. Results do not depend on it.
   std::int64_t experts_per_tile = 0;
   BlockReader::Options reader;
+  /// Tiles are computed with in this device's memory, which the process must be able to read (RAM
+  /// as the device). Null: where they are read to.
+  Device* device = nullptr;
+  bool poison_released = false;  ///< for tests: leases that ended leave NaN behind, on a device
   /// For tests: wraps the reader of the ring.
   std::function<std::unique_ptr<BlockReader>(std::unique_ptr<BlockReader>)> wrap_reader;
 };

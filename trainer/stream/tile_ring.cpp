@@ -1,34 +1,43 @@
 #include "trainer/stream/tile_ring.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
+#include "base/aligned_memory.h"
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/units.h"
 
 namespace tailor {
 
-TileRing::Lease::Lease(Lease&& other) noexcept
-    : ring_(std::exchange(other.ring_, nullptr)),
+TileSource::Lease::Lease(Lease&& other) noexcept
+    : source_(std::exchange(other.source_, nullptr)),
       ticket_(other.ticket_),
       bytes_(std::exchange(other.bytes_, nullptr)) {}
 
-TileRing::Lease& TileRing::Lease::operator=(Lease&& other) noexcept {
+TileSource::Lease& TileSource::Lease::operator=(Lease&& other) noexcept {
   if (this == &other) return *this;
-  if (ring_ != nullptr) ring_->release(ticket_);
-  ring_ = std::exchange(other.ring_, nullptr);
+  if (source_ != nullptr) source_->release(ticket_);
+  source_ = std::exchange(other.source_, nullptr);
   ticket_ = other.ticket_;
   bytes_ = std::exchange(other.bytes_, nullptr);
   return *this;
 }
 
-TileRing::Lease::~Lease() {
-  if (ring_ != nullptr) ring_->release(ticket_);
+TileSource::Lease::~Lease() {
+  if (source_ != nullptr) source_->release(ticket_);
+}
+
+RingMemory process_memory(std::int64_t bytes) {
+  auto memory = std::make_shared<AlignedMemory>(bytes, true);
+  std::byte* data = memory->data();
+  return {std::move(memory), data};
 }
 
 TileRing::TileRing(std::vector<RingTile> tiles, std::vector<RingPool> pools,
-                   std::unique_ptr<BlockReader> reader, Checks checks)
+                   std::unique_ptr<BlockReader> reader, Checks checks,
+                   const RingAllocator& allocate)
     : tiles_(std::move(tiles)), reader_(std::move(reader)), checks_(std::move(checks)) {
   for (const RingTile& tile : tiles_) {
     TAILOR_CHECK(tile.pool >= 0 && tile.pool < static_cast<int>(pools.size()) &&
@@ -40,12 +49,12 @@ TileRing::TileRing(std::vector<RingTile> tiles, std::vector<RingPool> pools,
     Pool made;
     made.slot_bytes = pool.slot_bytes;
     for (int s = 0; s < pool.slots && pool.slot_bytes > 0; ++s) {
-      made.slots.push_back({AlignedMemory(pool.slot_bytes), true});
+      made.slots.push_back({allocate(pool.slot_bytes), true});
       memory_bytes_ += pool.slot_bytes;
     }
     pools_.push_back(std::move(made));
   }
-  load_residents();
+  load_residents(allocate);
   facts_ = reader_->facts();
   thread_ = std::thread([this] { read_loop(); });
 }
@@ -59,7 +68,7 @@ TileRing::~TileRing() {
   thread_.join();
 }
 
-void TileRing::load_residents() {
+void TileRing::load_residents(const RingAllocator& allocate) {
   residents_.resize(tiles_.size());
   // A few at a time: enough to keep a disk busy, and an error ends it early.
   constexpr std::size_t kInFlight = 4;
@@ -70,15 +79,15 @@ void TileRing::load_residents() {
     if (!done.good()) {
       std::rethrow_exception(checks_.failed(tile, done));
     }
-    if (checks_.check) checks_.check(tile, residents_[static_cast<std::size_t>(tile)].data());
+    if (checks_.check) checks_.check(tile, residents_[static_cast<std::size_t>(tile)].data);
   };
   for (; next < tiles_.size(); ++next) {
     const RingTile& tile = tiles_[next];
     if (tile.home == TileHome::disk) continue;
-    residents_[next] = AlignedMemory(tile.bytes);
+    residents_[next] = allocate(tile.bytes);
     memory_bytes_ += tile.bytes;
     if (reader_->in_flight() >= kInFlight) finish_one();
-    reader_->submit({tile.file, tile.offset, tile.bytes, tile.bytes, residents_[next].data(),
+    reader_->submit({tile.file, tile.offset, tile.bytes, tile.bytes, residents_[next].data,
                      static_cast<std::uint64_t>(next)});
   }
   while (reader_->in_flight() > 0) finish_one();
@@ -147,12 +156,12 @@ TileRing::Lease TileRing::acquire(int tile) {
   mine.state = State::leased;
   const RingTile& which = tiles_[static_cast<std::size_t>(tile)];
   if (mine.slot < 0) {
-    return {this, ticket, residents_[static_cast<std::size_t>(tile)].data()};
+    return {this, ticket, residents_[static_cast<std::size_t>(tile)].data};
   }
   counters_.streamed_bytes += which.bytes;
   ++counters_.tiles_from_disk;
   const Pool& pool = pools_[static_cast<std::size_t>(which.pool)];
-  return {this, ticket, pool.slots[static_cast<std::size_t>(mine.slot)].memory.data()};
+  return {this, ticket, pool.slots[static_cast<std::size_t>(mine.slot)].memory.data};
 }
 
 void TileRing::free_slot(Entry& of) {
@@ -160,7 +169,8 @@ void TileRing::free_slot(Entry& of) {
   Slot& slot = pools_[static_cast<std::size_t>(tiles_[static_cast<std::size_t>(of.tile)].pool)]
                    .slots[static_cast<std::size_t>(of.slot)];
 #ifndef NDEBUG
-  slot.memory.poison();
+  const RingTile& tile = tiles_[static_cast<std::size_t>(of.tile)];
+  std::memset(slot.memory.data, 0xFF, static_cast<std::size_t>(tile.bytes));  // NaN in all formats
 #endif
   slot.free = true;
   of.slot = -1;
@@ -213,7 +223,7 @@ bool TileRing::issue(std::unique_lock<std::mutex>& lock) {
     next.slot = narrow<int>(slot - slots.begin());
     next.state = State::reading;
     ++reading_;
-    reader_->submit({tile.file, tile.offset, tile.bytes, tile.bytes, slot->memory.data(),
+    reader_->submit({tile.file, tile.offset, tile.bytes, tile.bytes, slot->memory.data,
                      static_cast<std::uint64_t>(next_issue_)});
     ++next_issue_;
     any = true;
@@ -227,7 +237,7 @@ void TileRing::complete(const BlockDone& done, std::unique_lock<std::mutex>& loc
   const std::byte* bytes =
       pools_[static_cast<std::size_t>(tiles_[static_cast<std::size_t>(tile)].pool)]
           .slots[static_cast<std::size_t>(mine.slot)]
-          .memory.data();
+          .memory.data;
   std::exception_ptr error;
   lock.unlock();  // hashing takes time, and the entry is nobody else's while it is being read
   try {

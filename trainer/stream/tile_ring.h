@@ -12,7 +12,6 @@
 #include <thread>
 #include <vector>
 
-#include "base/aligned_memory.h"
 #include "base/block_reader.h"
 #include "recipes/tile_homes.h"
 
@@ -34,26 +33,35 @@ struct RingPool {
   int slots = 0;
 };
 
+/// Memory that slots and resident tiles are made of: page-aligned; what `keep` holds gives it back.
+struct RingMemory {
+  std::shared_ptr<void> keep;
+  std::byte* data = nullptr;
+};
+using RingAllocator = std::function<RingMemory(std::int64_t bytes)>;
+/// Plain memory of the process.
+RingMemory process_memory(std::int64_t bytes);
+
 struct RingCounters {
   std::int64_t streamed_bytes = 0;  ///< of tiles that came from disk, counted when acquired
   std::int64_t tiles_from_disk = 0;
-  std::int64_t row_bytes = 0;  ///< of streamed_bytes, rows of the embedding read by index
-  double stall_seconds = 0;    ///< that acquire() waited
+  std::int64_t link_bytes = 0;  ///< copied from RAM to the device
+  std::int64_t row_bytes = 0;   ///< of streamed_bytes, rows of the embedding read by index
+  double stall_seconds = 0;     ///< that acquire() waited
 };
 
-/// Brings tiles into memory ahead of their use, in an order known beforehand.
+/// Brings tiles into memory ahead of their use, in an order known beforehand. One thread calls it.
 ///
-/// A thread of its own reads; one other thread calls everything here. Tiles at home in RAM are read
-/// once, at the start. What goes wrong while reading a tile surfaces in acquire() of that tile.
-///
-///     ring.begin({0, 1, 2, 1, 0});
-///     for (...) { const TileRing::Lease lease = ring.acquire(t); use(lease.bytes()); }
-class TileRing {
+///     source.begin({0, 1, 2, 1, 0});
+///     for (...) { const TileSource::Lease lease = source.acquire(t); use(lease.bytes()); }
+class TileSource {
  public:
   /// Bytes of a tile while the lease lives. Move-only.
   class Lease {
    public:
     Lease() = default;
+    Lease(TileSource* source, std::int64_t ticket, const std::byte* bytes)
+        : source_(source), ticket_(ticket), bytes_(bytes) {}
     Lease(Lease&& other) noexcept;
     Lease& operator=(Lease&& other) noexcept;
     Lease(const Lease&) = delete;
@@ -62,14 +70,32 @@ class TileRing {
     const std::byte* bytes() const { return bytes_; }
 
    private:
-    friend class TileRing;
-    Lease(TileRing* ring, std::int64_t ticket, const std::byte* bytes)
-        : ring_(ring), ticket_(ticket), bytes_(bytes) {}
-    TileRing* ring_ = nullptr;
+    TileSource* source_ = nullptr;
     std::int64_t ticket_ = 0;
     const std::byte* bytes_ = nullptr;
   };
 
+  virtual ~TileSource() = default;
+  /// From here on acquire() is called for `order`, tile by tile. Where the tiles read ahead are
+  /// already those (expect()), they are kept; otherwise they are dropped. No lease may be alive.
+  virtual void begin(const std::vector<int>& order) = 0;
+  /// `order` will be begun after what was begun: reading ahead may go on into it.
+  virtual void expect(const std::vector<int>& order) = 0;
+  /// Waits for the tile. Throws what went wrong with it; the source is then good for begin() again.
+  virtual Lease acquire(int tile) = 0;
+  virtual RingCounters counters() const = 0;
+  /// RAM of slots and resident tiles.
+  virtual std::int64_t memory_bytes() const = 0;
+
+ protected:
+  friend class Lease;
+  virtual void release(std::int64_t ticket) = 0;
+};
+
+/// Tiles from disk into RAM. A thread of its own reads; tiles at home in RAM are read once, at the
+/// start. What goes wrong while reading a tile surfaces in acquire() of that tile.
+class TileRing final : public TileSource {
+ public:
   /// `check` is called on the reading thread with a tile's bytes after every read from disk; it
   /// throws when they are not what they should be. `failed` makes the error for a read that went
   /// wrong. Throws what reading the resident tiles threw.
@@ -78,24 +104,17 @@ class TileRing {
     std::function<std::exception_ptr(int tile, const BlockDone& done)> failed;
   };
   TileRing(std::vector<RingTile> tiles, std::vector<RingPool> pools,
-           std::unique_ptr<BlockReader> reader, Checks checks);
-  ~TileRing();
+           std::unique_ptr<BlockReader> reader, Checks checks,
+           const RingAllocator& allocate = process_memory);
+  ~TileRing() override;
   TileRing(const TileRing&) = delete;
   TileRing& operator=(const TileRing&) = delete;
 
-  /// From here on acquire() is called for `order`, tile by tile. Where the tiles read ahead are
-  /// already those (expect()), they are kept; otherwise they are dropped. No lease may be alive.
-  void begin(const std::vector<int>& order);
-  /// `order` will be begun after what was begun: reading ahead may go on into it.
-  void expect(const std::vector<int>& order);
-  /// Waits for the tile. Throws what went wrong with it; the ring is then good for begin() again.
-  Lease acquire(int tile);
-
-  const RingTile& tile(int index) const { return tiles_[static_cast<std::size_t>(index)]; }
-  int tile_count() const { return static_cast<int>(tiles_.size()); }
-  RingCounters counters() const;
-  /// RAM of slots and resident tiles.
-  std::int64_t memory_bytes() const { return memory_bytes_; }
+  void begin(const std::vector<int>& order) override;
+  void expect(const std::vector<int>& order) override;
+  Lease acquire(int tile) override;
+  RingCounters counters() const override;
+  std::int64_t memory_bytes() const override { return memory_bytes_; }
   BlockReader::Facts reader_facts() const { return facts_; }
 
  private:
@@ -107,7 +126,7 @@ class TileRing {
     std::exception_ptr error;
   };
   struct Slot {
-    AlignedMemory memory;
+    RingMemory memory;
     bool free = true;
   };
   struct Pool {
@@ -115,11 +134,11 @@ class TileRing {
     std::vector<Slot> slots;
   };
 
-  void load_residents();
+  void load_residents(const RingAllocator& allocate);
   void read_loop();
   bool issue(std::unique_lock<std::mutex>& lock);
   void complete(const BlockDone& done, std::unique_lock<std::mutex>& lock);
-  void release(std::int64_t ticket);
+  void release(std::int64_t ticket) override;
   void cancel(std::unique_lock<std::mutex>& lock);
   Entry& entry(std::int64_t ticket) {
     return entries_[static_cast<std::size_t>(ticket - first_ticket_)];
@@ -129,7 +148,7 @@ class TileRing {
 
   std::vector<RingTile> tiles_;
   std::vector<Pool> pools_;
-  std::vector<AlignedMemory> residents_;  ///< by tile; empty where it streams
+  std::vector<RingMemory> residents_;  ///< by tile; empty where it streams
   std::unique_ptr<BlockReader> reader_;
   BlockReader::Facts facts_;
   Checks checks_;
