@@ -63,8 +63,8 @@ def int4():
 
 
 def reference_map_codes(values):
-    """bitsandbytes' quantize_blockwise in its torch form: the nearest entry of the map, as its CUDA
-    kernel has it. Its CPU library looks up x rounded to 16 bits, which now and then is the next one."""
+    """bitsandbytes' quantize_blockwise in its torch form: the nearest entry of the map. Its CPU library
+    looks up x rounded to 16 bits, which now and then gives the next one."""
     key = torch._C.DispatchKey.CompositeExplicitAutograd
     return torch.ops.bitsandbytes.quantize_blockwise.default._op_dk(key, values, bnb.create_dynamic_map(), 256)
 

@@ -36,6 +36,10 @@ inline void store_values(Bf16* out, Vec<float> v) {
 }
 inline void store_values(float* out, Vec<float> v) { store(out, plain_nan(v)); }
 
+/// How far ahead of the reader codes are asked for: the processor's own prefetching stops at the
+/// end of every page, and few steps fit into its window. Past a matrix's end it does nothing.
+constexpr std::int64_t kPrefetchBytes = 1024;
+
 /// How results go to memory. Past the caches, where a call writes more than a core's share of any
 /// of them, so that memory is not read only to be overwritten: half of the time of a plain store.
 /// Such a store wants its address aligned to its size.
@@ -113,7 +117,10 @@ class Sixteen {
     }
     const std::uint8_t* bytes = stream + begin / 2;
     std::int64_t i = 0;
-    for (; i + kStep <= n; i += kStep) whole<how>(bytes + i / 2, out + i);
+    for (; i + kStep <= n; i += kStep) {
+      __builtin_prefetch(bytes + i / 2 + kPrefetchBytes);
+      whole<how>(bytes + i / 2, out + i);
+    }
     for (; i < n; ++i) out[i] = values_[code(bytes[i / 2], i % 2)];
   }
 
@@ -291,6 +298,7 @@ void expand_fp8(const Magnitudes<S>& table, const std::uint8_t* codes, std::int6
     __m512i part[4];
     std::memcpy(part, table.values, sizeof part);
     for (; i + 32 <= n; i += 32) {
+      __builtin_prefetch(codes + i + kPrefetchBytes);
       __m256i raw;
       std::memcpy(&raw, codes + i, sizeof raw);
       const __m512i wide = _mm512_cvtepu8_epi16(raw);
@@ -330,6 +338,7 @@ void expand_fp8(const Magnitudes<S>& table, const std::uint8_t* codes, std::int6
     // codes of that table.
     const __m256i sign_bit = _mm256_set1_epi8(-128);
     for (; i + 32 <= n; i += 32) {
+      __builtin_prefetch(codes + i + kPrefetchBytes);
       __m256i raw;
       std::memcpy(&raw, codes + i, sizeof raw);
       const __m256i size = _mm256_andnot_si256(sign_bit, raw);
