@@ -15,7 +15,6 @@ namespace tailor {
 namespace {
 
 using detail::PieceEngine;
-using detail::PieceRead;
 using detail::PieceResult;
 
 constexpr std::int64_t kPieceBytesMax = std::int64_t{1} << 30;  // one read call gives below 2 GiB
@@ -62,8 +61,8 @@ class PieceReader final : public BlockReader {
   };
   struct Piece {
     std::size_t extent = 0;
-    std::int64_t begin = 0, offset = 0, end = 0;  ///< in the file; [begin, offset) has arrived
-    bool direct = false;                          ///< as the read under way was started
+    std::int64_t offset = 0, end = 0;  ///< in the file: what has not arrived yet
+    bool direct = false;               ///< as the read under way was started
     int retries = 0;
   };
   struct Note {
@@ -170,7 +169,7 @@ void PieceReader::start_waiting() {
     free_pieces_.pop_back();
     const std::int64_t begin = extent.next;
     extent.next = std::min(extent.end(), begin + options_.piece_bytes);
-    pieces_[static_cast<std::size_t>(slot)] = {index, begin, begin, extent.next, false, 0};
+    pieces_[static_cast<std::size_t>(slot)] = {index, begin, extent.next, false, 0};
     ++extent.pieces;
     if (extent.next == extent.end()) waiting_.pop_front();
     start(slot);
@@ -198,8 +197,6 @@ void PieceReader::take(const PieceResult& result) {
     start(result.slot);
     return;
   }
-  const BlockFile& file = file_of(extent);
-  if (!file.direct()) file.drop(piece.begin, piece.offset - piece.begin);
   free_pieces_.push_back(result.slot);
   --extent.pieces;
   finish_if_complete(piece.extent);
@@ -249,14 +246,11 @@ bool PieceReader::goes_on(Piece& piece, Extent& extent, std::int64_t result) {
   return false;
 }
 
-/// `error_number` 0: the file ended. Keeps the failure that comes first in file order.
+/// Books a failure that comes before any known one in file order. `error_number` 0: the file ended.
 void PieceReader::fail(Extent& extent, std::int64_t offset, int error_number) {
-  BlockDone& done = extent.done;
-  if (!extent.failed || offset < done.failed_offset) {
-    done.error_number = error_number;
-    done.cut_off = error_number == 0;
-    done.failed_offset = offset;
-  }
+  extent.done.error_number = error_number;
+  extent.done.cut_off = error_number == 0;
+  extent.done.failed_offset = offset;
   extent.failed = true;
   // What no piece has yet stays unread. Pieces are cut from the oldest extent only, so an extent
   // that has pieces and waits for more is the front.
@@ -269,7 +263,7 @@ void PieceReader::fail(Extent& extent, std::int64_t offset, int error_number) {
 void PieceReader::finish_if_complete(std::size_t index) {
   Extent& extent = extents_[index];
   if (extent.pieces > 0 || extent.next < extent.end()) return;
-  // Once more as a whole: pieces end in any order, and one folio may have been read by several.
+  // Not piece by piece: what the cache holds in one piece of its own may span several of ours.
   if (!file_of(extent).direct()) file_of(extent).drop(extent.read.offset, extent.read.bytes);
   done_.push_back(extent.done);
   free_extents_.push_back(index);

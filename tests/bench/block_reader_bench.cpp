@@ -8,6 +8,7 @@
 // room for a file of GIB GiB (2), which is removed at the end. Exits 1 if io_uring reaches less
 // than 0.95 of fio, 69 where fio is missing or O_DIRECT is refused.
 
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -15,7 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <optional>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -28,7 +29,7 @@
 namespace tailor {
 namespace {
 
-constexpr std::int64_t kExtentBytes = std::int64_t{16} << 20, kSlots = 4;
+constexpr std::int64_t kMiB = 1 << 20;
 constexpr double kNeeded = 0.95;
 
 struct Round {
@@ -59,9 +60,27 @@ void write_file(const fs::path& path, std::int64_t bytes) {
   file.close();
 }
 
-/// The file once, in extents through a ring of slots, as the weight stream reads.
-Round read_with(const BlockReader::Options& options, bool registered, const fs::path& path,
-                std::int64_t bytes, const AlignedMemory& memory, bool check) {
+/// A reader of ours and the ring of slots it reads through.
+struct Way {
+  const char* name;
+  BlockReader::Engine engine;
+  std::int64_t slots, extent_bytes;
+  bool stream_memory;  ///< huge pages, registered where the engine can; else small ones, as fio has
+};
+
+/// The file once, in extents, one in each slot.
+Round read_with(const Way& way, const fs::path& path, std::int64_t bytes, bool check) {
+  const std::int64_t extent_bytes = way.extent_bytes;
+  // New at each run, as fio's is: how the system's free pages lie decides how many make one
+  // request.
+  const AlignedMemory memory(way.slots * extent_bytes, way.stream_memory);
+  if (!way.stream_memory) {
+    ::madvise(memory.data(), static_cast<std::size_t>(memory.size()), MADV_NOHUGEPAGE);
+  }
+  memory.poison();  // touched once, as a stream's slots are
+  const bool registered = way.stream_memory && way.engine == BlockReader::Engine::io_uring;
+  BlockReader::Options options;
+  options.engine = way.engine;
   const auto reader = BlockReader::create(options);
   const int file = reader->add_file(path);
   if (registered) reader->register_memory(memory.bytes());
@@ -73,19 +92,19 @@ Round read_with(const BlockReader::Options& options, bool registered, const fs::
   const double start = seconds_now(), cpu_start = cpu_seconds_now();
   std::int64_t next = 0;
   const auto submit = [&](std::int64_t slot) {
-    reader->submit({file, next, kExtentBytes, kExtentBytes, memory.data() + slot * kExtentBytes,
+    reader->submit({file, next, extent_bytes, extent_bytes, memory.data() + slot * extent_bytes,
                     static_cast<std::uint64_t>(next) << 8U | static_cast<std::uint64_t>(slot)});
-    next += kExtentBytes;
+    next += extent_bytes;
   };
-  for (std::int64_t slot = 0; slot < kSlots && next < bytes; ++slot) submit(slot);
+  for (std::int64_t slot = 0; slot < way.slots && next < bytes; ++slot) submit(slot);
   while (reader->in_flight() > 0) {
     const BlockDone done = reader->wait();
     const auto slot = static_cast<std::int64_t>(done.tag & 255U);
     const auto offset = static_cast<std::int64_t>(done.tag >> 8U);
     if (!done.good()) throw io_error(done.error_number, "cannot read", path.string());
-    for (std::int64_t at = 0; check && at < kExtentBytes; at += kBlockBytes) {
+    for (std::int64_t at = 0; check && at < extent_bytes; at += kBlockBytes) {
       std::int64_t number = 0;
-      std::memcpy(&number, memory.data() + slot * kExtentBytes + at, sizeof number);
+      std::memcpy(&number, memory.data() + slot * extent_bytes + at, sizeof number);
       TAILOR_CHECK(number == (offset + at) / kBlockBytes);
     }
     if (next < bytes) submit(slot);
@@ -123,17 +142,17 @@ double median(std::vector<double> values) {
 }
 
 int run(const fs::path& folder, std::int64_t bytes, int rounds) {
-  struct Reader {
-    const char* name;
-    std::optional<BlockReader::Engine> engine;  ///< unset: fio
-    bool registered;
-    std::vector<double> bytes_per_second, cpu_seconds, of_fio;
+  // The first way is the stream's; the second does what fio does, request by request.
+  using Engine = BlockReader::Engine;
+  const std::vector<Way> ways = {{"io_uring", Engine::io_uring, 4, 16 * kMiB, true},
+                                 {"io_uring as fio", Engine::io_uring, 16, kMiB, false},
+                                 {"threads", Engine::threads, 4, 16 * kMiB, true},
+                                 {"threads as fio", Engine::threads, 16, kMiB, false}};
+  struct Row {
+    std::string name;
+    std::function<Round(bool check)> read;
+    std::vector<double> bytes_per_second = {}, cpu_seconds = {}, of_fio = {};
   };
-  std::vector<Reader> readers = {
-      {"fio io_uring", {}, false, {}, {}, {}},
-      {"io_uring", BlockReader::Engine::io_uring, true, {}, {}, {}},
-      {"io_uring, unregistered", BlockReader::Engine::io_uring, false, {}, {}, {}},
-      {"threads", BlockReader::Engine::threads, false, {}, {}, {}}};
   if (std::system("fio --version >/dev/null 2>&1") != 0) {
     throw Error(Fault::device, {"fio is not installed; there is nothing to compare with", "",
                                 "apt-get install fio"});
@@ -144,37 +163,33 @@ int run(const fs::path& folder, std::int64_t bytes, int rounds) {
     ~Remove() { ::unlink(path.c_str()); }
   } const remove{path};
   write_file(path, bytes);
-  const AlignedMemory memory(kSlots * kExtentBytes, true);
-  memory.poison();  // touched once, as a stream's slots are
-  const auto read = [&](const Reader& reader, bool check) {
-    if (!reader.engine) return read_with_fio(path);
-    BlockReader::Options options;
-    options.engine = reader.engine;
-    return read_with(options, reader.registered, path, bytes, memory, check);
-  };
-  for (const Reader& reader : readers) read(reader, true);  // not counted
+  std::vector<Row> rows = {{"fio io_uring", [&](bool) { return read_with_fio(path); }}};
+  for (const Way& way : ways) {
+    rows.push_back({way.name, [&](bool check) { return read_with(way, path, bytes, check); }});
+  }
+  for (const Row& row : rows) row.read(true);  // not counted
   for (int round = 0; round < rounds; ++round) {
-    for (std::size_t i = 0; i < readers.size(); ++i) {
-      Reader& reader = readers[(i + static_cast<std::size_t>(round)) % readers.size()];
-      const Round got = read(reader, false);
-      reader.bytes_per_second.push_back(got.bytes_per_second);
-      reader.cpu_seconds.push_back(got.cpu_seconds);
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      Row& row = rows[(i + static_cast<std::size_t>(round)) % rows.size()];
+      const Round got = row.read(false);
+      row.bytes_per_second.push_back(got.bytes_per_second);
+      row.cpu_seconds.push_back(got.cpu_seconds);
     }
-    for (Reader& reader : readers) {
-      reader.of_fio.push_back(reader.bytes_per_second.back() / readers[0].bytes_per_second.back());
+    for (Row& row : rows) {
+      row.of_fio.push_back(row.bytes_per_second.back() / rows[0].bytes_per_second.back());
     }
   }
   std::printf("%-24s %8s %10s %12s %8s   rounds, GB/s\n", "reader", "GB/s", "CPU s", "CPU s / GB",
               "of fio");
-  for (const Reader& reader : readers) {
-    const double cpu = median(reader.cpu_seconds);
-    std::printf("%-24s %8.3f %10.3f %12.4f %8.3f  ", reader.name,
-                1e-9 * median(reader.bytes_per_second), cpu,
-                cpu / (1e-9 * static_cast<double>(bytes)), median(reader.of_fio));
-    for (const double value : reader.bytes_per_second) std::printf(" %.3f", 1e-9 * value);
+  for (const Row& row : rows) {
+    const double cpu = median(row.cpu_seconds);
+    std::printf("%-24s %8.3f %10.3f %12.4f %8.3f  ", row.name.c_str(),
+                1e-9 * median(row.bytes_per_second), cpu, cpu / (1e-9 * static_cast<double>(bytes)),
+                median(row.of_fio));
+    for (const double value : row.bytes_per_second) std::printf(" %.3f", 1e-9 * value);
     std::printf("\n");
   }
-  const double ratio = median(readers[1].bytes_per_second) / median(readers[0].bytes_per_second);
+  const double ratio = median(rows[1].bytes_per_second) / median(rows[0].bytes_per_second);
   std::printf("io_uring / fio, of the medians: %.3f (needed: %.2f)\n", ratio, kNeeded);
   return ratio >= kNeeded ? 0 : 1;
 }
@@ -193,7 +208,7 @@ int main(int count, char** arguments) {
       std::fprintf(stderr, "usage: bench_block_reader [FOLDER [GIB [ROUNDS]]]\n");
       return 2;
     }
-    return tailor::run(folder, extents * tailor::kExtentBytes, rounds);
+    return tailor::run(folder, extents * 16 * tailor::kMiB, rounds);
   } catch (const tailor::Error& error) {
     std::fprintf(stderr, "%s", tailor::to_text(error).c_str());
     return error.exit_code();
