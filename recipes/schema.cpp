@@ -615,9 +615,9 @@ std::vector<RecipeKey> make_keys() {
       string_or_key(
           "base.store", [](R& r) -> std::optional<std::string>& { return r.base.store; }, "null",
           "folder",
-          "A store of `tailor model pack`. null: as_is streams from safetensors, another format is "
-          "packed "
-          "into <cache>/stores/<digest> first."),
+          "A store of `tailor model pack`. null: the published weights, in memory; another format, "
+          "or weights that do not fit or have a budget, are packed into <cache>/stores/<digest> "
+          "first."),
       bytes_or_auto_key(
           "base.device_memory",
           [](R& r) -> std::optional<std::int64_t>& { return r.base.device_memory; },

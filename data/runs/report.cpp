@@ -54,21 +54,31 @@ double ran_seconds(const RunReport& report) {
   return static_cast<double>(ms) / 1000;
 }
 
+StreamTotals stream_totals(const RunReport& report) {
+  StreamTotals out;
+  for (const StepMetrics& step : report.metrics.steps) {
+    if (!std::isfinite(step.seconds)) continue;
+    out.bytes += step.stream_bytes;
+    out.stall_seconds += step.stall_seconds;
+    out.step_seconds += step.seconds;
+  }
+  return out;
+}
+
 std::vector<PlannedFigure> planned_and_measured(const RunReport& report) {
   double seconds = 0;
   double tokens = 0;
-  double stream_bytes = 0;
   for (const StepMetrics& step : report.metrics.steps) {
     if (!std::isfinite(step.seconds)) continue;
     seconds += step.seconds;
     tokens += static_cast<double>(step.tokens);
-    stream_bytes += static_cast<double>(step.stream_bytes);
   }
   const auto count = static_cast<double>(report.metrics.steps.size());
   const auto per_step = [&](double sum) {
     return count > 0 ? std::optional(sum / count) : std::nullopt;
   };
   const RunTotals& totals = report.totals;
+  const auto stream_bytes = static_cast<double>(stream_totals(report).bytes);
   std::vector<PlannedFigure> figures = {
       {"steps", "steps", {}, static_cast<double>(totals.useful_steps)},
       {"seconds per step", "seconds_per_step", {}, per_step(seconds)},
@@ -126,6 +136,10 @@ Json summary_json(const RunReport& report) {
   for (const PlannedFigure& figure : planned_and_measured(report)) {
     if (figure.key == "tokens_per_second") out[figure.key] = number_or_null(figure.measured);
   }
+  const StreamTotals stream = stream_totals(report);
+  out["stream_bytes"] = stream.bytes;
+  out["stall_seconds"] = stream.stall_seconds;
+  out["bound"] = stream.step_seconds > 0 ? Json(stream.bound()) : Json();
   out["estimated"] = totals.estimated;
   Json phases = Json::object();
   for (const Phase phase : kPhases) {

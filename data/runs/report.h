@@ -30,6 +30,16 @@ struct PlannedFigure {
 };
 std::vector<PlannedFigure> planned_and_measured(const RunReport& report);
 
+/// What streaming the frozen weights meant for the steps that metrics.jsonl holds.
+struct StreamTotals {
+  std::int64_t bytes = 0;  ///< read from disk
+  double stall_seconds = 0, step_seconds = 0;
+  double stall_share() const { return step_seconds > 0 ? stall_seconds / step_seconds : 0; }
+  /// "disk" where computing waited for more than a tenth of the steps' time, else "compute".
+  std::string bound() const { return stall_share() > 0.1 ? "disk" : "compute"; }
+};
+StreamTotals stream_totals(const RunReport& report);
+
 /// Time all attempts together took, in seconds.
 double ran_seconds(const RunReport& report);
 

@@ -112,6 +112,15 @@ std::vector<std::string> closing_words(const RunReport& report) {
     lines.push_back("busy  " + percent_text(*totals.busy_device_ms, totals.device_ms) +
                     " of the device time");
   }
+  if (const StreamTotals stream = stream_totals(report); stream.bytes > 0) {
+    const Json& plan = report.plan;
+    const bool planned = plan.is_object() && plan.contains("bound") && plan["bound"].is_object() &&
+                         plan["bound"].contains("value") && plan["bound"]["value"].is_string();
+    lines.push_back(
+        "weights  " + bytes_text(stream.bytes) + " read from disk; steps waited for " +
+        fixed_text(100 * stream.stall_share(), 1) + "% of their time: bound by " + stream.bound() +
+        (planned ? " (planned: " + plan["bound"]["value"].get<std::string>() + ")" : ""));
+  }
   if (totals.energy_mj.has_value()) {
     lines.push_back("energy  " + number_text(static_cast<double>(*totals.energy_mj) / 3.6e9, 4) +
                     " kWh");

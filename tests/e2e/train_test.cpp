@@ -16,6 +16,8 @@
 namespace tailor {
 namespace {
 
+constexpr const char* kModel = TAILOR_SOURCE_DIR "/tests/golden/llama4_maverick_tiny/model";
+
 struct Finished {
   int code = 0;
   std::string out, err;
@@ -186,14 +188,66 @@ TEST_F(TrainProgram, a_finished_or_foreign_folder_is_left_alone) {
 
 TEST_F(TrainProgram, what_is_not_there_yet_is_refused_by_name) {
   const auto text = [](const Finished& done) { return done.err.substr(done.err.find("error:")); };
-  const Finished stream = run({"train", recipe(), "base.format=int4"});
-  EXPECT_EQ(stream.code, 66);
-  EXPECT_NE(text(stream).find("streams the base model"), std::string::npos) << stream.err;
   const Finished cuda = run({"train", recipe(), "compute.device=cuda"});
   EXPECT_EQ(cuda.code, 69);
   EXPECT_EQ(run({"train", recipe(), "machine.ranks=2"}).code, 2);
-  EXPECT_EQ(run({"train", "maverick-a100"}).code, 66);
+  EXPECT_NE(text(cuda).find("computes on the CPU only"), std::string::npos) << cuda.err;
+  EXPECT_EQ(run({"train", "maverick-a100"}).code, 69);
   EXPECT_FALSE(fs::exists(work_ / "run"));
+}
+
+TEST_F(TrainProgram, weights_from_disk_give_the_adapter_of_weights_in_memory) {
+  const std::string store = (work_ / "store").string();
+  const Finished packed = run({"model", "pack", kModel, "--to", store, "--format", "int4"});
+  ASSERT_EQ(packed.code, 0) << packed.err;
+  const auto adapter_of = [&](const std::string& name, std::vector<std::string> more) {
+    std::vector<std::string> arguments = {"train", recipe(),
+                                          "output_dir=" + (work_ / name).string()};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const Finished done = run(arguments);
+    EXPECT_EQ(done.code, 0) << done.err;
+    return sha256_file(work_ / name / "adapter/adapter_model.safetensors");
+  };
+  const std::string resident = adapter_of("resident", {"base.store=" + store});
+  EXPECT_EQ(
+      adapter_of("streamed", {"base.store=" + store, "base.device_memory=0", "base.host_memory=0"}),
+      resident);
+  // The store stands for the model; and one packed into the cache is the same.
+  EXPECT_EQ(adapter_of("itself",
+                       {"base_model=" + store, "base.host_memory=200KB", "base.device_memory=0"}),
+            resident);
+  EXPECT_EQ(adapter_of("cached", {"base.format=int4", "base.host_memory=0"}), resident);
+  const Json summary = read_json(work_ / "streamed/summary.json");
+  EXPECT_GT(summary.at("stream_bytes").get<std::int64_t>(), 0);
+  EXPECT_EQ(read_json(work_ / "resident/summary.json").at("stream_bytes"), 0);
+  // What contradicts the store is refused before anything is written.
+  const auto refused = [&](std::vector<std::string> more, int code, const std::string& word) {
+    std::vector<std::string> arguments = {"train", recipe(),
+                                          "output_dir=" + (work_ / "no").string()};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const Finished done = run(arguments);
+    EXPECT_EQ(done.code, code) << done.err;
+    EXPECT_NE(done.err.find(word), std::string::npos) << done.err;
+    EXPECT_FALSE(fs::exists(work_ / "no/metrics.jsonl"));
+  };
+  refused({"base.store=" + store, "base.format=nf4"}, 2, "the store holds int4");
+  refused({"base.store=" + (work_ / "nowhere").string()}, 65, "not a store");
+  refused({"base.store=" + store, "base.device_memory=1KB", "base.host_memory=0"}, 66,
+          "base.device_memory");
+}
+
+TEST_F(TrainProgram, a_store_that_was_damaged_ends_the_run_with_65_and_names_the_tile) {
+  const fs::path store = work_ / "store";
+  ASSERT_EQ(run({"model", "pack", kModel, "--to", store.string()}).code, 0);
+  const fs::path tiles = store / "layers/00001.tiles";
+  std::string bytes = read_text(tiles);
+  bytes[bytes.size() / 2] ^= 1;
+  write_atomically(tiles, bytes);
+  const Finished done = run({"train", recipe(), "base.store=" + store.string(),
+                             "base.device_memory=0", "base.host_memory=0"});
+  EXPECT_EQ(done.code, 65) << done.err;
+  EXPECT_NE(done.err.find("00001.tiles, offset "), std::string::npos) << done.err;
+  EXPECT_EQ(run({"model", "verify", store.string()}).code, 65);
 }
 
 TEST_F(TrainProgram, a_target_that_matches_nothing_is_refused) {

@@ -13,10 +13,10 @@
 
 namespace tailor {
 
-/// Tiles in a device's memory, copied there ahead of their use from RAM or, through a TileRing, from
-/// disk. A thread of its own keeps copies going on a stream of their own; an event tells when a tile
-/// is whole, another when a slot's last reader is done, so that neither copies nor computing wait
-/// for each other but where they must.
+/// Tiles in a device's memory, copied there ahead of their use from RAM or, through a TileRing,
+/// from disk. A thread of its own keeps copies going on a stream of their own; an event tells when
+/// a tile is whole, another when a slot's last reader is done, so that neither copies nor computing
+/// wait for each other but where they must.
 ///
 /// Homes: device tiles are copied once, at the start; host tiles wait in pinned memory; disk tiles
 /// are read into pinned slots first.
@@ -29,8 +29,8 @@ class DeviceRing final : public TileSource {
     /// For tests: fills a slot with 0xFF when its lease ends.
     bool poison_released = false;
   };
-  /// `tiles`, `checks` and `reader` as a TileRing takes them; `host_pools` its slots, `device_pools`
-  /// those on the device. The device outlives this.
+  /// `tiles`, `checks` and `reader` as a TileRing takes them; `host_pools` its slots,
+  /// `device_pools` those on the device. The device outlives this.
   DeviceRing(Device& device, std::vector<RingTile> tiles, std::vector<RingPool> host_pools,
              std::vector<RingPool> device_pools, std::unique_ptr<BlockReader> reader,
              TileRing::Checks checks, Options options);
