@@ -121,7 +121,6 @@ class UnitMaker {
     const auto piece = memory_.bytes().first(static_cast<std::size_t>(held_));
     hasher_.add(piece);
     file_->write(unit_->offset + at_, piece);
-    file_->start_sync(unit_->offset + at_, held_);
     *written_ += held_;
     at_ += held_;
     held_ = 0;

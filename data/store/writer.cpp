@@ -28,7 +28,10 @@ int reserve(int descriptor, std::int64_t bytes) {
 StoreFile::StoreFile(const fs::path& path, std::int64_t bytes) : path_(path) {
   struct stat info {};
   const bool fresh = ::stat(path.c_str(), &info) != 0;
-  descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  // Through the page cache a virtual disk that takes 1.8 GB/s took 0.2 to 0.3.
+  descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_DIRECT, 0644);
+  direct_ = descriptor_ >= 0;
+  if (!direct_) descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
   if (descriptor_ < 0) throw io_error(errno, "cannot create", path.string());
   if (!fresh && info.st_size == bytes) return;
   const int error = reserve(descriptor_, bytes);
@@ -44,6 +47,9 @@ StoreFile::~StoreFile() {
 }
 
 void StoreFile::write(std::int64_t offset, std::span<const std::byte> bytes) const {
+  TAILOR_CHECK(offset % kUnitAlignment == 0 &&
+               static_cast<std::int64_t>(bytes.size()) % kUnitAlignment == 0);
+  const std::int64_t begin = offset, count = static_cast<std::int64_t>(bytes.size());
   while (!bytes.empty()) {
     const ssize_t n = ::pwrite(descriptor_, bytes.data(), bytes.size(), offset);
     if (n < 0 && errno == EINTR) continue;
@@ -51,16 +57,14 @@ void StoreFile::write(std::int64_t offset, std::span<const std::byte> bytes) con
     bytes = bytes.subspan(static_cast<std::size_t>(n));
     offset += n;
   }
-}
-
-void StoreFile::start_sync(std::int64_t offset, std::int64_t bytes) const {
-  ::sync_file_range(descriptor_, offset, bytes, SYNC_FILE_RANGE_WRITE);
+  // Begun now, or the kernel keeps it until sync() has to wait for all of it.
+  if (!direct_) ::sync_file_range(descriptor_, begin, count, SYNC_FILE_RANGE_WRITE);
 }
 
 void StoreFile::sync() const {
   if (::fdatasync(descriptor_) != 0) throw io_error(errno, "cannot write", path_.string());
   // Training reads past the page cache; these pages only crowd others out.
-  ::posix_fadvise(descriptor_, 0, 0, POSIX_FADV_DONTNEED);
+  if (!direct_) ::posix_fadvise(descriptor_, 0, 0, POSIX_FADV_DONTNEED);
 }
 
 void check_disk_space(const fs::path& folder, const StoreLayout& layout) {

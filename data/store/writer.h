@@ -23,16 +23,16 @@ class StoreFile {
   StoreFile& operator=(const StoreFile&) = delete;
   ~StoreFile();
 
-  /// Throws Error{io}.
+  /// `offset`, the place of `bytes` in memory and their number are multiples of 4,096: it writes
+  /// past the page cache where the file system allows. Throws Error{io}.
   void write(std::int64_t offset, std::span<const std::byte> bytes) const;
-  /// Has the kernel begin to write a stretch out; does not wait.
-  void start_sync(std::int64_t offset, std::int64_t bytes) const;
   /// Waits until all that was written is on the disk. Throws Error{io}.
   void sync() const;
 
  private:
   fs::path path_;
   int descriptor_ = -1;
+  bool direct_ = false;
 };
 
 /// Throws Error{io}, as a full disk does, unless the disk of `folder` has room for the files of
