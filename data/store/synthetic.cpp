@@ -1,31 +1,27 @@
 #include "data/store/synthetic.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstring>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <set>
 #include <thread>
 
-#include "base/aligned_memory.h"
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/text.h"
 #include "base/units.h"
 #include "data/store/journal.h"
 #include "data/store/store.h"
-#include "data/store/synthetic_matrix.h"
+#include "data/store/synthetic_unit.h"
 #include "data/store/writer.h"
 
 namespace tailor {
 namespace {
 
-constexpr std::int64_t kPieceBytes = std::int64_t{1} << 20;
 constexpr std::int64_t kSyncBytes = std::int64_t{256} << 20;
 constexpr double kSyncSeconds = 5;
 /// Part of the store's mark: with other draws a begun store cannot be gone on with.
@@ -36,8 +32,8 @@ void check_size(const ModelSpec& spec) {
   constexpr double kElementsMax = 0x1p50, kUnitsMax = 1e7;
   const auto real = [](std::int64_t value) { return static_cast<double>(value); };
   const double moe = real(spec.moe_layer_count()), layers = real(spec.layer_count());
-  const double width = real(spec.query_width() + spec.kv_width() + spec.dense_width) +
-                       2 * real(spec.expert_width) * (real(spec.experts) + 1);
+  const double width = real(spec.heads + spec.kv_heads) * real(spec.head_dim) +
+                       real(spec.dense_width) + real(spec.expert_width) * (real(spec.experts) + 1);
   const double elements = real(spec.hidden) * (2 * real(spec.vocab) + 3 * layers * width);
   const double units = moe * real(spec.experts) + 2 * layers + real(spec.vocab) / 32;
   if (elements <= kElementsMax && units <= kUnitsMax) return;
@@ -45,97 +41,6 @@ void check_size(const ModelSpec& spec) {
                                     number_text(units) + " tiles is beyond what a store can hold",
                                 "config.json", "Check its sizes."});
 }
-
-/// Makes one unit after another in a buffer of one piece: drawn, hashed and written in its order.
-class UnitMaker {
- public:
-  UnitMaker(std::uint64_t seed, const std::array<std::byte, 16>& mark,
-            const std::atomic<bool>& ended)
-      : seed_(seed), mark_(mark), ended_(ended), memory_(kPieceBytes) {}
-
-  /// False when `ended` became true before it was whole.
-  bool make(const StoredUnit& unit, const StoreFile& file, std::atomic<std::int64_t>& written,
-            UnitHash& hash) {
-    unit_ = &unit;
-    file_ = &file;
-    written_ = &written;
-    at_ = held_ = 0;
-    write_unit_header({unit.id, mark_, unit.bytes, unit.matrices}, memory_.bytes());
-    held_ = kUnitHeaderBytes;
-    std::vector<SyntheticMatrix> matrices;
-    matrices.reserve(unit.matrices.size());
-    for (const MatrixPlace& place : unit.matrices) matrices.emplace_back(unit.id, place, seed_);
-    for (std::size_t i = 0; i < matrices.size() && !ended_; ++i) {
-      const MatrixPlace& place = unit.matrices[i];
-      add(place.codes_offset, place.codes_bytes, [&](std::int64_t begin, std::span<std::byte> out) {
-        matrices[i].draw_codes(begin, out);
-      });
-    }
-    for (std::size_t i = 0; i < matrices.size() && !ended_; ++i) {
-      const MatrixPlace& place = unit.matrices[i];
-      add(place.scales_offset, place.scales_bytes,
-          [&](std::int64_t begin, std::span<std::byte> out) {
-            matrices[i].draw_scales(begin, out);
-          });
-    }
-    if (!ended_) {
-      pad(unit.bytes);
-      flush();
-    }
-    hash = hasher_.finish();
-    return !ended_;
-  }
-
- private:
-  template <class Draw>
-  void add(std::int64_t offset, std::int64_t bytes, Draw draw) {
-    pad(offset);
-    for (std::int64_t done = 0; done < bytes && !ended_;) {
-      if (held_ == kPieceBytes) flush();
-      const std::int64_t n = std::min(bytes - done, kPieceBytes - held_);
-      draw(done, room(n));
-      held_ += n;
-      done += n;
-    }
-  }
-
-  /// Zeros up to `offset`, which is less than a page away.
-  void pad(std::int64_t offset) {
-    std::int64_t left = offset - at_ - held_;
-    TAILOR_CHECK(left >= 0 && left < kUnitAlignment);
-    while (left > 0) {
-      if (held_ == kPieceBytes) flush();
-      const std::int64_t n = std::min(left, kPieceBytes - held_);
-      std::memset(room(n).data(), 0, static_cast<std::size_t>(n));
-      held_ += n;
-      left -= n;
-    }
-  }
-
-  std::span<std::byte> room(std::int64_t bytes) const {
-    return memory_.bytes().subspan(static_cast<std::size_t>(held_),
-                                   static_cast<std::size_t>(bytes));
-  }
-
-  void flush() {
-    const auto piece = memory_.bytes().first(static_cast<std::size_t>(held_));
-    hasher_.add(piece);
-    file_->write(unit_->offset + at_, piece);
-    *written_ += held_;
-    at_ += held_;
-    held_ = 0;
-  }
-
-  std::uint64_t seed_;
-  const std::array<std::byte, 16>& mark_;
-  const std::atomic<bool>& ended_;
-  AlignedMemory memory_;
-  UnitHasher hasher_;
-  const StoredUnit* unit_ = nullptr;
-  const StoreFile* file_ = nullptr;
-  std::atomic<std::int64_t>* written_ = nullptr;
-  std::int64_t at_ = 0, held_ = 0;  ///< bytes of the unit that are written; that are in memory_
-};
 
 class Synthesis {
  public:
@@ -235,7 +140,7 @@ class Synthesis {
 
   void work() {
     try {
-      UnitMaker maker(options_.seed, mark_, ended_);
+      SyntheticUnitMaker maker(options_.seed, mark_, ended_);
       while (!ended_) {
         const std::size_t i = next_++;
         if (i >= waiting_.size()) break;
