@@ -383,6 +383,52 @@ class CommandLine {
         ->check(not_below("--threads", 1))
         ->type_name("N");
     with_json(verify);
+    add_model_synthesise(model);
+  }
+
+  void add_model_synthesise(CLI::App& model) {
+    const std::vector<std::string> formats = {"int4", "nf4", "fp8", "bf16"};
+    auto synthesise = verb<ModelSynthesiseArguments>(
+        model, "synthesise",
+        "Write a store of random weights with a model's true sizes, to measure with",
+        "tailor model synthesise Llama-4-Maverick --layers 2 --to stores/maverick-2");
+    synthesise.app
+        .add_option("CONFIG", synthesise.own.config,
+                    "Model folder, config.json, Hugging Face repository in the local cache, or a "
+                    "config that comes with Tailor, by the beginning of its name")
+        ->required();
+    synthesise.app
+        .add_option("--to", synthesise.own.to, "Folder of the store; a begun one is gone on with")
+        ->type_name("DIR")
+        ->required();
+    synthesise.app
+        .add_option("--layers", synthesise.own.layers,
+                    "How many, the first of each kind before others; or which: 0,1 or 0-3,7")
+        ->type_name("LIST")
+        ->required();
+    synthesise.app
+        .add_option("--format", synthesise.own.format, "Of routed experts: int4, nf4, fp8, bf16")
+        ->check(one_of("--format", formats))
+        ->type_name("NAME")
+        ->capture_default_str();
+    synthesise.app
+        .add_option("--non-expert-format", synthesise.own.non_expert_format,
+                    "Of attention, dense MLPs and shared experts")
+        ->check(one_of("--non-expert-format", formats))
+        ->type_name("NAME")
+        ->capture_default_str();
+    synthesise.app
+        .add_option("--group", synthesise.own.group,
+                    "Weights a scale of int4 covers; 128, or 64 or 32, what divides, without it")
+        ->check(not_below("--group", 1))
+        ->type_name("N");
+    synthesise.app.add_option("--seed", synthesise.own.seed, "Start of the random numbers")
+        ->type_name("N")
+        ->capture_default_str();
+    synthesise.app.add_option("--threads", synthesise.own.threads, "Threads; all cores without it")
+        ->check(not_below("--threads", 1))
+        ->type_name("N");
+    with_json(synthesise);
   }
 
   void add_runs() {

@@ -87,9 +87,21 @@ struct ModelVerifyArguments {
   int threads = 0;
   bool json = false;
 };
+struct ModelSynthesiseArguments {
+  std::string config;           ///< folder, config.json, repository, or a shipped config's name
+  std::string to;               ///< the store's folder
+  std::string layers;           ///< a count, or a list such as 0,1 or 0-3,7
+  std::string format = "int4";  ///< of routed experts
+  std::string non_expert_format = "bf16";
+  std::int64_t group = 0;  ///< of int4; 0: what divides the width
+  std::uint64_t seed = 0;
+  int threads = 0;  ///< 0: all cores
+  bool json = false;
+};
 int run_model_inspect(const ModelInspectArguments& arguments);
 int run_model_pack(const ModelPackArguments& arguments);
 int run_model_verify(const ModelVerifyArguments& arguments);
+int run_model_synthesise(const ModelSynthesiseArguments& arguments);
 
 struct RunsListArguments {
   std::string ledger;  ///< empty: the default one

@@ -9,9 +9,11 @@
 #include "base/text.h"
 #include "data/checkpoint/checkpoint.h"
 #include "data/store/pack.h"
+#include "data/store/synthetic.h"
 #include "data/store/verify.h"
 #include "recipes/scalars.h"
 #include "tools/interrupt.h"
+#include "tools/paths.h"
 #include "tools/table.h"
 #include "tools/terminal.h"
 #include "tools/verbs.h"
@@ -78,6 +80,45 @@ class StoreProgress {
   double said_ = 0;
   ProgressLine line_;
 };
+
+/// config.json of a folder, a repository in the local cache, or a published config in `models`
+/// ("a/b" is a--b.json there) whose repository's name, with or without "a/", begins with `name`.
+fs::path find_config(const std::string& name, const fs::path& models) {
+  std::error_code error;
+  if (fs::is_regular_file(name, error)) return name;
+  if (fs::is_directory(name, error)) return fs::path(name) / "config.json";
+  std::vector<std::string> known, meant;
+  fs::path found;
+  for (const auto& entry : fs::directory_iterator(models, error)) {
+    std::string repository = entry.path().stem();
+    if (const auto at = repository.find("--"); at != std::string::npos) {
+      repository.replace(at, 2, "/");
+    }
+    known.push_back(repository);
+    const std::string short_name = repository.substr(repository.find('/') + 1);
+    if (lower(repository) == lower(name)) return entry.path();
+    if (!lower(repository).starts_with(lower(name)) && !lower(short_name).starts_with(lower(name)))
+      continue;
+    meant.push_back(repository);
+    found = entry.path();
+  }
+  std::sort(known.begin(), known.end());
+  std::sort(meant.begin(), meant.end());
+  if (!name.empty() && meant.size() == 1) return found;
+  if (!name.empty() && meant.size() > 1) {
+    throw Error(Fault::usage, {"'" + name + "' is the beginning of several models' names",
+                               models.string(), "Name one of them: " + join(meant, ", ") + "."});
+  }
+  try {
+    return find_model_folder(name) / "config.json";
+  } catch (const Error&) {
+    throw Error(Fault::usage,
+                {"no config of a model '" + name + "' is known", models.string(),
+                 "Name a folder with a config.json, that file, a repository in the local Hugging "
+                 "Face cache, or one that comes with Tailor: " +
+                     join(known, ", ") + "."});
+  }
+}
 
 }  // namespace
 
@@ -223,6 +264,48 @@ int run_model_verify(const ModelVerifyArguments& arguments) {
               << (against ? ", and as near the checkpoint as their formats can be" : "")
               << "; read in " << seconds_text(report.seconds) << "\n";
   }
+  return 0;
+}
+
+int run_model_synthesise(const ModelSynthesiseArguments& arguments) {
+  const fs::path path = find_config(arguments.config, recipes_folder() / "models");
+  std::error_code error;
+  if (!fs::is_regular_file(path, error)) {
+    throw Error(Fault::usage, {"config.json is missing", path.string(),
+                               "Name the folder of a Hugging Face model."});
+  }
+  const Json config = read_json(path);
+  const ModelSpec spec = model_spec_from_config(config, path.string());
+  const std::vector<std::int64_t> layers = choose_layers(spec, arguments.layers);
+  SynthesisOptions options;
+  options.formats.experts = format_choice(arguments.format, arguments.group);
+  options.formats.others = format_choice(arguments.non_expert_format, arguments.group);
+  options.seed = arguments.seed;
+  options.threads = threads_or_all(arguments.threads);
+  const Interrupt interrupt;
+  options.stop = [&] { return interrupt.asked(); };
+  StoreProgress progress;
+  options.progress = [&](const SynthesisProgress& at) {
+    progress.show("writing", at.bytes_done, at.bytes_before, at.bytes, at.seconds, "");
+  };
+  const SynthesisReport report = synthesise_store(config, layers, arguments.to, options);
+  if (arguments.json) {
+    std::cout << Json{{"store", arguments.to},    {"bytes", report.bytes},
+                      {"units", report.units},    {"units_before", report.units_before},
+                      {"layers", layers},         {"seed", options.seed},
+                      {"seconds", report.seconds}}
+                     .dump(2)
+              << "\n";
+    return 0;
+  }
+  std::cout << heading("Wrote") << " " << bytes_text(report.bytes) << " of random weights into "
+            << arguments.to << " in " << seconds_text(report.seconds) << "\n";
+  if (report.units_before > 0) {
+    std::cout << "  " << count_text(report.units_before) << " of " << count_text(report.units)
+              << " tiles were there from before\n";
+  }
+  std::cout << "  " << layers.size() << " of " << spec.layer_count()
+            << " layers; there is no tokenizer in it: train from it with tokenised data\n";
   return 0;
 }
 
