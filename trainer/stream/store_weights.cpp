@@ -198,6 +198,11 @@ class StoreStream final : public StoreWeights {
   }
   StreamFacts facts() const override { return facts_; }
 
+  void read_through(Pass pass) override {
+    begin(pass, false);
+    for (const int tile : order_of(pass)) acquire(tile);
+  }
+
  private:
   // ------------------------------------------------------------------ tiles
   void cut_tiles(const StreamOptions& options) {

@@ -48,6 +48,8 @@ class StoreWeights : public FrozenWeights {
   static std::unique_ptr<StoreWeights> open(std::shared_ptr<const Store> store,
                                             at::ScalarType dtype, const StreamOptions& options);
   virtual StreamFacts facts() const = 0;
+  /// Acquires every tile of a pass and lets it go unused: what reading alone takes.
+  virtual void read_through(Pass pass) = 0;
 };
 
 }  // namespace tailor

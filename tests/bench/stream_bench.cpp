@@ -1,0 +1,219 @@
+// Training steps from a store on disk against their two limits, measured in one run: the same step
+// with all weights in memory, and the same bytes read without computing.
+//
+//     bench_stream STORE [--tokens N] [--micro-tokens N] [--rounds N] [--expert-rank N] [--ring BYTES]
+//                  [--loss-share X] [--streamed-only] [--against MODEL] [--kept]
+//
+// --streamed-only leaves the resident step out, for peak memory; --against takes the resident step
+// from a checkpoint instead of the store.
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/random.h"
+#include "trainer/models/decoder.h"
+#include "trainer/stream/store_weights.h"
+
+namespace tailor {
+namespace {
+
+struct Options {
+  fs::path store, against;
+  std::int64_t tokens = 1024, micro_tokens = 1024, expert_rank = 1, ring = 0;
+  int rounds = 3;
+  double loss_share = 0.25;
+  bool streamed_only = false, kept = false;
+};
+
+Options read_options(int argc, char** argv) {
+  Options out;
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i];
+    const auto value = [&]() -> std::string {
+      TAILOR_CHECK(i + 1 < argc, name + " needs a value");
+      return argv[++i];
+    };
+    if (name == "--tokens") {
+      out.tokens = std::stoll(value());
+    } else if (name == "--micro-tokens") {
+      out.micro_tokens = std::stoll(value());
+    } else if (name == "--rounds") {
+      out.rounds = std::stoi(value());
+    } else if (name == "--expert-rank") {
+      out.expert_rank = std::stoll(value());
+    } else if (name == "--ring") {
+      out.ring = std::stoll(value());
+    } else if (name == "--loss-share") {
+      out.loss_share = std::stod(value());
+    } else if (name == "--against") {
+      out.against = value();
+    } else if (name == "--streamed-only") {
+      out.streamed_only = true;
+    } else if (name == "--kept") {
+      out.kept = true;
+    } else {
+      out.store = name;
+    }
+  }
+  return out;
+}
+
+/// A number of /proc/self/`file`: bytes read from disk, or kB of peak memory.
+std::int64_t proc_number(const char* file, const std::string& key) {
+  std::ifstream in(std::string("/proc/self/") + file);
+  std::string word;
+  while (in >> word) {
+    if (word != key) continue;
+    std::int64_t value = 0;
+    in >> value;
+    return value;
+  }
+  return 0;
+}
+
+struct Step {
+  std::vector<std::int32_t> ids, position, target, document_start, micro_batch_start;
+  TokenInput input() const {
+    return {ids, position, target, document_start, micro_batch_start, {}};
+  }
+};
+
+/// Documents of 128 random tokens, some of them trained.
+Step make_step(const Options& options, std::int64_t vocab) {
+  Step out;
+  out.micro_batch_start.push_back(0);
+  for (std::int64_t t = 0; t < options.tokens; ++t) {
+    const auto draw = [&](std::uint64_t what) {
+      return random_bits(1, RandomStream::sample, static_cast<std::uint64_t>(t), what);
+    };
+    if (t % 128 == 0) out.document_start.push_back(static_cast<std::int32_t>(t));
+    out.ids.push_back(static_cast<std::int32_t>(draw(0) % static_cast<std::uint64_t>(vocab)));
+    out.position.push_back(static_cast<std::int32_t>(t % 128));
+    const bool trained = static_cast<double>(draw(1) % 1000) < 1000 * options.loss_share;
+    out.target.push_back(
+        trained ? static_cast<std::int32_t>(draw(2) % static_cast<std::uint64_t>(vocab)) : -1);
+    if ((t + 1) % options.micro_tokens == 0 || t + 1 == options.tokens) {
+      out.micro_batch_start.push_back(static_cast<std::int32_t>(t + 1));
+    }
+  }
+  out.document_start.push_back(static_cast<std::int32_t>(options.tokens));
+  return out;
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values.empty() ? 0 : values[values.size() / 2];
+}
+
+int run(const Options& options) {
+  const auto store = std::make_shared<const Store>(Store::open(options.store));
+  StreamOptions from_disk;
+  from_disk.device_bytes = from_disk.host_bytes = 0;
+  from_disk.ring_bytes = options.ring;
+  auto streamed_weights = StoreWeights::open(store, at::kBFloat16, from_disk);
+  StoreWeights& stream = *streamed_weights;
+  const StreamFacts facts = stream.facts();
+  const auto streamed = Decoder::create(std::move(streamed_weights), at::kBFloat16);
+  std::unique_ptr<Decoder> resident;
+  if (!options.against.empty()) {
+    const ModelSpec spec = read_model_spec(options.against);
+    resident = Decoder::create(
+        resident_weights(spec, load_weights(Checkpoint::open(options.against), spec, at::kBFloat16)),
+        at::kBFloat16);
+  } else if (!options.streamed_only) {
+    resident = Decoder::create(StoreWeights::open(store, at::kBFloat16, {}), at::kBFloat16);
+  }
+
+  LoraOptions lora;
+  lora.rank = 8;
+  lora.alpha = 16;
+  lora.expert_rank = options.expert_rank;
+  lora.expert_alpha = 2 * static_cast<double>(options.expert_rank);
+  lora.targets = {"attention", "dense_mlp"};
+  if (store->spec().experts > 0) {
+    lora.targets.push_back("shared_expert");
+    lora.targets.push_back("experts");
+  }
+  const Adapter adapter = Adapter::create(store->spec(), lora, 1);
+  const at::Tensor gradients = at::zeros({adapter.parameter_count()}, at::kFloat);
+  const Step step = make_step(options, store->spec().vocab);
+  streamed->set_adapter(&adapter);
+  if (resident) resident->set_adapter(&adapter);
+  const Activations keep = options.kept ? Activations::kept : Activations::recomputed;
+  const auto pass = options.kept ? FrozenWeights::Pass::train_kept
+                                 : FrozenWeights::Pass::train_recompute;
+  double loss[2] = {0, 0};
+  const auto seconds_of = [&](Decoder& decoder, double& sum) {
+    TrainPass how;
+    how.gradient_scale = 1.0 / static_cast<double>(options.tokens);
+    how.keep = keep;
+    const double began = seconds_now();
+    sum = decoder.forward_backward(step.input(), how, gradients).loss_sum;
+    return seconds_now() - began;
+  };
+  std::printf("%lld tokens a step, %.2f GB read a pass, ring %.0f MB, %lld factors, %s\n",
+              static_cast<long long>(options.tokens),
+              static_cast<double>(facts.streamed_bytes) / 1e9,
+              static_cast<double>(facts.ring_bytes) / 1e6,
+              static_cast<long long>(adapter.parameter_count()),
+              name_of(facts.reader.engine));
+  std::vector<double> computing, reading, both, ratio;
+  for (int round = 0; round <= options.rounds; ++round) {  // the first one warms up
+    double compute = 0;
+    if (resident) compute = seconds_of(*resident, loss[0]);
+    const std::int64_t disk_before = proc_number("io", "read_bytes:");
+    const RingCounters before = stream.counters();
+    const double step_seconds = seconds_of(*streamed, loss[1]);
+    const RingCounters after = stream.counters();
+    const std::int64_t disk = proc_number("io", "read_bytes:") - disk_before;
+    const std::int64_t counted = after.streamed_bytes - before.streamed_bytes;
+    const double began = seconds_now();
+    stream.read_through(pass);
+    const double read = seconds_now() - began;
+    const double limit = std::max(compute, read);
+    std::printf("  %s compute only %.2f s, read only %.2f s (%.2f GB/s), step %.2f s: %.3f x the "
+                "longer; stalled %.2f s; /proc/self/io %s (%lld of %lld bytes)\n",
+                round == 0 ? "warm-up" : "round  ", compute, read,
+                static_cast<double>(2 * facts.streamed_bytes) / read / 1e9, step_seconds,
+                step_seconds / limit, after.stall_seconds - before.stall_seconds,
+                disk == counted ? "agrees" : "DISAGREES", static_cast<long long>(disk),
+                static_cast<long long>(counted));
+    std::fflush(stdout);
+    if (round == 0) continue;
+    computing.push_back(compute);
+    reading.push_back(read);
+    both.push_back(step_seconds);
+    ratio.push_back(step_seconds / limit);
+  }
+  const double tokens = static_cast<double>(options.tokens);
+  std::printf("medians: compute %.2f s, read %.2f s, step %.2f s (%.0f tokens/s), ratio %.3f",
+              median(computing), median(reading), median(both), tokens / median(both),
+              median(ratio));
+  if (resident) {
+    std::printf(", %.3f x resident speed; losses %s", median(computing) / median(both),
+                loss[0] == loss[1] ? "equal to the bit" : "differ");
+  }
+  std::printf("; peak RSS %.2f GB\n",
+              static_cast<double>(proc_number("status", "VmHWM:")) * 1024 / 1e9);
+  return 0;
+}
+
+}  // namespace
+}  // namespace tailor
+
+int main(int argc, char** argv) {
+  try {
+    return tailor::run(tailor::read_options(argc, argv));
+  } catch (const tailor::Error& error) {
+    std::fprintf(stderr, "%s", tailor::to_text(error).c_str());
+    return error.exit_code();
+  }
+}
