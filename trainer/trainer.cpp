@@ -75,7 +75,7 @@ std::optional<Evaluation> evaluate(Decoder& decoder, const EvaluationSource& sou
   for (std::int64_t s = 0; s < source.steps(); ++s) {
     if (stop()) return std::nullopt;
     const Batch batch = source.batch_at(s, 0, 1);
-    const LossResult result = decoder.evaluate(token_input(batch));
+    const LossResult result = decoder.evaluate(token_input(batch), s + 1 < source.steps());
     sum += result.loss_sum;
     out.tokens += result.tokens;
     out.correct += result.correct;

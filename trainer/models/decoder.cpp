@@ -102,9 +102,9 @@ class DecoderOf final : public Decoder {
     return result;
   }
 
-  LossResult evaluate(const TokenInput& input) override {
+  LossResult evaluate(const TokenInput& input, bool another_follows) override {
     const Frame kept(workspace_.kept), scratch(workspace_.scratch);
-    weights_->begin(Pass::forward, false);
+    weights_->begin(Pass::forward, another_follows);
     const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, nullptr);
     return head_loss<S>(*weights_, x_TD, input.target, 0, at::Tensor(), workspace_.scratch);
   }

@@ -70,7 +70,8 @@ class Decoder {
   /// float64 decoder).
   virtual LossResult forward_backward(const TokenInput& input, const TrainPass& pass,
                                       const at::Tensor& gradients) = 0;
-  virtual LossResult evaluate(const TokenInput& input) = 0;
+  /// `another_follows`: so does another evaluation, and weights may be read ahead for it.
+  virtual LossResult evaluate(const TokenInput& input, bool another_follows = false) = 0;
   virtual Trace trace(const TokenInput& input) = 0;
 
   /// Most bytes of activations and scratch that were alive at once in any pass so far.
