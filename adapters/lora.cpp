@@ -104,8 +104,7 @@ std::vector<LoraSite> all_sites(const ModelSpec& spec) {
   return sites;
 }
 
-Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::uint64_t seed,
-                        const ArenaHome& home) {
+std::vector<LoraSite> choose_sites(const ModelSpec& spec, const LoraOptions& options) {
   std::vector<LoraSite> chosen;
   std::set<std::string> used;
   for (LoraSite& site : all_sites(spec)) {
@@ -136,7 +135,12 @@ Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::
                                (near.empty() ? std::string() : "Did you mean '" + near + "'? ") +
                                    "This model has: " + join(known, ", ") + "."});
   }
-  Adapter adapter = from_sites(std::move(chosen), options, home);
+  return chosen;
+}
+
+Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::uint64_t seed,
+                        const ArenaHome& home) {
+  Adapter adapter = from_sites(choose_sites(spec, options), options, home);
   for (const LoraSite& site : adapter.sites_) {
     const std::uint64_t name =
         name_hash((site.module + "/" + std::string(row_of(site.projection).name)).c_str());
@@ -253,7 +257,7 @@ std::span<const float> Adapter::b_of(const LoraSite& site) const {
                            static_cast<std::size_t>(site.b_size()));
 }
 
-std::vector<std::string> describe_sites(const Adapter& adapter) {
+std::vector<std::string> describe_sites(std::span<const LoraSite> sites) {
   struct Group {
     std::vector<std::string> names;
     std::set<int> layers;
@@ -261,7 +265,7 @@ std::vector<std::string> describe_sites(const Adapter& adapter) {
   };
   std::map<std::string, Group> groups;
   std::vector<std::string> order;
-  for (const LoraSite& site : adapter.sites()) {
+  for (const LoraSite& site : sites) {
     const ProjectionRow& row = row_of(site.projection);
     const std::string key(row.group);
     if (!groups.contains(key)) order.push_back(key);

@@ -118,9 +118,16 @@ class Adapter {
 /// Every matrix of the model that can carry factors, in the order the arena keeps them.
 std::vector<LoraSite> all_sites(const ModelSpec& spec);
 
+/// Those of them that `options` puts factors on, with their ranks and scales: what Adapter::create
+/// begins with, and throws as it does. Offsets are not set.
+std::vector<LoraSite> choose_sites(const ModelSpec& spec, const LoraOptions& options);
+
 /// "attention: q_proj, k_proj, v_proj, o_proj x 30 layers (rank 8, 0.92 M parameters)", a line a
 /// group: what a run prints, so that nobody trains less than they think.
-std::vector<std::string> describe_sites(const Adapter& adapter);
+std::vector<std::string> describe_sites(std::span<const LoraSite> sites);
+inline std::vector<std::string> describe_sites(const Adapter& adapter) {
+  return describe_sites(adapter.sites());
+}
 
 /// The last part of a module's name for a projection: "q_proj", "experts.gate_up_proj".
 std::string_view projection_name(Projection projection);

@@ -86,11 +86,11 @@ void Planner::add_cpu_state(bool keep, double value_bytes) {
            " B: float32 value, gradient, two moments" + (value_bytes == 2 ? ", bf16 copy" : ""));
   if (paged) {
     const double layer = as_double(lora_.experts) / as_double(model_.moe_layers);
-    constexpr double kUpdateWindows = 4 * 3 * 4 * 1048576.0;
+    constexpr double kUpdateWindows = 4 * 4 * 4 * 1048576.0;
     item(Home::host, "expert factors in use",
          layer * (2 * value_bytes + 4) + std::min(kUpdateWindows, as_double(lora_.experts) * 16),
          "of two layers the copies, of one the gradients, " + whole(layer) +
-             " parameters each; 3 windows of 4 MiB of each arena in the update");
+             " parameters each; 4 windows of 4 MiB of each arena in the update");
   }
   const double inputs = tokens_ * layers * as_double(model_.hidden) * value_bytes;
   const double rest = keep ? kept_bytes(value_bytes) : 0;

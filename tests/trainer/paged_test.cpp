@@ -161,8 +161,7 @@ class Paged : public testing::Test {
     now->trainer->flush();
     out.factors.assign(now->adapter.factors().begin(), now->adapter.factors().end());
     out.first.assign(now->optimizer.first_moment().begin(), now->optimizer.first_moment().end());
-    out.second.assign(now->optimizer.second_moment().begin(),
-                      now->optimizer.second_moment().end());
+    out.second.assign(now->optimizer.second_moment().begin(), now->optimizer.second_moment().end());
     return out;
   }
 
@@ -239,8 +238,7 @@ TEST_F(Paged, layers_larger_than_a_window_give_the_same_bits_and_leave_memory) {
   ASSERT_GT(last.size(), 1'500'000);
   const std::int64_t size = now->adapter.arena().size();
   EXPECT_GT(2 * last.size() * 4, size * 9 / 10);
-  for (const std::byte* arena : {now->adapter.arena().data(),
-                                 now->optimizer.first_arena().data(),
+  for (const std::byte* arena : {now->adapter.arena().data(), now->optimizer.first_arena().data(),
                                  now->optimizer.second_arena().data()}) {
     EXPECT_LE(resident_bytes_at(arena), size / 10);
     EXPECT_GE(resident_bytes_at(arena), 0);
@@ -398,7 +396,8 @@ TEST_F(Paged, no_file_is_seen_in_the_scratch_folder) {
   EXPECT_TRUE(fs::is_empty(folder_ / "scratch"));
 }
 
-/// The most memory that a pass over 16,384 tokens, and what it needs, takes in a process of its own.
+/// The most memory that a pass over 16,384 tokens, and what it needs, takes in a process of its
+/// own.
 void pass_in_memory_of_its_own(const ArenaHome& home, const fs::path& report) {
   at::set_num_threads(1);
   TinyModel model = load_tiny(golden("llama4_maverick_tiny") / "model", at::kFloat);

@@ -13,6 +13,7 @@ namespace {
 constexpr auto kFloatBytes = static_cast<std::int64_t>(sizeof(float));
 /// Elements the update works on between reading ahead and letting go: 4 MiB of each arena.
 constexpr std::int64_t kWindow = std::int64_t{1} << 20;
+constexpr std::int64_t kAhead = 2;  ///< windows that are being read
 
 void release(const Arena& arena, FactorRange range) {
   arena.release(range.begin * kFloatBytes, range.size() * kFloatBytes);
@@ -156,16 +157,15 @@ void ExpertPager::update_layer(const FactorRange& experts) {
   const auto window_at = [&](std::int64_t begin) {
     return FactorRange{std::min(begin, experts.end), std::min(begin + kWindow, experts.end)};
   };
-  const std::array<const Arena*, 4> arenas = {&adapter_.arena(), &gradients_,
-                                              &optimizer_.first_arena(),
-                                              &optimizer_.second_arena()};
+  const std::array<const Arena*, 4> arenas = {
+      &adapter_.arena(), &gradients_, &optimizer_.first_arena(), &optimizer_.second_arena()};
   const auto ahead = [&](std::int64_t begin) {
     for (const Arena* arena : arenas) prefetch(*arena, window_at(begin));
   };
   cast_.discard(experts);
-  ahead(experts.begin);
+  for (std::int64_t i = 0; i < kAhead; ++i) ahead(experts.begin + i * kWindow);
   for (std::int64_t at = experts.begin; at < experts.end; at += kWindow) {
-    ahead(at + kWindow);
+    ahead(at + kAhead * kWindow);
     const FactorRange window = window_at(at);
     optimizer_.finish(adapter_.factors(), gradients_.as<float>(), window, false);
     cast_.cast(window);
