@@ -94,10 +94,10 @@ class RandomRows final : public TokenSource {
 
  private:
   std::int32_t id(std::int64_t step, std::int64_t t) const {
-    return static_cast<std::int32_t>(
-        random_bits(1, RandomStream::sample, static_cast<std::uint64_t>(step),
-                    static_cast<std::uint64_t>(t)) %
-        static_cast<std::uint64_t>(vocab_));
+    return static_cast<std::int32_t>(random_bits(1, RandomStream::sample,
+                                                 static_cast<std::uint64_t>(step),
+                                                 static_cast<std::uint64_t>(t)) %
+                                     static_cast<std::uint64_t>(vocab_));
   }
   std::int64_t vocab_, tokens_;
 };
@@ -115,8 +115,7 @@ int run(const std::vector<std::string>& arguments) {
   const std::int64_t steps = argument(1, 4), rank = argument(2, 144), tokens = argument(3, 2048);
   at::manual_seed(1);
   const ModelSpec spec = wide_spec();
-  const auto decoder =
-      Decoder::create(resident_weights(spec, random_weights(spec)), at::kBFloat16);
+  const auto decoder = Decoder::create(resident_weights(spec, random_weights(spec)), at::kBFloat16);
   LoraOptions lora;
   lora.expert_rank = rank;
   lora.targets = {"attention", "dense_mlp", "shared_expert", "experts"};
@@ -144,8 +143,7 @@ int run(const std::vector<std::string>& arguments) {
     std::printf("%.3f seconds a step, the last update included\n",
                 (seconds_now() - began) / static_cast<double>(steps));
   }
-  std::printf("peak %.3f GB\n",
-              1e-9 * static_cast<double>(testing_support::resident_bytes_peak()));
+  std::printf("peak %.3f GB\n", 1e-9 * static_cast<double>(testing_support::resident_bytes_peak()));
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);) {
     if (line.starts_with("Rss")) std::printf("%s\n", line.c_str());
