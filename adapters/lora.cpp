@@ -104,7 +104,7 @@ std::vector<LoraSite> all_sites(const ModelSpec& spec) {
   return sites;
 }
 
-Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::uint64_t seed) {
+std::vector<LoraSite> choose_sites(const ModelSpec& spec, const LoraOptions& options) {
   std::vector<LoraSite> chosen;
   std::set<std::string> used;
   for (LoraSite& site : all_sites(spec)) {
@@ -135,7 +135,12 @@ Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::
                                (near.empty() ? std::string() : "Did you mean '" + near + "'? ") +
                                    "This model has: " + join(known, ", ") + "."});
   }
-  Adapter adapter = from_sites(std::move(chosen), options);
+  return chosen;
+}
+
+Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::uint64_t seed,
+                        const ArenaHome& home) {
+  Adapter adapter = from_sites(choose_sites(spec, options), options, home);
   for (const LoraSite& site : adapter.sites_) {
     const std::uint64_t name =
         name_hash((site.module + "/" + std::string(row_of(site.projection).name)).c_str());
@@ -145,22 +150,26 @@ Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::
       a[i] =
           static_cast<float>((2 * random_unit(seed, RandomStream::lora_init, i, name) - 1) * bound);
     }
+    constexpr auto kBytes = static_cast<std::int64_t>(sizeof(float));
+    adapter.arena_.release(site.a_offset * kBytes, site.a_size() * kBytes);
   }
   return adapter;
 }
 
-Adapter Adapter::from_sites(std::vector<LoraSite> sites, const LoraOptions& options) {
+Adapter Adapter::from_sites(std::vector<LoraSite> sites, const LoraOptions& options,
+                            const ArenaHome& home) {
   TAILOR_CHECK(!sites.empty());
   Adapter adapter;
   adapter.options_ = options;
   adapter.sites_ = std::move(sites);
-  adapter.lay_out();
+  adapter.lay_out(home);
   return adapter;
 }
 
 // Sites that share their input lie with their A side by side (q, k, v; gate, up), so that one pass
-// over the input serves all of them: A A A B B B.
-void Adapter::lay_out() {
+// over the input serves all of them: A A A B B B. Routed experts come last in a layer, so that
+// their factors are one range of the arena, which experts_of() names and paging moves.
+void Adapter::lay_out(const ArenaHome& home) {
   std::sort(sites_.begin(), sites_.end(), [](const LoraSite& a, const LoraSite& b) {
     return std::pair(a.layer, static_cast<int>(a.projection)) <
            std::pair(b.layer, static_cast<int>(b.projection));
@@ -195,13 +204,34 @@ void Adapter::lay_out() {
     }
     begin = end;
   }
-  factors_.assign(static_cast<std::size_t>(offset), 0.0F);
+  arena_ = home.make(checked_multiply(offset, static_cast<std::int64_t>(sizeof(float))));
   index_.assign(static_cast<std::size_t>(sites_.back().layer) + 1,
                 std::vector<int>(kProjectionCount, -1));
   for (std::size_t i = 0; i < sites_.size(); ++i) {
     index_[static_cast<std::size_t>(sites_[i].layer)]
           [static_cast<std::size_t>(sites_[i].projection)] = static_cast<int>(i);
   }
+}
+
+FactorRange Adapter::experts_of(int layer) const {
+  FactorRange range;
+  for (const Projection projection : {Projection::experts_gate_up, Projection::experts_down}) {
+    const LoraSite* site = find(layer, projection);
+    if (site == nullptr) continue;
+    if (range.empty()) range = {site->a_offset, site->a_offset};
+    TAILOR_CHECK(site->a_offset == range.end && site->b_offset == range.end + site->a_size());
+    range.end = site->b_offset + site->b_size();
+  }
+  return range;
+}
+
+std::vector<int> Adapter::expert_layers() const {
+  std::vector<int> layers;
+  for (const LoraSite& site : sites_) {
+    if (site.is_experts() && (layers.empty() || layers.back() != site.layer))
+      layers.push_back(site.layer);
+  }
+  return layers;
 }
 
 const LoraSite* Adapter::find(int layer, Projection projection) const {
@@ -211,23 +241,23 @@ const LoraSite* Adapter::find(int layer, Projection projection) const {
 }
 
 std::span<float> Adapter::a_of(const LoraSite& site) {
-  return std::span(factors_).subspan(static_cast<std::size_t>(site.a_offset),
-                                     static_cast<std::size_t>(site.a_size()));
+  return factors().subspan(static_cast<std::size_t>(site.a_offset),
+                           static_cast<std::size_t>(site.a_size()));
 }
 std::span<float> Adapter::b_of(const LoraSite& site) {
-  return std::span(factors_).subspan(static_cast<std::size_t>(site.b_offset),
-                                     static_cast<std::size_t>(site.b_size()));
+  return factors().subspan(static_cast<std::size_t>(site.b_offset),
+                           static_cast<std::size_t>(site.b_size()));
 }
 std::span<const float> Adapter::a_of(const LoraSite& site) const {
-  return std::span(factors_).subspan(static_cast<std::size_t>(site.a_offset),
-                                     static_cast<std::size_t>(site.a_size()));
+  return factors().subspan(static_cast<std::size_t>(site.a_offset),
+                           static_cast<std::size_t>(site.a_size()));
 }
 std::span<const float> Adapter::b_of(const LoraSite& site) const {
-  return std::span(factors_).subspan(static_cast<std::size_t>(site.b_offset),
-                                     static_cast<std::size_t>(site.b_size()));
+  return factors().subspan(static_cast<std::size_t>(site.b_offset),
+                           static_cast<std::size_t>(site.b_size()));
 }
 
-std::vector<std::string> describe_sites(const Adapter& adapter) {
+std::vector<std::string> describe_sites(std::span<const LoraSite> sites) {
   struct Group {
     std::vector<std::string> names;
     std::set<int> layers;
@@ -235,7 +265,7 @@ std::vector<std::string> describe_sites(const Adapter& adapter) {
   };
   std::map<std::string, Group> groups;
   std::vector<std::string> order;
-  for (const LoraSite& site : adapter.sites()) {
+  for (const LoraSite& site : sites) {
     const ProjectionRow& row = row_of(site.projection);
     const std::string key(row.group);
     if (!groups.contains(key)) order.push_back(key);

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/arena.h"
 #include "data/checkpoint/model_spec.h"
 
 namespace tailor {
@@ -65,6 +66,13 @@ struct LoraOptions {
   std::vector<std::string> targets;
 };
 
+/// Elements [begin, end) of the flat arenas.
+struct FactorRange {
+  std::int64_t begin = 0, end = 0;
+  std::int64_t size() const { return end - begin; }
+  bool empty() const { return begin >= end; }
+};
+
 /// The factors of a run: which matrices carry them and the flat float32 arena they live in.
 /// Factors, their gradients and their moments are arenas of equal layout, so that the norm, AdamW,
 /// a checkpoint and a shard are loops over one array.
@@ -73,38 +81,53 @@ class Adapter {
   /// Sites for `options.targets` on a model. Throws Error{usage} for a target that matches nothing,
   /// naming what this model has; B is zero, A uniform in +-1/sqrt(in) (PEFT's kaiming_uniform with
   /// a = sqrt 5) from Philox of (seed, module, index), so that a site's start does not depend on
-  /// which other sites are trained.
-  static Adapter create(const ModelSpec& spec, const LoraOptions& options, std::uint64_t seed);
+  /// which other sites are trained. `home`: where the factors' arena is made.
+  static Adapter create(const ModelSpec& spec, const LoraOptions& options, std::uint64_t seed,
+                        const ArenaHome& home = {});
   /// From sites read from a file; factors are zero.
-  static Adapter from_sites(std::vector<LoraSite> sites, const LoraOptions& options);
+  static Adapter from_sites(std::vector<LoraSite> sites, const LoraOptions& options,
+                            const ArenaHome& home = {});
 
   std::span<const LoraSite> sites() const noexcept { return sites_; }
   const LoraSite* find(int layer, Projection projection) const;
   const LoraOptions& options() const noexcept { return options_; }
 
-  std::span<float> factors() noexcept { return factors_; }
-  std::span<const float> factors() const noexcept { return factors_; }
+  /// Where the factors of a layer's routed experts lie, one after the other; empty for none.
+  FactorRange experts_of(int layer) const;
+  /// The layers that have such a range, from the first.
+  std::vector<int> expert_layers() const;
+
+  std::span<float> factors() noexcept { return arena_.as<float>(); }
+  std::span<const float> factors() const noexcept { return arena_.as<float>(); }
+  const Arena& arena() const noexcept { return arena_; }
   std::span<float> a_of(const LoraSite& site);
   std::span<float> b_of(const LoraSite& site);
   std::span<const float> a_of(const LoraSite& site) const;
   std::span<const float> b_of(const LoraSite& site) const;
-  std::int64_t parameter_count() const { return static_cast<std::int64_t>(factors_.size()); }
+  std::int64_t parameter_count() const { return static_cast<std::int64_t>(factors().size()); }
 
  private:
-  void lay_out();
+  void lay_out(const ArenaHome& home);
 
   LoraOptions options_;
   std::vector<LoraSite> sites_;
   std::vector<std::vector<int>> index_;  ///< [layer][projection] -> site, or -1
-  std::vector<float> factors_;
+  Arena arena_;
 };
 
 /// Every matrix of the model that can carry factors, in the order the arena keeps them.
 std::vector<LoraSite> all_sites(const ModelSpec& spec);
 
+/// Those of them that `options` puts factors on, with their ranks and scales: what Adapter::create
+/// begins with, and throws as it does. Offsets are not set.
+std::vector<LoraSite> choose_sites(const ModelSpec& spec, const LoraOptions& options);
+
 /// "attention: q_proj, k_proj, v_proj, o_proj x 30 layers (rank 8, 0.92 M parameters)", a line a
 /// group: what a run prints, so that nobody trains less than they think.
-std::vector<std::string> describe_sites(const Adapter& adapter);
+std::vector<std::string> describe_sites(std::span<const LoraSite> sites);
+inline std::vector<std::string> describe_sites(const Adapter& adapter) {
+  return describe_sites(adapter.sites());
+}
 
 /// The last part of a module's name for a projection: "q_proj", "experts.gate_up_proj".
 std::string_view projection_name(Projection projection);

@@ -80,6 +80,11 @@ struct Choices<ActivationHome> {
        {"disk", ActivationHome::disk}}};
 };
 template <>
+struct Choices<StateHome> {
+  static constexpr std::array<std::pair<std::string_view, StateHome>, 3> kWords = {
+      {{"auto", StateHome::automatic}, {"memory", StateHome::memory}, {"disk", StateHome::disk}}};
+};
+template <>
 struct Choices<BudgetAction> {
   static constexpr std::array<std::pair<std::string_view, BudgetAction>, 1> kWords = {
       {{"checkpoint_stop", BudgetAction::checkpoint_stop}}};

@@ -102,11 +102,36 @@ std::string Planner::advice(Home home) const {
   if (has("kept") || has("stream") || has("pool")) {
     return start + "Lower training.gradient_accumulation_steps, or set base.activations: disk.";
   }
+  if (has("expert factors and optimizer")) {
+    return start + "Set lora.expert_state: disk, lower lora.expert_rank, or target fewer modules.";
+  }
   if (has("factors"))
     return start + "Lower lora.rank and lora.expert_rank, or target fewer modules.";
   if (has("head")) return start + "Use a device with more memory.";
   if (has("experts")) return start + "Set base.format: int4, or lower base.host_memory.";
   return start + "Set base.non_expert_format: int4, or use a larger device.";
+}
+
+void Planner::add_scratch(double value_bytes, double kept) {
+  const PagedState state = paged_state(value_bytes);
+  const bool paged = plan.expert_state == StateHome::disk;
+  const double experts = paged ? as_double(lora_.experts) : 0;
+  std::string working;
+  if (paged) {
+    working =
+        whole(experts) + " expert parameters x " + whole(state.traffic) +
+        " B: written, gradient, value, moments and copy; read, gradient twice, value, moments "
+        "and copy";
+    item(Home::disk, "expert state", experts * state.bytes,
+         whole(experts) + " parameters x " + whole(state.bytes) +
+             " B: float32 value, gradient, two moments, and the copy computed with; scratch, gone "
+             "with the run");
+  }
+  if (kept > 0) {
+    working += (working.empty() ? "" : "; ") + gb(kept) + " of layer inputs, written and read";
+  }
+  plan.scratch_bytes_per_step = {experts * state.traffic + 2 * kept, "bytes",
+                                 working.empty() ? "nothing that changes is on disk" : working};
 }
 
 void Planner::add_disk() {
@@ -121,10 +146,7 @@ void Planner::add_disk() {
        short_text(kept) + " of " + whole(as_double(lora_.total())) +
            " parameters x 12 B (keep, and one being written)");
   item(Home::disk, "adapter", as_double(lora_.total()) * 4, "float32");
-  if (plan.activations == ActivationHome::disk) {
-    item(Home::disk, "kept layer inputs", tokens_ * as_double(model_.layers * model_.hidden) * 2,
-         "all layers");
-  }
+  item(Home::disk, "kept layer inputs", kept_on_disk_, "all layers");
   if (extras_.data) item(Home::disk, "token store", as_double(extras_.data->store_bytes), "");
   plan.disk_bytes = {sum(Home::disk), "bytes",
                      sum_text(Home::disk) + "; the model itself not counted"};

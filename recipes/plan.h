@@ -71,6 +71,9 @@ struct Plan {
 
   Figure device_bytes_peak, host_bytes_peak, disk_bytes;
   Figure stream_bytes_per_step;  ///< frozen weights over the slowest link they cross, all ranks
+  /// What a step writes to and reads from scratch files, all ranks: state of routed experts, kept
+  /// layer inputs. Less where the page cache has room.
+  Figure scratch_bytes_per_step;
   Figure tokens_per_step;
   Figure flops_per_token;
   Figure trainable_parameters;
@@ -89,6 +92,7 @@ struct Plan {
   std::int64_t host_tile_bytes = 0;    ///< frozen weights kept in RAM behind the device, all ranks
   std::int64_t ring_bytes = 0;         ///< of slots of whole tiles, beside those kept resident
   ActivationHome activations = ActivationHome::host;  ///< never automatic
+  StateHome expert_state = StateHome::memory;         ///< never automatic
   bool stream_head = false;       ///< the vocabulary head waits on the host and crosses in runs
   bool keep_activations = false;  ///< everything the backward pass needs, no recompute
   PriceQuote price;

@@ -63,8 +63,49 @@ void Planner::run_cpu() {
   plan.keep_activations = keep;
   plan.activations = recipe_.base.activations == ActivationHome::disk ? ActivationHome::disk
                                                                       : ActivationHome::host;
+  plan.expert_state = recipe_.lora.expert_state == StateHome::disk && lora_.experts > 0
+                          ? StateHome::disk
+                          : StateHome::memory;
   add_cpu_memory(keep, value_bytes);
+  const bool may_page = recipe_.lora.expert_state == StateHome::automatic && lora_.experts > 0;
+  if (!plan.misfits.empty() && may_page) {
+    plan.items.clear();
+    plan.misfits.clear();
+    plan.expert_state = StateHome::disk;
+    add_cpu_memory(keep, value_bytes);
+  }
   add_cpu_time(keep, value_bytes);
+}
+
+/// What is trained, and what the layers keep: in RAM, or a window of it that is paged.
+void Planner::add_cpu_state(bool keep, double value_bytes) {
+  const bool paged = plan.expert_state == StateHome::disk;
+  const double layers = as_double(model_.layers);
+  const double in_memory = as_double(paged ? lora_.other() : lora_.total());
+  item(Home::host, "factors", in_memory * (value_bytes == 2 ? kTrainBytes : 16),
+       whole(in_memory) + " parameters x " + (value_bytes == 2 ? "18" : "16") +
+           " B: float32 value, gradient, two moments" + (value_bytes == 2 ? ", bf16 copy" : ""));
+  if (paged) {
+    const double layer = as_double(lora_.experts) / as_double(model_.moe_layers);
+    constexpr double kUpdateWindows = 4 * 4 * 4 * 1048576.0;
+    item(Home::host, "expert factors in use",
+         layer * (2 * value_bytes + 4) + std::min(kUpdateWindows, as_double(lora_.experts) * 16),
+         "of two layers the copies, of one the gradients, " + whole(layer) +
+             " parameters each; 4 windows of 4 MiB of each arena in the update");
+  }
+  const double inputs = tokens_ * layers * as_double(model_.hidden) * value_bytes;
+  const double rest = keep ? kept_bytes(value_bytes) : 0;
+  if (plan.activations == ActivationHome::host) {
+    item(Home::host, "kept layer inputs", inputs,
+         whole(tokens_) + " tokens x " + whole(layers) + " layers x D x " +
+             short_text(value_bytes) + " B");
+    item(Home::host, "kept activations", rest,
+         "q, k, v, attention's result, the stream after it, gate and up, all layers");
+    return;
+  }
+  kept_on_disk_ = inputs + rest;
+  item(Home::host, "kept layer inputs in use", kept_on_disk_ * std::min(1.0, 3 / layers),
+       "a window of 3 layers; the others wait on the disk");
 }
 
 void Planner::add_cpu_memory(bool keep, double value_bytes) {
@@ -76,18 +117,7 @@ void Planner::add_cpu_memory(bool keep, double value_bytes) {
   // Measured on the demo run: what its peak of 1.57 GB holds beyond the items below.
   item(Home::host, "process", 0.36 * kGb * ranks_,
        "program, LibTorch and what the tokenizer leaves behind, each rank");
-  item(Home::host, "factors", as_double(lora_.total()) * (value_bytes == 2 ? kTrainBytes : 16),
-       whole(as_double(lora_.total())) + " parameters x " + (value_bytes == 2 ? "18" : "16") +
-           " B: float32 value, gradient, two moments" + (value_bytes == 2 ? ", bf16 copy" : ""));
-  if (plan.activations == ActivationHome::host) {
-    item(Home::host, "kept layer inputs", tokens_ * layers * as_double(model_.hidden) * value_bytes,
-         whole(tokens_) + " tokens x " + whole(layers) + " layers x D x " +
-             short_text(value_bytes) + " B");
-  }
-  if (keep) {
-    item(Home::host, "kept activations", kept_bytes(value_bytes),
-         "q, k, v, attention's result, the stream after it, gate and up, all layers");
-  }
+  add_cpu_state(keep, value_bytes);
   item(Home::host, "residual stream", tokens_ * as_double(model_.hidden) * 2 * 4,
        "value and gradient, float32");
   if (model_.experts > 0) {
@@ -187,7 +217,10 @@ void Planner::add_cpu_time(bool keep, double value_bytes) {
   const double busy = compute + dequantise;
   const double weights = base_.all();
   const double from_disk = 2 * streamed_bytes_;
-  const double disk = from_disk / machine_.disk_bytes_per_second;
+  const double weights_disk = from_disk / machine_.disk_bytes_per_second;
+  add_scratch(value_bytes, kept_on_disk_);
+  const double disk =
+      weights_disk + *plan.scratch_bytes_per_step.value / machine_.disk_bytes_per_second;
   plan.stream_bytes_per_step = {
       from_disk, "bytes",
       from_disk > 0 ? "2 passes x " + gb(from_disk / 2) + " from disk" : "all weights are in RAM"};
@@ -208,8 +241,8 @@ void Planner::add_cpu_time(bool keep, double value_bytes) {
   const double per_token = flops.total() / (gflops * 1e9);
   if (from_disk > 0) {
     plan.crossover_tokens_per_step = {
-        std::max(1.0, std::ceil((disk - dequantise) / per_token)), "tokens",
-        short_text(disk) + " s of reading" +
+        std::max(1.0, std::ceil((weights_disk - dequantise) / per_token)), "tokens",
+        short_text(weights_disk) + " s of reading" +
             (dequantise > 0 ? " - " + short_text(dequantise) + " s of dequantising" : "") + " / " +
             short_text(per_token * 1e3) + " ms a token"};
   } else {

@@ -59,6 +59,7 @@ Planner::GpuStep Planner::gpu_step(const Schedule& schedule) const {
     options.resident_fraction =
         std::min(1.0, as_double(*recipe_.base.device_memory) / (base.routed / ranks_));
   }
+  options.state_on_disk = recipe_.lora.expert_state == StateHome::disk && lora_.experts > 0;
   step.device = device_memory(step.geometry, node, options);
   if (schedule.head_may_stream && step.device.room() < 0) {
     StreamOptions streamed = options;
@@ -69,13 +70,20 @@ Planner::GpuStep Planner::gpu_step(const Schedule& schedule) const {
       step.device = smaller;
     }
   }
+  const double host_limit = machine_.host_bytes * kHostShare;
+  if (recipe_.lora.expert_state == StateHome::automatic && lora_.experts > 0 &&
+      schedule.paged_state) {
+    StreamOptions least = options;
+    least.host_tile_bytes = as_double(recipe_.base.host_memory.value_or(0));
+    options.state_on_disk = host_memory(step.geometry, node, least).used > host_limit;
+  }
   if (recipe_.base.host_memory) {
     options.host_tile_bytes = as_double(*recipe_.base.host_memory);
   } else if (schedule.host_memory_limit) {
     StreamOptions empty = options;
     empty.host_tile_bytes = 0;
-    options.host_tile_bytes = std::max(
-        0.0, machine_.host_bytes * kHostShare - host_memory(step.geometry, node, empty).used);
+    options.host_tile_bytes =
+        std::max(0.0, host_limit - host_memory(step.geometry, node, empty).used);
     step.experts_beyond_ram = *options.host_tile_bytes < base.routed;
   }
   if (options.host_tile_bytes && *options.host_tile_bytes >= base.routed)
@@ -88,7 +96,14 @@ Planner::GpuStep Planner::gpu_step(const Schedule& schedule) const {
 void Planner::add_gpu_memory(const GpuStep& step) {
   const DeviceMemory& device = step.device;
   plan.activations = step.options.kept_inputs;
+  plan.expert_state = step.options.state_on_disk && step.options.schedule.paged_state
+                          ? StateHome::disk
+                          : StateHome::memory;
   plan.stream_head = step.options.stream_head;
+  kept_on_disk_ = plan.activations == ActivationHome::disk
+                      ? tokens_ * as_double(model_.layers * model_.hidden) * 2
+                      : 0;
+  add_scratch(2, kept_on_disk_);
   plan.resident_fraction = device.resident_fraction;
   if (model_.experts > 0) {
     plan.ring_bytes = std::llround(step.options.ring_slots *
@@ -228,6 +243,11 @@ void Planner::add_differences(const GpuStep& ours) {
   if (options.kept_inputs == ActivationHome::disk) {
     differ("layer inputs on disk", &Schedule::kept_inputs_on_disk, "seconds", seconds,
            "written and read once a step; the oracle keeps them in RAM or on the device");
+  }
+  if (options.state_on_disk) {
+    differ("expert state on disk", &Schedule::paged_state, "seconds", seconds,
+           "factors, gradients and moments of routed experts pass over the disk in each step; the "
+           "oracle keeps them in RAM");
   }
 }
 

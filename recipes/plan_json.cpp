@@ -28,6 +28,8 @@ Json plan_json(const Plan& plan) {
   out["host_bytes_peak"] = figure_json(plan.host_bytes_peak);
   out["disk_bytes"] = figure_json(plan.disk_bytes);
   out["stream_bytes_per_step"] = figure_json(plan.stream_bytes_per_step);
+  out["scratch_bytes_per_step"] = figure_json(plan.scratch_bytes_per_step);
+  out["expert_state"] = plan.expert_state == StateHome::disk ? "disk" : "memory";
   out["tokens_per_step"] = figure_json(plan.tokens_per_step);
   out["seconds_per_step"] = figure_json(plan.seconds_per_step);
   out["tokens_per_second"] = figure_json(plan.tokens_per_second);

@@ -43,6 +43,7 @@ class Planner {
   void run_cpu();
   void add_cpu_memory(bool keep, double value_bytes);
   void add_cpu_ring();
+  void add_cpu_state(bool keep, double value_bytes);
   void add_cpu_time(bool keep, double value_bytes);
   double kept_bytes(double value_bytes) const;
   /// Whether matrices in a format are turned into values before they are multiplied.
@@ -52,6 +53,8 @@ class Planner {
   /// Packed bytes read and values written by unpacking all weights once, as a pass does.
   double dequantise_bytes(double value_bytes) const;
 
+  /// Traffic of what is on disk though it changes; `kept` bytes of activations are among it.
+  void add_scratch(double value_bytes, double kept);
   void add_disk();
   Figure evaluation(double steps) const;
   void add_job(const PriceBook& prices);
@@ -71,7 +74,8 @@ class Planner {
   LoraCounts lora_;
   BaseBytes base_;
   double ranks_, tokens_;
-  double loss_share_ = 1;  ///< of the tokens, where the data is known
+  double loss_share_ = 1;    ///< of the tokens, where the data is known
+  double kept_on_disk_ = 0;  ///< bytes of layer inputs and activations
   double load_seconds_ = 0, forward_seconds_per_token_ = 0;
   double streamed_bytes_ = 0;  ///< a pass, from disk, on the CPU
 };

@@ -200,6 +200,17 @@ void check_together(const Reader& reader, const Recipe& recipe, const Place& fil
         rows_given > tokens ? "training.global_batch_rows" : "training.micro_batch_size",
         "Lower micro_batch_size, gradient_accumulation_steps or sequence_len.");
   }
+  const LoraTargets& targets = recipe.lora.targets;
+  const bool names_experts =
+      targets.experts ||
+      std::any_of(targets.modules.begin(), targets.modules.end(), [](const std::string& module) {
+        return module.find("experts") != std::string::npos;
+      });
+  if (recipe.lora.expert_state == StateHome::disk && !names_experts) {
+    problems.add("lora.expert_state is disk, but no routed expert is trained",
+                 place_of("lora.expert_state"), "lora.expert_state",
+                 "Add experts to lora.targets, or leave lora.expert_state at auto.");
+  }
   if (recipe.base.group_size && *recipe.base.group_size % 8 != 0) {
     problems.add("base.group_size is " + std::to_string(*recipe.base.group_size) +
                      ", a multiple of 8 is needed",

@@ -28,6 +28,8 @@ std::vector<std::string> resolve(Recipe& recipe, const ModelTraits& model) {
     constexpr const char* kWhy = ": the model has no routed experts";
     if (lora.expert_rank) not_applied.push_back(std::string("lora.expert_rank") + kWhy);
     if (lora.expert_alpha) not_applied.push_back(std::string("lora.expert_alpha") + kWhy);
+    if (lora.expert_state != StateHome::automatic)
+      not_applied.push_back(std::string("lora.expert_state") + kWhy);
     if (lora.experts) not_applied.push_back(std::string("lora.experts") + kWhy);
   }
   if (!lora.expert_rank) {

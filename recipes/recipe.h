@@ -24,6 +24,8 @@ enum class KeepActivations { automatic, none, all };
 /// The form frozen weights are streamed in; as_is: as the checkpoint has them.
 enum class BaseFormat { as_is, int4, nf4, fp8, bf16 };
 enum class ActivationHome { automatic, device, host, disk };
+/// Where what is trained of the routed experts lives.
+enum class StateHome { automatic, memory, disk };
 enum class BudgetAction { checkpoint_stop };
 
 /// What LoRA is put on. Groups by the part of the model, and modules by their PEFT name.
@@ -46,7 +48,8 @@ struct LoraRecipe {
   std::optional<int> expert_rank;      ///< null: max(1, rank / experts per token), set by resolve()
   std::optional<double> expert_alpha;  ///< null: alpha * expert_rank / rank, set by resolve()
   std::optional<std::string> experts;  ///< null: all; else a file of `tailor experts scan`
-  double learning_rate_ratio_b = 1;    ///< LoRA+: learning rate of B over that of A; > 0
+  StateHome expert_state = StateHome::automatic;  ///< automatic: memory where the plan fits so
+  double learning_rate_ratio_b = 1;               ///< LoRA+: learning rate of B over that of A; > 0
   std::optional<std::string> init_from;  ///< adapter folder to go on from; null: fresh factors
   bool operator==(const LoraRecipe&) const = default;
 };

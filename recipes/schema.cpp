@@ -474,6 +474,11 @@ std::vector<RecipeKey> make_keys() {
       string_or_key(
           "lora.experts", [](R& r) -> std::optional<std::string>& { return r.lora.experts; }, "all",
           "file", "Which routed experts get factors: all, or a file of `tailor experts scan`."),
+      choice_key<StateHome>(
+          "lora.expert_state", [](R& r) -> StateHome& { return r.lora.expert_state; },
+          "Where factors, gradients and moments of routed experts live. disk: in scratch files "
+          "below "
+          "output_dir, paged layer by layer. auto: memory where it fits, else disk."),
       number_key(
           "lora.learning_rate_ratio_b",
           [](R& r) -> double& { return r.lora.learning_rate_ratio_b; }, kAboveZero,

@@ -26,6 +26,19 @@ TokenFlops token_flops(const Recipe& recipe, const ModelFacts& model, bool keep,
 /// A trained parameter's bytes: float32 value, gradient and two moments, bf16 copy.
 constexpr double kTrainBytes = 18;
 
+/// State of routed experts on disk, of one parameter whose cast copy takes `value_bytes`: a float32
+/// value, gradient and two moments, and the copy.
+struct PagedState {
+  double bytes = 0;  ///< on disk
+  /// Written: the gradient behind the backward pass; value, moments and copy behind the update.
+  /// Read: the gradient for the norm; gradient, value and moments for the update; the copy for the
+  /// backward pass. The forward pass finds it in memory.
+  double traffic = 0;
+};
+constexpr PagedState paged_state(double value_bytes) {
+  return {16 + value_bytes, (16 + value_bytes) + (20 + value_bytes)};
+}
+
 /// Values that one token of a micro-batch takes while it passes through a block.
 double workspace_width(const ModelFacts& model);
 

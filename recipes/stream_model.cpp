@@ -151,8 +151,17 @@ HostMemory host_memory(const Geometry& geometry, const Node& node, const StreamO
           "program, libraries, pinned slots");
   out.add("embedding", base.embedding > 0 ? base.embedding : base.head, "rows are read by index");
   if (options.stream_head) out.add("vocabulary head", base.head, "streams in runs of its rows");
-  out.add("expert factors and optimizer", as_double(geometry.lora.experts) * kPagedBytes,
-          whole(as_double(geometry.lora.experts)) + " parameters x 20 B");
+  const bool paged = options.state_on_disk && options.schedule.paged_state;
+  const double layer =
+      model.moe_layers > 0 ? as_double(geometry.lora.experts) / as_double(model.moe_layers) : 0;
+  if (paged) {
+    out.add("expert factors in use",
+            std::min(2.0, as_double(model.moe_layers)) * layer * kPagedBytes,
+            "a window of 2 layers x 20 B; the others wait on the disk");
+  } else {
+    out.add("expert factors and optimizer", as_double(geometry.lora.experts) * kPagedBytes,
+            whole(as_double(geometry.lora.experts)) + " parameters x 20 B");
+  }
   if (options.kept_inputs == ActivationHome::host) {
     out.add("kept layer inputs", options.tokens * as_double(model.layers * model.hidden) * 2,
             whole(options.tokens) + " tokens x " + whole(as_double(model.layers)) +
@@ -206,6 +215,15 @@ StreamEstimate estimate(const Geometry& geometry, const Node& node, const Stream
   const bool kept_read =
       schedule.kept_inputs_on_disk && options.kept_inputs == ActivationHome::disk;
   out.disk_forward = out.disk_backward = (read + (kept_read ? kept * ranks : 0)) / node.disk_rate;
+  if (options.state_on_disk && schedule.paged_state) {
+    // The update, with value and moments both ways, the copy out and the gradient in, runs beside
+    // the forward pass; the norm and the backward pass read the gradient and the copy, and write
+    // the gradient.
+    const double experts = as_double(geometry.lora.experts);
+    const double backward = 4 + 4 + 2;
+    out.disk_forward += experts * (paged_state(2).traffic - backward) / node.disk_rate;
+    out.disk_backward += experts * backward / node.disk_rate;
+  }
   out.link_forward = std::max((streamed / ranks + factors) / node.to_device_rate,
                               kept_crosses / node.from_device_rate);
   // Backward the kept inputs come back, and the float32 gradients of the experts' factors leave.

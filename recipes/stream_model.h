@@ -27,7 +27,10 @@ struct Schedule {
   bool head_may_stream = true;      ///< where the device is too small for it
   bool host_memory_limit = true;    ///< experts that do not fit into RAM come from disk
   bool kept_inputs_on_disk = true;  ///< base.activations: disk costs the disk's time
-  static Schedule oracle() { return {false, false, false, false, false, false, false, false}; }
+  bool paged_state = true;          ///< lora.expert_state: disk takes no RAM, and the disk's time
+  static Schedule oracle() {
+    return {false, false, false, false, false, false, false, false, false};
+  }
 };
 
 /// A model in a recipe's formats and ranks.
@@ -60,6 +63,7 @@ struct StreamOptions {
   int ring_slots = 16;                      ///< tiles on the device, on their way or in use
   std::optional<double> resident_fraction;  ///< of the experts, on the device; null: what fits
   std::optional<double> host_tile_bytes;    ///< of experts in RAM, all ranks; null: all of them
+  bool state_on_disk = false;               ///< factors, gradients and moments of routed experts
   Schedule schedule;
 };
 

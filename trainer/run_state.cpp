@@ -88,7 +88,7 @@ void restore(const fs::path& folder, Adapter& adapter, AdamW& optimizer,
   require_same(manifest, "shuffle", identity.shuffle, folder);
   const MappedFile file(state);
   const SafetensorsHeader header = parse_safetensors_header(file.bytes(), state);
-  const auto copy = [&](const char* name, std::span<float> to) {
+  const auto copy = [&](const char* name, std::span<float> to, const Arena& arena) {
     const auto found = header.tensors.find(name);
     if (found == header.tensors.end() || found->second.dtype != Dtype::f32 ||
         found->second.elements() != static_cast<std::int64_t>(to.size())) {
@@ -96,11 +96,21 @@ void restore(const fs::path& folder, Adapter& adapter, AdamW& optimizer,
                   {std::string("tensor '") + name + "' is missing or has another size",
                    state.string(), "The file is damaged."});
     }
-    std::memcpy(to.data(), file.bytes().data() + found->second.offset, to.size_bytes());
+    // In pieces: neither file nor arena need be in memory whole.
+    constexpr std::size_t kPiece = std::size_t{16} << 20U;
+    const auto bytes = std::as_writable_bytes(to);
+    const auto from = static_cast<std::size_t>(found->second.offset);
+    for (std::size_t at = 0; at < bytes.size(); at += kPiece) {
+      const std::size_t piece = std::min(kPiece, bytes.size() - at);
+      std::memcpy(bytes.data() + at, file.bytes().data() + from + at, piece);
+      arena.release(static_cast<std::int64_t>(at), static_cast<std::int64_t>(piece));
+      file.drop(from + at, piece);
+    }
   };
-  copy("factors", adapter.factors());
-  copy("first_moment", optimizer.first_moment());
-  copy("second_moment", optimizer.second_moment());
+  TAILOR_CHECK(optimizer.pending() == 0, "flush before a checkpoint is restored");
+  copy("factors", adapter.factors(), adapter.arena());
+  copy("first_moment", optimizer.first_moment(), optimizer.first_arena());
+  copy("second_moment", optimizer.second_moment(), optimizer.second_arena());
   optimizer.set_steps(reader.integer("optimizer_steps"));
   out.step = reader.integer("step");
   out.folder = folder;
@@ -112,6 +122,7 @@ void restore(const fs::path& folder, Adapter& adapter, AdamW& optimizer,
 SavedCheckpoint save_checkpoint(const fs::path& checkpoints, std::int64_t step,
                                 const Adapter& adapter, const AdamW& optimizer,
                                 const RunIdentity& identity, std::int64_t keep) {
+  TAILOR_CHECK(optimizer.pending() == 0, "flush before a checkpoint is saved");
   make_folders(checkpoints);
   const fs::path staging = checkpoints / (".staging-" + step_name(step));
   const fs::path final_folder = checkpoints / step_name(step);
@@ -126,6 +137,10 @@ SavedCheckpoint save_checkpoint(const fs::path& checkpoints, std::int64_t step,
         state, {{"factors", Dtype::f32, {n}, std::as_bytes(adapter.factors())},
                 {"first_moment", Dtype::f32, {n}, std::as_bytes(optimizer.first_moment())},
                 {"second_moment", Dtype::f32, {n}, std::as_bytes(optimizer.second_moment())}});
+    for (const Arena* arena :
+         {&adapter.arena(), &optimizer.first_arena(), &optimizer.second_arena()}) {
+      arena->release(0, arena->size());
+    }
     out.sha256 = sha256_file(state);
     out.bytes = static_cast<std::int64_t>(fs::file_size(state));
     const Json manifest = {{"format", kFormat},

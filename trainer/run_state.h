@@ -29,7 +29,8 @@ struct SavedCheckpoint {
 /// Writes <checkpoints>/step-<N>/ holding state.safetensors (factors and both moments, float32) and
 /// manifest.json (step, identity, layout, SHA-256 of the state). Made in a staging folder, synced,
 /// then renamed: a checkpoint is whole or not there. Afterwards only the newest `keep` remain.
-/// Everything else a step depends on is a function of the step number and the recipe.
+/// Everything else a step depends on is a function of the step number and the recipe. No update may
+/// be pending (Error{internal}): a trainer that defers it is flushed first.
 SavedCheckpoint save_checkpoint(const fs::path& checkpoints, std::int64_t step,
                                 const Adapter& adapter, const AdamW& optimizer,
                                 const RunIdentity& identity, std::int64_t keep);

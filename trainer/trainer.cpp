@@ -1,6 +1,8 @@
 #include "trainer/trainer.h"
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "base/clock.h"
 #include "base/error.h"
@@ -20,8 +22,22 @@ Trainer::Trainer(Decoder& decoder, Adapter& adapter, AdamW& optimizer, const Tok
       adapter_(adapter),
       optimizer_(optimizer),
       source_(source),
-      options_(options),
-      gradients_(at::empty({adapter.parameter_count()}, at::kFloat)) {}
+      options_(std::move(options)),
+      gradients_(options_.paged_experts.value_or(ArenaHome{}).make(adapter.arena().size())) {
+  if (!options_.paged_experts) return;
+  pager_ = std::make_unique<ExpertPager>(adapter_, optimizer_, decoder_.cast_factors(), gradients_);
+  decoder_.set_pager(pager_.get(), *options_.paged_experts);
+}
+
+Trainer::~Trainer() {
+  if (!pager_) return;
+  pager_.reset();
+  decoder_.set_pager(nullptr, {});
+}
+
+void Trainer::flush() {
+  if (pager_) pager_->flush();
+}
 
 StepRecord Trainer::step(std::int64_t index, bool another_follows) {
   const double began = seconds_now();
@@ -32,8 +48,13 @@ StepRecord Trainer::step(std::int64_t index, bool another_follows) {
   record.trained_tokens = batch.trained_tokens;
   record.learning_rate = options_.schedule.at(index);
 
-  decoder_.set_adapter(&adapter_);
-  gradients_.zero_();
+  // A pager keeps the cast factors up to date, and a call would wait for all of them.
+  if (!pager_ || decoder_.adapter() != &adapter_) decoder_.set_adapter(&adapter_);
+  if (pager_) {
+    pager_->clear_gradients();
+  } else {
+    gradients_.zero(0, gradients_.size());
+  }
   TrainPass pass;
   pass.gradient_scale = 1 / static_cast<double>(std::max<std::int64_t>(1, batch.trained_tokens));
   pass.keep = options_.keep;
@@ -42,15 +63,16 @@ StepRecord Trainer::step(std::int64_t index, bool another_follows) {
   pass.step = static_cast<std::uint64_t>(index);
   pass.another_follows = another_follows;
   const RingCounters before = decoder_.weights().counters();
-  const LossResult result = decoder_.forward_backward(token_input(batch), pass, gradients_);
+  const std::span<const float> gradients = gradients_.as<float>();
+  const LossResult result = decoder_.forward_backward(
+      token_input(batch), pass,
+      at::from_blob(gradients_.data(), {adapter_.parameter_count()}, at::kFloat));
   record.loss = result.loss_sum * pass.gradient_scale;
   const RingCounters after = decoder_.weights().counters();
   record.stream_bytes = after.streamed_bytes - before.streamed_bytes;
   record.stall_seconds = after.stall_seconds - before.stall_seconds;
 
-  const std::span<const float> gradients(gradients_.data_ptr<float>(),
-                                         static_cast<std::size_t>(gradients_.numel()));
-  record.grad_norm = gradient_norm(gradients);
+  record.grad_norm = gradient_norm(gradients, pager_ ? &gradients_ : nullptr);
   if (!std::isfinite(record.loss) || !std::isfinite(record.grad_norm)) {
     const bool loss_bad = !std::isfinite(record.loss);
     throw Error(Fault::internal,
@@ -61,8 +83,12 @@ StepRecord Trainer::step(std::int64_t index, bool another_follows) {
                  "Lower training.learning_rate (a third is a good try) or raise "
                  "training.warmup_ratio; the last checkpoint is from before this step."});
   }
-  optimizer_.step(adapter_.factors(), gradients, record.learning_rate,
-                  clip_factor(record.grad_norm, options_.max_grad_norm));
+  const double factor = clip_factor(record.grad_norm, options_.max_grad_norm);
+  if (pager_) {
+    pager_->update(record.learning_rate, factor);
+  } else {
+    optimizer_.step(adapter_.factors(), gradients, record.learning_rate, factor);
+  }
   record.seconds = seconds_now() - began;
   return record;
 }

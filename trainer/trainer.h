@@ -4,12 +4,14 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 
 #include "adapters/lora.h"
 #include "data/tokens/token_source.h"
 #include "trainer/models/decoder.h"
 #include "trainer/optim/adamw.h"
+#include "trainer/optim/expert_pager.h"
 #include "trainer/optim/schedule.h"
 
 namespace tailor {
@@ -21,6 +23,9 @@ struct TrainerOptions {
   double dropout = 0;
   std::uint64_t seed = 0;
   Activations keep = Activations::kept;
+  /// Set: the state of routed experts is paged layer by layer (see ExpertPager), their gradients
+  /// and cast factors in arenas of this home. Make adapter and optimizer with the same.
+  std::optional<ArenaHome> paged_experts;
 };
 
 struct StepRecord {
@@ -49,11 +54,18 @@ class Trainer {
   /// All of them must outlive the trainer.
   Trainer(Decoder& decoder, Adapter& adapter, AdamW& optimizer, const TokenSource& source,
           TrainerOptions options);
+  /// Flushes, so that adapter and optimizer are whole.
+  ~Trainer();
+  Trainer(const Trainer&) = delete;
+  Trainer& operator=(const Trainer&) = delete;
 
   /// Step `index` (from 0). Throws Error{internal} naming the step when the loss or the gradient is
   /// not finite; factors and moments are then as before the step.
   /// `another_follows`: the next call is step index + 1, so weights may be read ahead for it.
   StepRecord step(std::int64_t index, bool another_follows = false);
+  /// Finishes what of the last step waits for the next. Before factors or moments are read or
+  /// saved; evaluations with the decoder see to it themselves.
+  void flush();
 
  private:
   Decoder& decoder_;
@@ -61,7 +73,8 @@ class Trainer {
   AdamW& optimizer_;
   const TokenSource& source_;
   TrainerOptions options_;
-  at::Tensor gradients_;
+  Arena gradients_;
+  std::unique_ptr<ExpertPager> pager_;
 };
 
 TokenInput token_input(const Batch& batch);

@@ -133,6 +133,48 @@ TEST(LoraSites, lie_in_the_arena_side_by_side_and_once) {
   EXPECT_EQ(v.a_offset, k.a_offset + k.a_size());
 }
 
+TEST(LoraSites, a_layer_s_experts_are_one_range_behind_the_rest_of_it) {
+  for (const std::vector<std::string>& targets : std::vector<std::vector<std::string>>{
+           {"all"}, {"experts"}, {"q_proj", "experts.down_proj"}}) {
+    const Adapter adapter = create(spec_of("llama4_maverick_tiny"), targets);
+    EXPECT_THAT(adapter.expert_layers(), ElementsAre(1, 3));
+    std::int64_t in_ranges = 0, experts = 0;
+    for (const int layer : adapter.expert_layers()) {
+      const FactorRange range = adapter.experts_of(layer);
+      in_ranges += range.size();
+      for (const LoraSite& site : adapter.sites()) {
+        const bool inside = site.layer == layer && site.is_experts();
+        for (const auto& [offset, size] :
+             {std::pair(site.a_offset, site.a_size()), std::pair(site.b_offset, site.b_size())}) {
+          EXPECT_EQ(range.begin <= offset && offset + size <= range.end, inside) << site.module;
+          EXPECT_TRUE(inside || offset + size <= range.begin || range.end <= offset);
+        }
+      }
+    }
+    for (const LoraSite& site : adapter.sites()) {
+      if (site.is_experts()) experts += site.a_size() + site.b_size();
+    }
+    EXPECT_EQ(in_ranges, experts);
+  }
+  const Adapter dense = create(spec_of("llama_tiny"), {"all"});
+  EXPECT_TRUE(dense.expert_layers().empty());
+  EXPECT_TRUE(dense.experts_of(0).empty());
+  EXPECT_TRUE(dense.experts_of(99).empty());
+}
+
+TEST(LoraStart, is_the_same_in_a_file) {
+  const ModelSpec spec = spec_of("llama4_maverick_tiny");
+  LoraOptions options;
+  options.targets = {"all"};
+  const Adapter memory = Adapter::create(spec, options, 3);
+  const Adapter file = Adapter::create(spec, options, 3, {fs::path(testing::TempDir())});
+  EXPECT_FALSE(memory.arena().on_disk());
+  EXPECT_TRUE(file.arena().on_disk());
+  EXPECT_TRUE(std::ranges::equal(memory.factors(), file.factors()));
+  const Adapter copy = file;
+  EXPECT_TRUE(std::ranges::equal(memory.factors(), copy.factors()));
+}
+
 TEST(LoraStart, b_is_zero_and_a_uniform) {
   const Adapter adapter = create(spec_of("llama4_maverick_tiny"), {"all"});
   for (const LoraSite& site : adapter.sites()) {

@@ -256,6 +256,94 @@ double host_item(const Plan& plan, const std::string& name) {
   return 0;
 }
 
+double disk_item(const Plan& plan, const std::string& name) {
+  for (const MemoryItem& item : plan.items) {
+    if (item.home == MemoryItem::Home::disk && item.name == name) return item.bytes;
+  }
+  return 0;
+}
+
+TEST(Plan, expert_state_on_disk_moves_its_bytes_and_lists_its_traffic) {
+  const Planned memory = plan_of("demo-maverick.yaml", {"lora.expert_state=memory"}, demo(), "cpu");
+  const LoraCounts lora = count_lora(memory.file.recipe, demo());
+  const auto experts = static_cast<double>(lora.experts), other = static_cast<double>(lora.other());
+  ASSERT_GT(experts, 0);
+  EXPECT_EQ(memory.plan.expert_state, StateHome::memory);
+  EXPECT_DOUBLE_EQ(*memory.plan.scratch_bytes_per_step.value, 0);
+  EXPECT_EQ(disk_item(memory.plan, "expert state"), 0);
+
+  const double value_bytes = memory.file.recipe.compute.dtype == ComputeType::float32 ? 4 : 2;
+  const double each = value_bytes == 4 ? 16 : 18;  // in memory
+  EXPECT_DOUBLE_EQ(host_item(memory.plan, "factors"), (experts + other) * each);
+  const Plan disk = plan_of("demo-maverick.yaml", {"lora.expert_state=disk"}, demo(), "cpu").plan;
+  EXPECT_EQ(disk.expert_state, StateHome::disk);
+  EXPECT_DOUBLE_EQ(host_item(disk, "factors"), other * each);
+  EXPECT_DOUBLE_EQ(disk_item(disk, "expert state"), experts * (16 + value_bytes));
+  EXPECT_DOUBLE_EQ(*disk.scratch_bytes_per_step.value, experts * (36 + 2 * value_bytes));
+  EXPECT_GE(*disk.disk_bytes.value, *memory.plan.disk_bytes.value + experts * 18);
+  EXPECT_GE(*disk.seconds_per_step.value, *memory.plan.seconds_per_step.value);
+  EXPECT_EQ(plan_json(disk).at("expert_state"), "disk");
+  EXPECT_EQ(plan_json(disk).at("scratch_bytes_per_step").at("value"),
+            std::llround(experts * (36 + 2 * value_bytes)));
+}
+
+TEST(Plan, expert_state_by_itself_goes_to_disk_where_memory_is_short) {
+  const RecipeFile file =
+      plan_of("demo-maverick.yaml", {"lora.expert_rank=4096"}, demo(), "cpu").file;
+  PlanExtras extras;
+  extras.at_unix_ms = kDay;
+  Machine machine = find_machine("cpu", kRecipes / "machines");
+  machine.host_bytes = 1e12;
+  EXPECT_EQ(make_plan(file.recipe, demo(), machine, prices(), extras).expert_state,
+            StateHome::memory);
+  machine.host_bytes = 16e9;
+  const Plan plan = make_plan(file.recipe, demo(), machine, prices(), extras);
+  EXPECT_EQ(plan.expert_state, StateHome::disk);
+  EXPECT_TRUE(plan.fits) << plan.fits_working;
+  EXPECT_GT(disk_item(plan, "expert state"), machine.host_bytes);
+  Recipe in_memory = file.recipe;
+  in_memory.lora.expert_state = StateHome::memory;
+  EXPECT_FALSE(make_plan(in_memory, demo(), machine, prices(), extras).fits);
+  // A slow disk is then the brake.
+  machine.disk_bytes_per_second = 10e6;
+  const Plan slow = make_plan(file.recipe, demo(), machine, prices(), extras);
+  EXPECT_EQ(slow.bound, Bound::disk);
+  EXPECT_NEAR(*slow.seconds_per_step.value,
+              (*slow.scratch_bytes_per_step.value + *slow.stream_bytes_per_step.value) / 10e6,
+              1e-3);
+}
+
+TEST(Plan, layer_inputs_on_disk_leave_a_window_in_memory) {
+  const Plan host =
+      plan_of("demo-maverick.yaml", {"compute.keep_activations=none"}, demo(), "cpu").plan;
+  const Plan disk =
+      plan_of("demo-maverick.yaml", {"base.activations=disk", "compute.keep_activations=none"},
+              demo(), "cpu")
+          .plan;
+  const double kept = host_item(host, "kept layer inputs");
+  EXPECT_GT(kept, 0);
+  EXPECT_DOUBLE_EQ(disk_item(disk, "kept layer inputs"), kept);
+  EXPECT_DOUBLE_EQ(host_item(disk, "kept layer inputs in use"), kept / 10);
+  EXPECT_DOUBLE_EQ(*disk.scratch_bytes_per_step.value, 2 * kept);
+  EXPECT_NEAR(*host.host_bytes_peak.value - *disk.host_bytes_peak.value, 0.9 * kept, 1);
+}
+
+TEST(Plan, expert_state_on_disk_of_a_gpu_run_takes_no_ram_and_the_disks_time) {
+  const Planned memory =
+      plan_of("maverick-a100.yaml", {"lora.expert_state=memory"}, maverick(), "a100-40gb");
+  const Plan disk =
+      plan_of("maverick-a100.yaml", {"lora.expert_state=disk"}, maverick(), "a100-40gb").plan;
+  const auto experts = static_cast<double>(count_lora(memory.file.recipe, maverick()).experts);
+  EXPECT_DOUBLE_EQ(host_item(memory.plan, "expert factors and optimizer"), experts * 20);
+  EXPECT_EQ(host_item(disk, "expert factors and optimizer"), 0);
+  EXPECT_DOUBLE_EQ(host_item(disk, "expert factors in use"), experts * 20 / 12);
+  EXPECT_DOUBLE_EQ(disk_item(disk, "expert state"), experts * 18);
+  EXPECT_DOUBLE_EQ(*disk.scratch_bytes_per_step.value, experts * 40);
+  EXPECT_GE(*disk.seconds_per_step.value, *memory.plan.seconds_per_step.value);
+  EXPECT_EQ(plan_of("maverick-a100.yaml", {}, maverick(), "a100-40gb").plan.expert_state,
+            StateHome::memory);
+}
+
 TEST(Plan, on_the_cpu_a_packed_store_costs_its_dequantising) {
   PlanExtras extras;
   extras.calibration = Calibration{100, "measured", false};

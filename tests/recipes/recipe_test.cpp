@@ -47,6 +47,7 @@ lora:
   expert_rank: 2
   expert_alpha: 3.5
   experts: chosen.json
+  expert_state: disk
   learning_rate_ratio_b: 16
   init_from: adapters/old
 data:
@@ -283,6 +284,18 @@ TEST(ReadRecipe, of_a_missing_file_is_a_usage_error) {
   }
 }
 
+TEST(ReadRecipe, paged_experts_need_experts_that_are_trained) {
+  EXPECT_THAT(error_of(kLeast + "lora: {targets: [attention], expert_state: disk}\n"),
+              testing::AllOf(
+                  testing::HasSubstr("lora.expert_state is disk, but no routed expert is trained"),
+                  testing::HasSubstr("Add experts to lora.targets")));
+  for (const char* good : {"lora: {targets: [attention], expert_state: memory}\n",
+                           "lora: {targets: [experts.down_proj], expert_state: disk}\n",
+                           "lora: {expert_state: disk}\n"}) {
+    EXPECT_EQ(error_of(kLeast + good), "no error") << good;
+  }
+}
+
 TEST(ReadRecipe, bounds_size_depth_and_bombs) {
   EXPECT_THAT(error_of(kLeast + "#" + std::string(1U << 20U, 'x')),
               testing::HasSubstr("at most 1 MiB"));
@@ -317,7 +330,12 @@ TEST(ReadRecipe, never_fails_otherwise_than_with_a_usage_error) {
     }
     try {
       const RecipeFile file = read(text);
-      EXPECT_EQ(read_recipe_text(resolved_text(file), "least.yaml").recipe, file.recipe) << text;
+      const std::string written = resolved_text(file);
+      const Recipe again = read_recipe_text(written, "least.yaml").recipe;
+      // A password that an edit made of an address is not written.
+      if (written.find("***") == std::string::npos) {
+        EXPECT_EQ(again, file.recipe) << text;
+      }
     } catch (const Error& error) {
       EXPECT_EQ(error.exit_code(), 2);
       EXPECT_TRUE(is_utf8(to_text(error))) << to_text(error);
@@ -357,6 +375,7 @@ TEST(Schema, has_exactly_the_fixed_names) {
                                           "lora.expert_rank",
                                           "lora.expert_alpha",
                                           "lora.experts",
+                                          "lora.expert_state",
                                           "lora.learning_rate_ratio_b",
                                           "lora.init_from",
                                           "data.train",

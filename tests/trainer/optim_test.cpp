@@ -122,6 +122,18 @@ TEST(AdamW, does_not_depend_on_threads_and_goes_on_from_its_moments) {
   EXPECT_EQ(results[0], results[1]);
 }
 
+TEST(GradientNorm, is_the_same_read_window_by_window_from_a_file) {
+  for (const std::int64_t n : {std::int64_t{5}, std::int64_t{70'000}, std::int64_t{9'000'001}}) {
+    const Arena arena = Arena::in_file(n * 4, testing::TempDir());
+    const auto values = arena.as<float>();
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = random_number(9, i);
+    const double want = gradient_norm(values);
+    EXPECT_GT(want, 0);
+    EXPECT_EQ(gradient_norm(values, &arena), want);
+    EXPECT_EQ(gradient_norm(values, &arena), want);
+  }
+}
+
 TEST(GradientNorm, is_the_root_of_the_sum_of_squares) {
   EXPECT_EQ(gradient_norm({}), 0);
   const std::vector<float> pair = {3.0F, -4.0F};

@@ -3,6 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <filesystem>
+#include <vector>
+
+#include "tests/support/process_memory.h"
 
 namespace tailor {
 namespace {
@@ -67,6 +71,31 @@ TEST(TensorStack, GoesOnInAnotherBlockAndComesBack) {
   stack.release({});
   EXPECT_EQ(place(stack.take({large}, at::kByte)), first);
   EXPECT_EQ(stack.bytes_peak(), large + huge);
+}
+
+TEST(TensorStack, ValuesInFilesSurvivePagingAcrossBlocks) {
+  TensorStack stack;
+  stack.move_to({std::filesystem::path(testing::TempDir())});
+  // Blocks of files are of 32 MiB: three tensors of 20 MiB take three.
+  constexpr std::int64_t kElements = std::int64_t{5} << 20;
+  const TensorStack::Mark bottom = stack.mark();
+  std::vector<at::Tensor> tensors;
+  std::vector<TensorStack::Mark> marks;
+  for (int i = 0; i < 3; ++i) {
+    tensors.push_back(stack.take({kElements}, at::kFloat).fill_(i + 1));
+    marks.push_back(stack.mark());
+  }
+  stack.page_out(bottom, marks[1]);
+  EXPECT_LE(testing_support::resident_bytes_at(tensors[0].data_ptr()), 1 << 20);
+  EXPECT_LE(testing_support::resident_bytes_at(tensors[1].data_ptr()), 1 << 20);
+  EXPECT_GE(testing_support::resident_bytes_at(tensors[2].data_ptr()), 19 << 20);
+  stack.page_in(marks[0], marks[1]);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_TRUE(tensors[static_cast<std::size_t>(i)].eq(i + 1).all().item<bool>()) << i;
+  }
+  stack.release(marks[0]);
+  EXPECT_TRUE(tensors[0].eq(1).all().item<bool>());
+  EXPECT_EQ(place(stack.take({kElements}, at::kFloat)), place(tensors[1]));
 }
 
 TEST(TensorStack, NothingIsATensorToo) {

@@ -22,10 +22,6 @@ void refuse_unsupported(const Recipe& recipe) {
                           const std::string& mend) {
     throw Error(Fault::usage, {what, recipe.name + ": " + key, mend});
   };
-  if (recipe.base.activations == ActivationHome::disk) {
-    refuse("keeping layer inputs on disk is not possible yet", "base.activations",
-           "Set base.activations: auto; layer inputs are kept in memory.");
-  }
   if (recipe.machine.ranks != 1) {
     refuse("training on " + std::to_string(recipe.machine.ranks) + " ranks is not possible yet",
            "machine.ranks", "Set machine.ranks: 1; `tailor plan` answers for more.");

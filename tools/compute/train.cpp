@@ -59,9 +59,9 @@ LoraOptions lora_options(const LoraRecipe& recipe) {
 }
 
 /// Fresh factors, or those of lora.init_from, which must sit where the recipe's would.
-Adapter make_adapter(const Recipe& recipe, const ModelSpec& spec) {
-  Adapter adapter =
-      Adapter::create(spec, lora_options(recipe.lora), static_cast<std::uint64_t>(recipe.seed));
+Adapter make_adapter(const Recipe& recipe, const ModelSpec& spec, const ArenaHome& home) {
+  Adapter adapter = Adapter::create(spec, lora_options(recipe.lora),
+                                    static_cast<std::uint64_t>(recipe.seed), home);
   if (!recipe.lora.init_from) return adapter;
   const Adapter given = read_peft_adapter(*recipe.lora.init_from, spec);
   for (std::size_t i = 0; i < std::max(adapter.sites().size(), given.sites().size()); ++i) {
@@ -115,6 +115,12 @@ class Run {
     }
     set_threads(recipe().compute.threads.value_or(0));
   }
+  Run(const Run&) = delete;
+  Run& operator=(const Run&) = delete;
+  ~Run() {
+    std::error_code ignored;
+    if (folder_) fs::remove(scratch(), ignored);
+  }
 
   int go() {
     prepare_inputs();
@@ -144,8 +150,8 @@ class Run {
       log_info("does not apply to this model: " + note);
     }
     drop_targets_that_do_not_apply();
-    adapter_ = std::make_unique<Adapter>(make_adapter(recipe(), spec_));
-    for (const std::string& line : describe_sites(*adapter_)) log_info("LoRA on " + line);
+    for (const std::string& line : describe_sites(choose_sites(spec_, lora_options(recipe().lora))))
+      log_info("LoRA on " + line);
     data_ = prepare_data(data_options(recipe()), model_tokenizer(model_folder_, spec_.vocab),
                          spec_.vocab);
     release_free_memory();
@@ -207,7 +213,12 @@ class Run {
     adamw.epsilon = recipe().training.adam_epsilon;
     adamw.weight_decay = recipe().training.weight_decay;
     adamw.learning_rate_ratio_b = recipe().lora.learning_rate_ratio_b;
-    optimizer_ = std::make_unique<AdamW>(*adapter_, adamw);
+    if (plan_.expert_state == StateHome::disk || plan_.activations == ActivationHome::disk) {
+      make_folders(scratch());
+    }
+    if (plan_.expert_state == StateHome::disk) experts_.folder = scratch();
+    adapter_ = std::make_unique<Adapter>(make_adapter(recipe(), spec_, experts_));
+    optimizer_ = std::make_unique<AdamW>(*adapter_, adamw, experts_);
     if (!folder_->resumed()) return;
     const auto found =
         load_newest_checkpoint(folder_->checkpoints(), *adapter_, *optimizer_, identity_,
@@ -304,6 +315,9 @@ class Run {
     return out;
   }
 
+  /// Nameless files live below it, so that it is empty whenever a run ends.
+  fs::path scratch() const { return folder_->path() / "scratch"; }
+
   TrainerOptions trainer_options() const {
     TrainerOptions out;
     out.schedule = make_schedule(recipe().training, steps_);
@@ -311,6 +325,7 @@ class Run {
     out.dropout = recipe().lora.dropout;
     out.seed = static_cast<std::uint64_t>(recipe().seed);
     out.keep = plan_.keep_activations ? Activations::kept : Activations::recomputed;
+    if (experts_.on_disk()) out.paged_experts = experts_;
     return out;
   }
 
@@ -328,6 +343,7 @@ class Run {
   }
 
   Ending loop() {
+    if (plan_.activations == ActivationHome::disk) model_.decoder->keep_in({scratch()});
     Trainer trainer(*model_.decoder, *adapter_, *optimizer_, *source_, trainer_options());
     const Interrupt interrupt;
     RunProgress progress(steps_, first_step_);
@@ -350,6 +366,7 @@ class Run {
       const bool due = (when.every_steps && done % *when.every_steps == 0) ||
                        (when.every_minutes && seconds_now() - saved_at >= *when.every_minutes * 60);
       if (stop || due) {
+        trainer.flush();
         save(done);
         saved_at = seconds_now();
       }
@@ -503,6 +520,7 @@ class Run {
   RecipeFile file_;
   fs::path model_folder_;
   ModelSpec spec_;
+  ArenaHome experts_;  ///< of the routed experts' state
   std::unique_ptr<Adapter> adapter_;
   PrepareReport data_;
   std::shared_ptr<const TokenStore> train_store_, validation_store_;

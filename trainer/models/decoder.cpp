@@ -74,21 +74,26 @@ class DecoderOf final : public Decoder {
   void set_adapter(const Adapter* adapter) override {
     context_.adapter = adapter;
     if (adapter == nullptr) return;
-    const std::span<const float> factors = adapter->factors();
-    const at::Tensor source =
-        at::from_blob(const_cast<float*>(factors.data()), {adapter->parameter_count()}, at::kFloat);
-    if (!factors_.defined() || factors_.numel() != source.numel()) {
-      factors_ = at::empty({source.numel()}, at::TensorOptions(kDtype<S>));
-    }
-    factors_.copy_(source);
-    context_.factors = data<S>(factors_);
+    if (pager_ != nullptr) pager_->flush();
+    if (pager_ == nullptr || cast_.adapter() != adapter) cast_.cast_all(*adapter);
+    context_.factors = data<S>(cast_.tensor());
   }
-  at::Tensor factors() override { return factors_; }
+  const Adapter* adapter() const override { return context_.adapter; }
+  at::Tensor factors() override { return cast_.tensor(); }
+  CastFactors& cast_factors() override { return cast_; }
+
+  void set_pager(FactorPager* pager, const ArenaHome& home) override {
+    pager_ = pager;
+    context_.adapter = nullptr;
+    context_.factors = nullptr;
+    cast_.move_to(home);
+  }
+  void keep_in(const ArenaHome& home) override { workspace_.kept.move_to(home); }
 
   LossResult forward_backward(const TokenInput& input, const TrainPass& pass,
                               const at::Tensor& gradients) override {
     TAILOR_CHECK(context_.adapter != nullptr && gradients.scalar_type() == kDtype<A> &&
-                 gradients.numel() == factors_.numel());
+                 gradients.numel() == cast_.tensor().numel());
     context_.gradients = data<A>(gradients);
     context_.dropout = pass.dropout;
     context_.seed = pass.seed;
@@ -144,6 +149,7 @@ class DecoderOf final : public Decoder {
     kept.h_TD = take_kept({T, spec_.hidden});
     for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
       const Frame of_layer(workspace_.kept), scratch(workspace_.scratch);
+      const LayerVisit visit(pager_, l, FactorPager::Way::forward);
       Layer<S> layer(spec_, l, context_);
       {
         const Frame of_attention(workspace_.scratch);
@@ -237,6 +243,7 @@ class DecoderOf final : public Decoder {
     kept.h_TD = take_kept(kept.x_TD.sizes());
     for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
       const Frame of_layer(workspace_.kept), scratch(workspace_.scratch);
+      const LayerVisit visit(pager_, l, FactorPager::Way::forward);
       Layer<S> layer(spec_, l, context_);
       kept.attention = layer.attention.allocate(layout.tokens(), workspace_.scratch);
       if (trace != nullptr) trace->hidden_TD.push_back(kept.x_TD.clone());
@@ -258,28 +265,36 @@ class DecoderOf final : public Decoder {
     const std::int64_t T = layout.tokens();
     const Frame kept_frame(workspace_.kept), scratch_frame(workspace_.scratch);
     std::vector<LayerKept<S>> kept(spec_.layers.size());
-    std::vector<TensorStack::Mark> before(kept.size());  // where a layer's kept tensors begin
+    // Where on the stack of what is kept a layer's input begins, and what it adds itself.
+    std::vector<TensorStack::Mark> input_mark(kept.size() + 1), before(kept.size());
     weights_->begin(keep ? Pass::train_kept : Pass::train_recompute, pass.another_follows);
+    input_mark[0] = workspace_.kept.mark();
     at::Tensor x_TD = embed(input.ids);
     const at::Tensor h_scratch = keep ? at::Tensor() : context_.scratch(x_TD.sizes());
     for (std::size_t l = 0; l < kept.size(); ++l) {
       before[l] = workspace_.kept.mark();
       const Frame scratch(workspace_.scratch);
+      const LayerVisit visit(pager_, l, FactorPager::Way::forward);
       Layer<S> layer(spec_, l, context_);
       LayerKept<S>& mine = kept[l];
       mine.x_TD = x_TD;
       mine.h_TD = keep ? take_kept(x_TD.sizes()) : h_scratch;
       mine.attention = layer.attention.allocate(T, keep ? workspace_.kept : workspace_.scratch);
       attention_forward(layer, layout, mine);
+      input_mark[l + 1] = workspace_.kept.mark();
       x_TD = take_kept(x_TD.sizes());
       feed_forward(layer, layout.micro_batches(), mine, x_TD, keep);
       if (!keep) mine.attention = {};
+      // The last layer is the first on the way back.
+      if (l + 1 < kept.size()) workspace_.kept.page_out(input_mark[l], input_mark[l + 1]);
     }
     const at::Tensor dx_TD = context_.scratch(x_TD.sizes());
     LossResult result =
         head_loss<S>(*weights_, x_TD, input.target, pass.gradient_scale, dx_TD, workspace_.scratch);
     for (std::size_t l = kept.size(); l-- > 0;) {
+      if (l > 0) workspace_.kept.page_in(input_mark[l - 1], before[l]);
       const Frame scratch(workspace_.scratch);
+      const LayerVisit visit(pager_, l, FactorPager::Way::backward);
       Layer<S> layer(spec_, l, context_);
       Lease of_attention;
       if (!keep) {  // phase 1: every micro-batch again, up to the feed-forward part
@@ -365,7 +380,8 @@ class DecoderOf final : public Decoder {
   ModelSpec spec_;
   Workspace workspace_;
   PassContext<S> context_;
-  at::Tensor factors_;
+  CastFactors cast_{kDtype<S>};
+  FactorPager* pager_ = nullptr;
 };
 
 }  // namespace

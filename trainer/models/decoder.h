@@ -13,6 +13,8 @@
 #include "data/checkpoint/model_spec.h"
 #include "trainer/models/head_loss.h"
 #include "trainer/models/token_layout.h"
+#include "trainer/optim/cast_factors.h"
+#include "trainer/optim/factor_pager.h"
 #include "trainer/stream/frozen_weights.h"
 
 namespace tailor {
@@ -62,7 +64,16 @@ class Decoder {
   virtual FrozenWeights& weights() = 0;
   /// The factors to add; null: the base model alone. Casts them to the blocks' dtype: call it again
   /// after every change (once a step). `adapter` must outlive its use.
+  /// With a pager, that of this adapter, it flushes, and casts only what the pager has not.
   virtual void set_adapter(const Adapter* adapter) = 0;
+  virtual const Adapter* adapter() const = 0;
+  /// Tells `pager`, which must outlive its use, of every pass's way through the layers from now on,
+  /// and keeps the cast factors in an arena of `home`; null: nobody, and in memory. Either way the
+  /// decoder is without an adapter until set_adapter() comes.
+  virtual void set_pager(FactorPager* pager, const ArenaHome& home) = 0;
+  virtual CastFactors& cast_factors() = 0;
+  /// Where what layers keep for their backward pass waits for it.
+  virtual void keep_in(const ArenaHome& home) = 0;
   /// The cast factors, flat; a gradient check moves these.
   virtual at::Tensor factors() = 0;
 
@@ -74,7 +85,8 @@ class Decoder {
   virtual LossResult evaluate(const TokenInput& input, bool another_follows = false) = 0;
   virtual Trace trace(const TokenInput& input) = 0;
 
-  /// Most bytes of activations and scratch that were alive at once in any pass so far.
+  /// Most bytes of activations and scratch that were alive at once in any pass so far, paged out or
+  /// not.
   virtual std::int64_t pass_bytes_peak() const = 0;
 
   virtual GenerationState start_generation(std::int64_t positions_max) = 0;

@@ -3,26 +3,39 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+
+#include "base/error.h"
+#include "base/units.h"
 
 namespace tailor {
 
-double gradient_norm(std::span<const float> gradients) {
-  constexpr std::int64_t kBlock = 1 << 16;
+double gradient_norm(std::span<const float> gradients, const Arena* arena) {
+  constexpr std::int64_t kBlock = 1 << 16, kBlocksAWindow = 64;
+  constexpr auto kWindowBytes = kBlock * kBlocksAWindow * static_cast<std::int64_t>(sizeof(float));
   const auto n = static_cast<std::int64_t>(gradients.size());
-  std::vector<double> sums(static_cast<std::size_t>((n + kBlock - 1) / kBlock));
-  at::parallel_for(0, static_cast<std::int64_t>(sums.size()), 1,
-                   [&](std::int64_t from, std::int64_t to) {
-                     for (std::int64_t block = from; block < to; ++block) {
-                       const std::int64_t end = std::min(n, (block + 1) * kBlock);
-                       double sum = 0;
-                       for (std::int64_t i = block * kBlock; i < end; ++i) {
-                         const double g = gradients[static_cast<std::size_t>(i)];
-                         sum += g * g;
+  std::vector<double> sums(static_cast<std::size_t>(div_ceil(n, kBlock)));
+  const auto blocks = static_cast<std::int64_t>(sums.size());
+  const std::int64_t step = arena == nullptr ? std::max<std::int64_t>(1, blocks) : kBlocksAWindow;
+  if (arena != nullptr) arena->prefetch(0, kWindowBytes);
+  for (std::int64_t first = 0; first < blocks; first += step) {
+    const std::int64_t at_byte = first / kBlocksAWindow * kWindowBytes;
+    if (arena != nullptr) arena->prefetch(at_byte + kWindowBytes, kWindowBytes);
+    at::parallel_for(first, std::min(blocks, first + step), 1,
+                     [&](std::int64_t from, std::int64_t to) {
+                       for (std::int64_t block = from; block < to; ++block) {
+                         const std::int64_t end = std::min(n, (block + 1) * kBlock);
+                         double sum = 0;
+                         for (std::int64_t i = block * kBlock; i < end; ++i) {
+                           const double g = gradients[static_cast<std::size_t>(i)];
+                           sum += g * g;
+                         }
+                         sums[static_cast<std::size_t>(block)] = sum;
                        }
-                       sums[static_cast<std::size_t>(block)] = sum;
-                     }
-                   });
+                     });
+    if (arena != nullptr) arena->release(at_byte, kWindowBytes);
+  }
   double total = 0;
   for (const double sum : sums) total += sum;
   return std::sqrt(total);
@@ -33,9 +46,10 @@ double clip_factor(double norm, double max_norm) {
   return std::min(1.0, max_norm / (norm + 1e-6));
 }
 
-AdamW::AdamW(const Adapter& adapter, AdamWOptions options) : options_(options) {
-  first_.assign(adapter.factors().size(), 0.0F);
-  second_.assign(adapter.factors().size(), 0.0F);
+AdamW::AdamW(const Adapter& adapter, AdamWOptions options, const ArenaHome& home)
+    : options_(options),
+      first_(home.make(adapter.arena().size())),
+      second_(home.make(adapter.arena().size())) {
   for (const LoraSite& site : adapter.sites()) {
     stretches_.push_back({site.a_offset, site.a_offset + site.a_size(), 1.0});
     stretches_.push_back(
@@ -59,29 +73,59 @@ AdamW::AdamW(const Adapter& adapter, AdamWOptions options) : options_(options) {
 
 void AdamW::step(std::span<float> factors, std::span<const float> gradients, double learning_rate,
                  double gradient_factor) {
+  begin_step(learning_rate, gradient_factor);
+  finish(factors, gradients, {0, static_cast<std::int64_t>(factors.size())}, true);
+}
+
+void AdamW::begin_step(double learning_rate, double gradient_factor) {
+  TAILOR_CHECK(pending() == 0, "a step is begun before the last is finished");
   ++steps_;
-  const double correction1 = 1 - std::pow(options_.beta1, static_cast<double>(steps_));
-  const double correction2 = std::sqrt(1 - std::pow(options_.beta2, static_cast<double>(steps_)));
+  frozen_.learning_rate = learning_rate;
+  frozen_.correction1 = 1 - std::pow(options_.beta1, static_cast<double>(steps_));
+  frozen_.correction2 = std::sqrt(1 - std::pow(options_.beta2, static_cast<double>(steps_)));
+  frozen_.gradient_factor = static_cast<float>(gradient_factor);
+  std::atomic_ref(pending_).store(static_cast<std::int64_t>(first_moment().size()));
+}
+
+void AdamW::finish(std::span<float> factors, std::span<const float> gradients, FactorRange range,
+                   bool parallel) {
+  TAILOR_CHECK(factors.size() == first_moment().size() && gradients.size() == factors.size() &&
+               range.begin >= 0 && range.end <= static_cast<std::int64_t>(factors.size()));
+  if (range.empty()) return;
   const auto beta1 = static_cast<float>(options_.beta1), beta2 = static_cast<float>(options_.beta2);
   const auto rest1 = static_cast<float>(1 - options_.beta1),
              rest2 = static_cast<float>(1 - options_.beta2);
   const auto epsilon = static_cast<float>(options_.epsilon);
-  const auto root_correction = static_cast<float>(correction2);
-  const auto factor = static_cast<float>(gradient_factor);
+  const auto root_correction = static_cast<float>(frozen_.correction2);
+  const float factor = frozen_.gradient_factor;
+  float* const first = first_moment().data();
+  float* const second = second_moment().data();
   for (const Stretch& stretch : stretches_) {
-    const double rate = learning_rate * stretch.ratio;
-    const auto step_size = static_cast<float>(rate / correction1);
+    const std::int64_t begin = std::max(stretch.begin, range.begin),
+                       end = std::min(stretch.end, range.end);
+    if (begin >= end) continue;
+    const double rate = frozen_.learning_rate * stretch.ratio;
+    const auto step_size = static_cast<float>(rate / frozen_.correction1);
     const auto decay = static_cast<float>(1 - rate * options_.weight_decay);
-    at::parallel_for(stretch.begin, stretch.end, 1 << 15, [&](std::int64_t from, std::int64_t to) {
+    const auto update = [&](std::int64_t from, std::int64_t to) {
       for (auto i = static_cast<std::size_t>(from); i < static_cast<std::size_t>(to); ++i) {
         const float g = gradients[i] * factor;
-        first_[i] = first_[i] * beta1 + g * rest1;
-        second_[i] = second_[i] * beta2 + g * g * rest2;
-        const float denominator = std::sqrt(second_[i]) / root_correction + epsilon;
-        factors[i] = factors[i] * decay - step_size * first_[i] / denominator;
+        first[i] = first[i] * beta1 + g * rest1;
+        second[i] = second[i] * beta2 + g * g * rest2;
+        const float denominator = std::sqrt(second[i]) / root_correction + epsilon;
+        factors[i] = factors[i] * decay - step_size * first[i] / denominator;
       }
-    });
+    };
+    if (parallel) {
+      at::parallel_for(begin, end, 1 << 15, update);
+    } else {
+      update(begin, end);
+    }
   }
+  const std::int64_t before = std::atomic_ref(pending_).fetch_sub(range.size());
+  TAILOR_CHECK(before >= range.size(), "factors are updated twice in a step");
 }
+
+std::int64_t AdamW::pending() const noexcept { return std::atomic_ref(pending_).load(); }
 
 }  // namespace tailor
