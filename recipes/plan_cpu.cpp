@@ -109,7 +109,6 @@ void Planner::add_cpu_state(bool keep, double value_bytes) {
 }
 
 void Planner::add_cpu_memory(bool keep, double value_bytes) {
-  const double layers = as_double(model_.layers);
   const double micro =
       std::min(as_double(recipe_.training.micro_batch_size * recipe_.data.sequence_len),
                std::max(1.0, tokens_ / ranks_));
