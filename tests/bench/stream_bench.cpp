@@ -1,7 +1,8 @@
 // Training steps from a store on disk against their two limits, measured in one run: the same step
 // with all weights in memory, and the same bytes read without computing.
 //
-//     bench_stream STORE [--tokens N] [--micro-tokens N] [--rounds N] [--expert-rank N] [--ring BYTES]
+//     bench_stream STORE [--tokens N] [--micro-tokens N] [--rounds N] [--expert-rank N] [--ring
+//     BYTES]
 //                  [--loss-share X] [--streamed-only] [--against MODEL] [--kept]
 //
 // --streamed-only leaves the resident step out, for peak memory; --against takes the resident step
@@ -126,7 +127,8 @@ int run(const Options& options) {
   if (!options.against.empty()) {
     const ModelSpec spec = read_model_spec(options.against);
     resident = Decoder::create(
-        resident_weights(spec, load_weights(Checkpoint::open(options.against), spec, at::kBFloat16)),
+        resident_weights(spec,
+                         load_weights(Checkpoint::open(options.against), spec, at::kBFloat16)),
         at::kBFloat16);
   } else if (!options.streamed_only) {
     resident = Decoder::create(StoreWeights::open(store, at::kBFloat16, {}), at::kBFloat16);
@@ -148,8 +150,8 @@ int run(const Options& options) {
   streamed->set_adapter(&adapter);
   if (resident) resident->set_adapter(&adapter);
   const Activations keep = options.kept ? Activations::kept : Activations::recomputed;
-  const auto pass = options.kept ? FrozenWeights::Pass::train_kept
-                                 : FrozenWeights::Pass::train_recompute;
+  const auto pass =
+      options.kept ? FrozenWeights::Pass::train_kept : FrozenWeights::Pass::train_recompute;
   double loss[2] = {0, 0};
   const auto seconds_of = [&](Decoder& decoder, double& sum) {
     TrainPass how;
@@ -163,8 +165,7 @@ int run(const Options& options) {
               static_cast<long long>(options.tokens),
               static_cast<double>(facts.streamed_bytes) / 1e9,
               static_cast<double>(facts.ring_bytes) / 1e6,
-              static_cast<long long>(adapter.parameter_count()),
-              name_of(facts.reader.engine));
+              static_cast<long long>(adapter.parameter_count()), name_of(facts.reader.engine));
   std::vector<double> computing, reading, both, ratio;
   for (int round = 0; round <= options.rounds; ++round) {  // the first one warms up
     double compute = 0;
@@ -179,13 +180,14 @@ int run(const Options& options) {
     stream.read_through(pass);
     const double read = seconds_now() - began;
     const double limit = std::max(compute, read);
-    std::printf("  %s compute only %.2f s, read only %.2f s (%.2f GB/s), step %.2f s: %.3f x the "
-                "longer; stalled %.2f s; /proc/self/io %s (%lld of %lld bytes)\n",
-                round == 0 ? "warm-up" : "round  ", compute, read,
-                static_cast<double>(2 * facts.streamed_bytes) / read / 1e9, step_seconds,
-                step_seconds / limit, after.stall_seconds - before.stall_seconds,
-                disk == counted ? "agrees" : "DISAGREES", static_cast<long long>(disk),
-                static_cast<long long>(counted));
+    std::printf(
+        "  %s compute only %.2f s, read only %.2f s (%.2f GB/s), step %.2f s: %.3f x the "
+        "longer; stalled %.2f s; /proc/self/io %s (%lld of %lld bytes)\n",
+        round == 0 ? "warm-up" : "round  ", compute, read,
+        static_cast<double>(2 * facts.streamed_bytes) / read / 1e9, step_seconds,
+        step_seconds / limit, after.stall_seconds - before.stall_seconds,
+        disk == counted ? "agrees" : "DISAGREES", static_cast<long long>(disk),
+        static_cast<long long>(counted));
     std::fflush(stdout);
     if (round == 0) continue;
     computing.push_back(compute);

@@ -217,6 +217,12 @@ TEST_F(TrainProgram, weights_from_disk_give_the_adapter_of_weights_in_memory) {
                        {"base_model=" + store, "base.host_memory=200KB", "base.device_memory=0"}),
             resident);
   EXPECT_EQ(adapter_of("cached", {"base.format=int4", "base.host_memory=0"}), resident);
+  // Nothing but what is computed with right now in memory.
+  EXPECT_EQ(
+      adapter_of("everything", {"base.store=" + store, "base.device_memory=0", "base.host_memory=0",
+                                "base.activations=disk", "lora.expert_state=disk"}),
+      resident);
+  EXPECT_FALSE(fs::exists(work_ / "everything/scratch"));
   const Json summary = read_json(work_ / "streamed/summary.json");
   EXPECT_GT(summary.at("stream_bytes").get<std::int64_t>(), 0);
   EXPECT_EQ(read_json(work_ / "resident/summary.json").at("stream_bytes"), 0);

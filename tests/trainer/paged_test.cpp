@@ -1,6 +1,7 @@
 // Paged state of routed experts, and layer inputs on disk, against the same in memory: every bit.
 
 #include <ATen/Parallel.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -433,7 +434,7 @@ TEST(LayerInputs, on_disk_leave_memory) {
           pass_in_memory_of_its_own(home, report);
           std::_Exit(0);
         },
-        testing::ExitedWithCode(0), "");
+        testing::ExitedWithCode(0), testing::_);
     return read_text(report);
   };
   std::istringstream memory(measure("memory", {})), disk(measure("disk", {folder}));
