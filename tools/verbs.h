@@ -87,9 +87,17 @@ struct ModelVerifyArguments {
   int threads = 0;
   bool json = false;
 };
+struct ModelExportArguments {
+  std::string store;
+  std::string to;                   ///< the checkpoint's folder, which may not be there
+  std::string dtype = "as_stored";  ///< or bfloat16: every matrix decoded
+  std::string max_shard_size = "5GB";
+  bool json = false;
+};
 int run_model_inspect(const ModelInspectArguments& arguments);
 int run_model_pack(const ModelPackArguments& arguments);
 int run_model_verify(const ModelVerifyArguments& arguments);
+int run_model_export(const ModelExportArguments& arguments);
 
 struct RunsListArguments {
   std::string ledger;  ///< empty: the default one
