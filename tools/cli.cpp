@@ -323,8 +323,9 @@ class CommandLine {
   }
 
   void add_model() {
-    CLI::App& model = group("model", "Look at models, pack them into stores, verify those",
-                            "tailor model inspect models/smollm2-maverick");
+    CLI::App& model =
+        group("model", "Look at models, pack them into stores, verify and export those",
+              "tailor model inspect models/smollm2-maverick");
     auto inspect = verb<ModelInspectArguments>(
         model, "inspect", "A model's shape, and whether its files are whole; reads no weights",
         "tailor model inspect models/smollm2-maverick");
@@ -383,6 +384,23 @@ class CommandLine {
         ->check(not_below("--threads", 1))
         ->type_name("N");
     with_json(verify);
+    auto out = verb<ModelExportArguments>(
+        model, "export", "Write a store as a Hugging Face checkpoint, for vLLM and others",
+        "tailor model export stores/smollm2-maverick-int4 --to models/smollm2-maverick-w4a16");
+    out.app.add_option("STORE", out.own.store, "Folder of a store")->required();
+    out.app.add_option("--to", out.own.to, "Folder of the checkpoint, a new one")
+        ->type_name("DIR")
+        ->required();
+    out.app
+        .add_option("--dtype", out.own.dtype,
+                    "as_stored: codes and scales as they are; bfloat16: every matrix decoded")
+        ->check(one_of("--dtype", {"as_stored", "bfloat16"}))
+        ->type_name("NAME")
+        ->capture_default_str();
+    out.app.add_option("--max-shard-size", out.own.max_shard_size, "Of a safetensors file")
+        ->type_name("BYTES")
+        ->capture_default_str();
+    with_json(out);
     add_model_synthesise(model);
   }
 

@@ -21,10 +21,10 @@ using Command =
     std::variant<ShowText, RecipeListArguments, RecipeShowArguments, RecipeCopyArguments,
                  RecipeValidateArguments, PlanArguments, DataPrepareArguments, DataInspectArguments,
                  DataTokenizeArguments, ModelInspectArguments, ModelPackArguments,
-                 ModelVerifyArguments, ModelSynthesiseArguments, RunsListArguments,
-                 RunsShowArguments, RunsReportArguments, RunsExportArguments, PricesListArguments,
-                 PricesCheckArguments, DoctorArguments, TrainArguments, EvalArguments,
-                 GenerateArguments, CalibrateArguments>;
+                 ModelVerifyArguments, ModelSynthesiseArguments, ModelExportArguments,
+                 RunsListArguments, RunsShowArguments, RunsReportArguments, RunsExportArguments,
+                 PricesListArguments, PricesCheckArguments, DoctorArguments, TrainArguments,
+                 EvalArguments, GenerateArguments, CalibrateArguments>;
 
 /// Reads a command line. Throws Error{usage} in three parts, naming the nearest verb or flag.
 Command parse_command_line(int argc, const char* const* argv);

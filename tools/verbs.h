@@ -98,10 +98,18 @@ struct ModelSynthesiseArguments {
   int threads = 0;  ///< 0: all cores
   bool json = false;
 };
+struct ModelExportArguments {
+  std::string store;
+  std::string to;                   ///< the checkpoint's folder, which may not be there
+  std::string dtype = "as_stored";  ///< or bfloat16: every matrix decoded
+  std::string max_shard_size = "5GB";
+  bool json = false;
+};
 int run_model_inspect(const ModelInspectArguments& arguments);
 int run_model_pack(const ModelPackArguments& arguments);
 int run_model_verify(const ModelVerifyArguments& arguments);
 int run_model_synthesise(const ModelSynthesiseArguments& arguments);
+int run_model_export(const ModelExportArguments& arguments);
 
 struct RunsListArguments {
   std::string ledger;  ///< empty: the default one

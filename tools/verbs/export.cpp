@@ -1,0 +1,63 @@
+#include "data/store/export.h"
+
+#include <iostream>
+
+#include "base/error.h"
+#include "base/json.h"
+#include "base/text.h"
+#include "recipes/scalars.h"
+#include "tools/interrupt.h"
+#include "tools/table.h"
+#include "tools/terminal.h"
+#include "tools/verbs.h"
+
+namespace tailor {
+
+int run_model_export(const ModelExportArguments& arguments) {
+  const auto shard_bytes = parse_bytes(arguments.max_shard_size);
+  if (!shard_bytes || *shard_bytes <= 0) {
+    throw Error(Fault::usage,
+                {"'" + arguments.max_shard_size + "' is not a size", "--max-shard-size",
+                 "Write bytes with a unit, such as 5GB or 800MB."});
+  }
+  const Store store = Store::open(arguments.store);
+  const Interrupt interrupt;
+  ProgressLine line;
+  ExportOptions options;
+  options.bfloat16 = arguments.dtype == "bfloat16";
+  options.shard_bytes_max = *shard_bytes;
+  options.stop = [&] { return interrupt.asked(); };
+  options.progress = [&](std::int64_t done, std::int64_t bytes, double seconds) {
+    const auto share = static_cast<double>(done) / static_cast<double>(bytes);
+    std::string text = "exporting " + number_text(100 * share, 3) + " % of " + bytes_text(bytes);
+    if (seconds > 1) {
+      const double rate = static_cast<double>(done) / seconds;
+      text += ", " + bytes_text(static_cast<std::int64_t>(rate)) + "/s, " +
+              seconds_text(static_cast<double>(bytes - done) / rate) + " to go";
+    }
+    line.show(text);
+  };
+  const ExportReport report = export_store(store, arguments.to, options);
+  line.show("");
+  if (arguments.json) {
+    std::cout << Json{{"folder", arguments.to},
+                      {"store", arguments.store},
+                      {"quantization", report.format.empty() ? Json() : Json(report.format)},
+                      {"tensors", report.tensors},
+                      {"shards", report.shards},
+                      {"bytes", report.bytes},
+                      {"seconds", report.seconds},
+                      {"notes", report.notes}}
+                     .dump(2)
+              << "\n";
+    return 0;
+  }
+  std::cout << heading("Exported") << " " << bytes_text(report.bytes) << " into " << arguments.to
+            << " in " << seconds_text(report.seconds) << ": " << count_text(report.tensors)
+            << " tensors in " << count_text(report.shards) << " files, "
+            << (report.format.empty() ? "not quantised" : report.format) << "\n";
+  for (const std::string& note : report.notes) std::cout << "  " << note << "\n";
+  return 0;
+}
+
+}  // namespace tailor
