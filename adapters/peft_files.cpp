@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <regex>
 #include <set>
@@ -406,26 +407,26 @@ std::tuple<int, int, int> version_parts(const std::string& version) {
   return {parts[0], parts[1], parts[2]};
 }
 
-struct TensorBuffer {
-  std::string name;
-  std::vector<std::int64_t> shape;
-  std::vector<float> values;
-};
+std::vector<std::byte> bytes_of(std::span<const float> x) {
+  const auto bytes = std::as_bytes(x);
+  return {bytes.begin(), bytes.end()};
+}
 
 /// x[rows, columns] -> [columns, rows].
-std::vector<float> transposed(std::span<const float> x, std::int64_t rows, std::int64_t columns) {
+std::vector<std::byte> transposed(std::span<const float> x, std::int64_t rows,
+                                  std::int64_t columns) {
   std::vector<float> out;
   out.reserve(x.size());
   for (std::int64_t c = 0; c < columns; ++c) {
     for (std::int64_t r = 0; r < rows; ++r)
       out.push_back(x[static_cast<std::size_t>(r * columns + c)]);
   }
-  return out;
+  return bytes_of(out);
 }
 
 /// [E, r, n] -> [n, r * E], expert fastest.
-std::vector<float> folded(std::span<const float> x, std::int64_t E, std::int64_t rank,
-                          std::int64_t n) {
+std::vector<std::byte> folded(std::span<const float> x, std::int64_t E, std::int64_t rank,
+                              std::int64_t n) {
   std::vector<float> out;
   out.reserve(x.size());
   for (std::int64_t i = 0; i < n; ++i) {
@@ -434,31 +435,55 @@ std::vector<float> folded(std::span<const float> x, std::int64_t E, std::int64_t
         out.push_back(x[static_cast<std::size_t>((e * rank + r) * n + i)]);
     }
   }
-  return out;
+  return bytes_of(out);
 }
 
-std::vector<TensorBuffer> peft_tensors(const Adapter& adapter, const std::string& prefix) {
-  std::vector<TensorBuffer> out;
+/// The file's tensors by name, each made when it is written: factors may be larger than memory.
+std::vector<TensorToWrite> peft_tensors(const Adapter& adapter, const std::string& prefix) {
+  std::vector<TensorToWrite> out;
+  const auto add = [&](const std::string& name, std::vector<std::int64_t> shape,
+                       std::function<std::vector<std::byte>()> make) {
+    out.push_back({name, Dtype::f32, std::move(shape), {}, std::move(make)});
+  };
   for (const LoraSite& site : adapter.sites()) {
     const std::span<const float> a = adapter.a_of(site), b = adapter.b_of(site);
+    const std::int64_t E = site.experts, rank = site.rank, in = site.in, width = site.out;
     std::string key = std::string(kKeyPrefix) + prefix + site.module;
     if (!site.is_experts()) {
-      out.push_back({key + ".lora_A.weight", {site.rank, site.in}, {a.begin(), a.end()}});
-      out.push_back(
-          {key + ".lora_B.weight", {site.out, site.rank}, transposed(b, site.rank, site.out)});
+      add(key + ".lora_A.weight", {rank, in}, [a] { return bytes_of(a); });
+      add(key + ".lora_B.weight", {width, rank}, [=] { return transposed(b, rank, width); });
       continue;
     }
     if (site.projection == Projection::experts_gate_up &&
         adapter.find(site.layer, Projection::experts_down) != nullptr) {
       key += ".base_layer";  // see fused_key
     }
-    const std::int64_t E = site.experts;
-    out.push_back({key + ".lora_A.weight", {E * site.rank, site.out}, {b.begin(), b.end()}});
-    out.push_back(
-        {key + ".lora_B.weight", {site.in, site.rank * E}, folded(a, E, site.rank, site.in)});
+    add(key + ".lora_A.weight", {E * rank, width}, [b] { return bytes_of(b); });
+    add(key + ".lora_B.weight", {in, rank * E}, [=] { return folded(a, E, rank, in); });
   }
   std::sort(out.begin(), out.end(), [](const auto& x, const auto& y) { return x.name < y.name; });
   return out;
+}
+
+/// Throws unless the file holds what was to be written, tensor by tensor.
+void compare_written(const fs::path& path, const std::vector<TensorToWrite>& tensors) {
+  const MappedFile file(path);
+  const SafetensorsHeader header = parse_safetensors_header(file.bytes(), path);
+  for (const TensorToWrite& tensor : tensors) {
+    const auto found = header.tensors.find(tensor.name);
+    const std::vector<std::byte> wanted = tensor.make();
+    const bool same =
+        found != header.tensors.end() && found->second.shape == tensor.shape &&
+        found->second.bytes == static_cast<std::int64_t>(wanted.size()) &&
+        std::memcmp(file.bytes().data() + found->second.offset, wanted.data(), wanted.size()) == 0;
+    if (!same) {
+      throw Error(Fault::io,
+                  {"the adapter reads back different from what was written",
+                   path.string() + ", tensor " + tensor.name,
+                   "The disk may be failing. Write it again, to another disk if you can."});
+    }
+    file.drop(static_cast<std::size_t>(found->second.offset), wanted.size());
+  }
 }
 
 /// target_modules for PEFT: the short names when they match exactly the matrices that are adapted,
@@ -578,24 +603,12 @@ Adapter read_peft_adapter(const fs::path& folder, const ModelSpec& spec) {
 void write_peft_adapter(const fs::path& folder, const Adapter& adapter, const ModelSpec& spec,
                         const PeftWriteOptions& options) {
   make_folders(folder);
-  const std::vector<TensorBuffer> buffers = peft_tensors(adapter, options.module_prefix);
-  std::vector<TensorToWrite> tensors;
-  for (const TensorBuffer& buffer : buffers) {
-    tensors.push_back(
-        {buffer.name, Dtype::f32, buffer.shape, std::as_bytes(std::span(buffer.values))});
-  }
+  const std::vector<TensorToWrite> tensors = peft_tensors(adapter, options.module_prefix);
   const fs::path path = folder / "adapter_model.safetensors";
   write_safetensors(path, tensors, {{"format", "pt"}});
   write_atomically(folder / "adapter_config.json",
                    peft_config(adapter, spec, options).dump(2) + "\n");
-
-  const Adapter again = read_peft_adapter(folder, spec);
-  const std::span<const float> wrote = adapter.factors(), read = again.factors();
-  if (!std::equal(wrote.begin(), wrote.end(), read.begin(), read.end())) {
-    throw Error(Fault::io,
-                {"the adapter reads back different from what was written", path.string(),
-                 "The disk may be failing. Write it again, to another disk if you can."});
-  }
+  compare_written(path, tensors);
 }
 
 }  // namespace tailor

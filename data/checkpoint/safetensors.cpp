@@ -182,10 +182,9 @@ void write_safetensors(const fs::path& path, const std::vector<TensorToWrite>& t
   if (!metadata.empty()) header["__metadata__"] = metadata;
   std::int64_t offset = 0;
   for (const TensorToWrite& tensor : tensors) {
-    const auto bytes = narrow<std::int64_t>(tensor.bytes.size());
-    std::int64_t needed = dtype_bytes(tensor.dtype);
-    for (const std::int64_t size : tensor.shape) needed = checked_multiply(needed, size);
-    TAILOR_CHECK(needed == bytes, tensor.name);
+    std::int64_t bytes = dtype_bytes(tensor.dtype);
+    for (const std::int64_t size : tensor.shape) bytes = checked_multiply(bytes, size);
+    TAILOR_CHECK(tensor.make || bytes == narrow<std::int64_t>(tensor.bytes.size()), tensor.name);
     header[tensor.name] = {{"dtype", dtype_name(tensor.dtype)},
                            {"shape", tensor.shape},
                            {"data_offsets", {offset, offset + bytes}}};
@@ -198,7 +197,19 @@ void write_safetensors(const fs::path& path, const std::vector<TensorToWrite>& t
     const std::uint64_t length = text.size();
     writer.write(std::as_bytes(std::span(&length, 1)));
     writer.write(text);
-    for (const TensorToWrite& tensor : tensors) writer.write(tensor.bytes);
+    for (const TensorToWrite& tensor : tensors) {
+      if (!tensor.make) {
+        writer.write(tensor.bytes);
+        continue;
+      }
+      const std::int64_t before = writer.bytes_written();
+      const std::vector<std::byte> made = tensor.make();
+      writer.write(made);
+      TAILOR_CHECK(header[tensor.name]["data_offsets"][1].get<std::int64_t>() -
+                           header[tensor.name]["data_offsets"][0].get<std::int64_t>() ==
+                       writer.bytes_written() - before,
+                   tensor.name);
+    }
     writer.close();
   });
 }

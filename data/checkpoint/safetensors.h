@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <span>
 #include <string>
@@ -34,12 +35,14 @@ struct SafetensorsHeader {
 };
 SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file, const fs::path& path);
 
-/// A tensor to write: borrowed bytes, row-major.
+/// A tensor to write, row-major: borrowed bytes, or a function that makes them when their turn
+/// comes, so that a file may be larger than memory.
 struct TensorToWrite {
   std::string name;
   Dtype dtype;
   std::vector<std::int64_t> shape;
   std::span<const std::byte> bytes;
+  std::function<std::vector<std::byte>()> make = {};
 };
 
 /// Writes atomically. Tensors are laid out in the order given, data 8-byte aligned.
