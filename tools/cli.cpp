@@ -397,6 +397,10 @@ class CommandLine {
         ->check(one_of("--dtype", {"as_stored", "bfloat16"}))
         ->type_name("NAME")
         ->capture_default_str();
+    out.app
+        .add_option("--towers-from", out.own.towers_from,
+                    "Add the vision tower and projector of this model, the store's original")
+        ->type_name("MODEL");
     out.app.add_option("--max-shard-size", out.own.max_shard_size, "Of a safetensors file")
         ->type_name("BYTES")
         ->capture_default_str();

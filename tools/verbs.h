@@ -102,6 +102,7 @@ struct ModelExportArguments {
   std::string store;
   std::string to;                   ///< the checkpoint's folder, which may not be there
   std::string dtype = "as_stored";  ///< or bfloat16: every matrix decoded
+  std::string towers_from;  ///< a multimodal model whose other towers are added; empty: none
   std::string max_shard_size = "5GB";
   bool json = false;
 };

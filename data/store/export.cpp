@@ -17,6 +17,7 @@
 #include "base/units.h"
 #include "data/quant/codec.h"
 #include "data/store/export_plan.h"
+#include "data/store/pack.h"
 
 namespace tailor {
 namespace {
@@ -168,7 +169,8 @@ class Exporter {
   Exporter(const Store& store, const fs::path& to, const ExportOptions& options)
       : store_(store),
         options_(options),
-        plan_(store, options.bfloat16, options.shard_bytes_max),
+        towers_(towers_of(store, options.towers_from)),
+        plan_(store, options.bfloat16, options.shard_bytes_max, towers_),
         staging_(to) {}
 
   ExportReport go() {
@@ -177,6 +179,7 @@ class Exporter {
       files_.push_back(std::make_unique<ShardFile>(staging_.path(), shard));
     }
     write_units(began);
+    write_towers();
     for (const auto& file : files_) file->sync();
     write_small_files();
     staging_.publish();
@@ -193,6 +196,21 @@ class Exporter {
  private:
   static constexpr std::int64_t kRows = 32;  ///< decoded at a time
 
+  static std::vector<TowerTensor> towers_of(const Store& store, const fs::path& model) {
+    if (model.empty()) return {};
+    const Checkpoint checkpoint = Checkpoint::open(model);
+    if (checkpoint.prefix().empty()) {
+      throw Error(Fault::usage, {"this is a language model alone, without other towers",
+                                 model.string(), "Leave --towers-from out."});
+    }
+    if (fingerprint(checkpoint, store.spec()) != store.fingerprint()) {
+      throw Error(Fault::bad_file,
+                  {"the store was made from another model", model.string(),
+                   "It was packed from " + store.source() + ": name that with --towers-from."});
+    }
+    return tower_tensors(model);
+  }
+
   void write_units(double began) {
     UnitReader reader(store_);
     std::int64_t done = 0;
@@ -208,6 +226,19 @@ class Exporter {
       if (options_.progress && (now - told > 0.2 || done == store_.layout().bytes())) {
         options_.progress(done, store_.layout().bytes(), now - began);
         told = now;
+      }
+    }
+  }
+
+  void write_towers() {
+    constexpr std::int64_t kPiece = std::int64_t{16} << 20;
+    for (const TowerTensor& tower : towers_) {
+      const MappedFile file(tower.file);
+      for (std::int64_t at = 0; at < tower.info.bytes; at += kPiece) {
+        const std::int64_t count = std::min(kPiece, tower.info.bytes - at);
+        put(plan_.tensor(tower.name), at, file.bytes().data() + tower.info.offset + at, count);
+        file.drop(static_cast<std::size_t>(tower.info.offset + at),
+                  static_cast<std::size_t>(count));
       }
     }
   }
@@ -311,6 +342,7 @@ class Exporter {
 
   const Store& store_;
   const ExportOptions& options_;
+  std::vector<TowerTensor> towers_;
   ExportPlan plan_;
   StagingFolder staging_;
   std::vector<std::unique_ptr<ShardFile>> files_;

@@ -12,6 +12,9 @@ namespace tailor {
 
 struct ExportOptions {
   bool bfloat16 = false;  ///< every matrix decoded, else as stored
+  /// The multimodal checkpoint whose vision tower and projector are added as they are, since a
+  /// store has none; empty: left out. It must be the one the store was made from.
+  fs::path towers_from;
   /// Of a safetensors file; one tensor that is larger has a file of its own.
   std::int64_t shard_bytes_max = 5'000'000'000;
   /// `done` of `bytes` of the store, a few times a second.

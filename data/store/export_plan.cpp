@@ -49,15 +49,24 @@ bool is_wrapper(const fs::path& folder) {
 
 }  // namespace
 
-ExportPlan::ExportPlan(const Store& store, bool bfloat16, std::int64_t shard_bytes_max)
+ExportPlan::ExportPlan(const Store& store, bool bfloat16, std::int64_t shard_bytes_max,
+                       const std::vector<TowerTensor>& towers)
     : store_(store), bfloat16_(bfloat16), wrapper_(is_wrapper(store.folder())) {
   if (wrapper_) prefix_ = "language_model.";
   if (!bfloat16_) refuse_unreadable();
-  experts_fused_ = can_fuse_experts();
   list_linears();
+  experts_fused_ = can_fuse_experts();
   make_tensors();
+  if (!towers.empty() && !wrapper_) {
+    throw Error(Fault::usage, {"the model is a language model alone, without other towers",
+                               store.folder().string(), "Leave --towers-from out."});
+  }
+  for (const TowerTensor& tower : towers) {
+    sets_.push_back(tensors_.size());
+    add(tower.name, tower.info.dtype, tower.info.shape);
+  }
   make_shards(shard_bytes_max);
-  make_notes();
+  make_notes(!towers.empty());
 }
 
 ExportForm ExportPlan::form_of(const StoredUnit& unit, const MatrixPlace& place) const {
@@ -95,9 +104,12 @@ void ExportPlan::refuse_unreadable() const {
   }
 }
 
-/// Only all of them: readers look at one name and take the rest to be like it.
+/// Only all of them: readers look at one name and take the rest to be like it. Under
+/// compressed-tensors none of them: transformers then has a linear for every expert's projection.
 bool ExportPlan::can_fuse_experts() const {
+  const std::string quantization = format();
   if (store_.spec().family != Family::llama4) return false;
+  if (!quantization.empty() && quantization != "fp8") return false;
   std::optional<Dtype> dtype;
   for (const StoredUnit& unit : store_.layout().units) {
     if (unit.id.kind != UnitKind::expert) continue;
@@ -239,7 +251,7 @@ void ExportPlan::make_shards(std::int64_t shard_bytes_max) {
   }
 }
 
-void ExportPlan::make_notes() {
+void ExportPlan::make_notes(bool with_towers) {
   std::set<std::string> decoded;
   std::map<std::string, std::set<std::string>> of_experts;
   for (const StoredUnit& unit : store_.layout().units) {
@@ -264,10 +276,10 @@ void ExportPlan::make_notes() {
         "The experts of a layer are in more than one format, which vLLM refuses: pack the model "
         "with a --group that divides both widths.");
   }
-  if (wrapper_) {
+  if (wrapper_ && !with_towers) {
     notes_.emplace_back(
-        "A store holds the language model: the vision tower and the projector are not in the "
-        "export.");
+        "A store holds the language model alone: add the vision tower and the projector with "
+        "--towers-from MODEL.");
   }
 }
 

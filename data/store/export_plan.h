@@ -10,6 +10,7 @@
 #include "data/checkpoint/dtype.h"
 #include "data/checkpoint/published.h"
 #include "data/store/export_config.h"
+#include "data/store/export_towers.h"
 #include "data/store/store.h"
 
 namespace tailor {
@@ -55,19 +56,25 @@ struct ExportMatrix {
 /// - q, k and v of Llama 4: vLLM reorders the rows of q and k for its rotary embedding as it loads
 ///   them, but most releases do so for `weight` only (vLLM #34243, #34471, #34997), and it wants q,
 ///   k and v alike. int4 decodes to a bfloat16, so there the values stay the same.
-/// Routed experts are a tensor set each where they are quantised, as vLLM reads them; else Llama
-/// 4's published [experts, in, out].
+/// Routed experts are a tensor set each where anything is quantised in compressed-tensors' layouts,
+/// as vLLM and transformers read them then; Llama 4's published [experts, in, out] where nothing
+/// is.
 class ExportPlan {
  public:
-  /// `bfloat16`: every matrix decoded. Throws Error{usage} with the way out when a matrix has no
-  /// layout that a server reads: nf4, int4 groups that do not divide the inputs, other fp8 blocks.
-  ExportPlan(const Store& store, bool bfloat16, std::int64_t shard_bytes_max);
+  /// `bfloat16`: every matrix decoded. `towers`: tensors that are added as they are. Throws
+  /// Error{usage} with the way out when a matrix has no layout that a server reads: nf4, int4
+  /// groups that do not divide the inputs, other fp8 blocks; and for towers of a model that has
+  /// none.
+  ExportPlan(const Store& store, bool bfloat16, std::int64_t shard_bytes_max,
+             const std::vector<TowerTensor>& towers = {});
 
   const std::vector<ExportTensor>& tensors() const { return tensors_; }
   const std::vector<ExportShard>& shards() const { return shards_; }
   std::int64_t bytes() const;  ///< of all tensors
   /// The matrices of a unit, in the order of its places.
   std::vector<ExportMatrix> matrices(const StoredUnit& unit) const;
+  /// The index of a tower's tensor.
+  std::size_t tensor(const std::string& name) const { return by_name_.at(name); }
   /// quantization_format() of its linears.
   std::string format() const { return quantization_format(linears_); }
   std::string index_text() const;  ///< model.safetensors.index.json
@@ -84,7 +91,7 @@ class ExportPlan {
   void make_tensors();
   void add(const std::string& name, Dtype dtype, std::vector<std::int64_t> shape);
   void make_shards(std::int64_t shard_bytes_max);
-  void make_notes();
+  void make_notes(bool with_towers);
 
   const Store& store_;
   bool bfloat16_, wrapper_ = false, experts_fused_ = false;

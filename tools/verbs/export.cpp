@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "base/json.h"
 #include "base/text.h"
+#include "data/checkpoint/checkpoint.h"
 #include "recipes/scalars.h"
 #include "tools/interrupt.h"
 #include "tools/table.h"
@@ -25,6 +26,9 @@ int run_model_export(const ModelExportArguments& arguments) {
   ProgressLine line;
   ExportOptions options;
   options.bfloat16 = arguments.dtype == "bfloat16";
+  if (!arguments.towers_from.empty()) {
+    options.towers_from = find_model_folder(arguments.towers_from);
+  }
   options.shard_bytes_max = *shard_bytes;
   options.stop = [&] { return interrupt.asked(); };
   options.progress = [&](std::int64_t done, std::int64_t bytes, double seconds) {
@@ -54,7 +58,8 @@ int run_model_export(const ModelExportArguments& arguments) {
   }
   std::cout << heading("Exported") << " " << bytes_text(report.bytes) << " into " << arguments.to
             << " in " << seconds_text(report.seconds) << ": " << count_text(report.tensors)
-            << " tensors in " << count_text(report.shards) << " files, "
+            << " tensors in " << count_text(report.shards)
+            << (report.shards == 1 ? " file, " : " files, ")
             << (report.format.empty() ? "not quantised" : report.format) << "\n";
   for (const std::string& note : report.notes) std::cout << "  " << note << "\n";
   return 0;

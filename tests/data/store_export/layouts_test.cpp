@@ -1,5 +1,6 @@
 // What becomes of each stored format, and that packing it again gives the same numbers.
 
+#include "data/store/export_towers.h"
 #include "tests/data/store_export/export_fixture.h"
 
 namespace tailor {
@@ -75,6 +76,17 @@ TEST_F(Layouts, int4_everywhere_leaves_q_k_and_v_of_llama4_in_bfloat16_with_the_
             "I32 [64, 12]");
   EXPECT_EQ(form_of(exported, "model.layers.1.feed_forward.shared_expert.up_proj.weight_packed"),
             "I32 [48, 8]");
+  expect_round_trip();
+}
+
+TEST_F(Layouts, beside_int4_plain_experts_are_one_by_one_too) {
+  pack(golden("llama4_maverick_tiny"), {}, int4_of());
+  EXPECT_EQ(export_to(out()).format, "pack-quantized");
+  const Checkpoint exported = Checkpoint::open(out());
+  EXPECT_EQ(form_of(exported, std::string(kExperts) + "3.down_proj.weight"), "BF16 [64, 48]");
+  EXPECT_FALSE(exported.has(std::string(kExperts) + "down_proj"));
+  EXPECT_THAT(quantization(out())["ignore"],
+              Contains(R"(re:model\.layers\.1\.feed_forward\.experts\.[0-9]+\.down_proj$)"));
   expect_round_trip();
 }
 
@@ -235,7 +247,7 @@ TEST_F(Layouts, fp8_with_a_scale_an_output_is_float_quantized_by_channel) {
 TEST_F(Layouts, the_wrappers_prefix_is_put_back_and_its_towers_are_said_to_be_missing) {
   pack(golden("llama4_conditional_tiny"), int4_of());
   const ExportReport report = export_to(out());
-  EXPECT_THAT(report.notes, Contains(HasSubstr("vision tower")));
+  EXPECT_THAT(report.notes, Contains(HasSubstr("--towers-from")));
   const Json index = read_json(out() / "model.safetensors.index.json");
   for (const auto& [name, file] : index["weight_map"].items()) {
     EXPECT_TRUE(name.starts_with("language_model.")) << name;
@@ -296,6 +308,61 @@ void write_wide_model(const fs::path& to) {
                      {kVocabulary, kWidth / 128},
                      std::as_bytes(std::span(numbers(kVocabulary * kWidth / 128)))});
   write_safetensors(to / "model.safetensors", tensors);
+}
+
+TEST_F(Layouts, the_towers_of_the_original_are_added_as_they_are) {
+  const fs::path original = golden("llama4_conditional_tiny");
+  pack(original, int4_of());
+  ExportOptions options;
+  options.towers_from = original;
+  options.shard_bytes_max = 60'000;
+  const ExportReport report = export_to(out(), options);
+  for (const std::string& note : report.notes) EXPECT_THAT(note, Not(HasSubstr("tower")));
+  const Json index = read_json(out() / "model.safetensors.index.json");
+  const auto written = tower_tensors(out()), published = tower_tensors(original);
+  ASSERT_EQ(written.size(), published.size());
+  ASSERT_GT(written.size(), 20U);
+  for (std::size_t i = 0; i < written.size(); ++i) {
+    const auto text_of = [](const TowerTensor& tensor) {
+      return read_text(tensor.file)
+          .substr(static_cast<std::size_t>(tensor.info.offset),
+                  static_cast<std::size_t>(tensor.info.bytes));
+    };
+    EXPECT_EQ(written[i].name, published[i].name);
+    EXPECT_EQ(written[i].info.shape, published[i].info.shape);
+    EXPECT_TRUE(text_of(written[i]) == text_of(published[i])) << written[i].name;
+    EXPECT_EQ(index["weight_map"][written[i].name], written[i].file.filename().string());
+  }
+  expect_round_trip();
+
+  // One bit of a layer's attention tells another model.
+  fs::copy(original, made());
+  const Checkpoint checkpoint = Checkpoint::open(made());
+  const auto& tensor = checkpoint.find("model.layers.2.self_attn.k_proj.weight");
+  {
+    std::fstream file(checkpoint.shard_path(tensor),
+                      std::ios::in | std::ios::out | std::ios::binary);
+    file.seekg(tensor.info.offset);
+    const char first = static_cast<char>(file.get() ^ 1);
+    file.seekp(tensor.info.offset);
+    file.put(first);
+  }
+  options.towers_from = made();
+  const Error another = error_of([&] { static_cast<void>(export_to(folder_ / "b", options)); });
+  EXPECT_EQ(another.fault(), Fault::bad_file);
+  EXPECT_THAT(another.parts().what, HasSubstr("another model"));
+}
+
+TEST_F(Layouts, towers_of_a_language_model_are_refused) {
+  pack(golden("llama4_maverick_tiny"), int4_of());
+  ExportOptions options;
+  for (const char* name : {"llama4_maverick_tiny", "llama4_conditional_tiny"}) {
+    options.towers_from = golden(name);
+    const Error error = error_of([&] { static_cast<void>(export_to(out(), options)); });
+    EXPECT_EQ(error.fault(), Fault::usage) << name;
+    EXPECT_THAT(error.parts().what, HasSubstr("without other towers")) << name;
+  }
+  EXPECT_FALSE(fs::exists(out()));
 }
 
 TEST_F(Layouts, runs_of_the_vocabulary_are_one_tensor_and_a_quantised_head_is_decoded) {
