@@ -96,7 +96,8 @@ std::int64_t unit_count(const ModelSpec& spec) {
 }
 
 /// A store's layout follows from its config.json and the formats of its matrices.
-void check_layout(const ModelSpec& spec, const StoreLayout& layout, const std::string& where) {
+void check_layout(const ModelSpec& spec, const StoreManifest& manifest, const std::string& where) {
+  const StoreLayout& layout = manifest.layout;
   const std::string what = "the units in the store's manifest are not those of its config.json";
   if (narrow<std::int64_t>(layout.units.size()) != unit_count(spec)) refuse(what, where);
   std::vector<WeightFormat> formats;
@@ -109,6 +110,7 @@ void check_layout(const ModelSpec& spec, const StoreLayout& layout, const std::s
     return formats[next++];
   };
   if (!(make_layout(spec, StoreFormats{}, false, stored) == layout)) refuse(what, where);
+  if (manifest.forms && manifest.forms->of_matrix.size() != formats.size()) refuse(what, where);
 }
 
 }  // namespace
@@ -255,7 +257,7 @@ Store Store::open(const fs::path& folder) {
   if (json.dump() + "\n" != text) {
     refuse("the store's manifest is not as it was written", manifest_path.string());
   }
-  check_layout(out.spec_, manifest.layout, manifest_path.string());
+  check_layout(out.spec_, manifest, manifest_path.string());
   out.layout_ = std::move(manifest.layout);
   out.hashes_ = std::move(manifest.hashes);
   out.source_ = std::move(manifest.source);

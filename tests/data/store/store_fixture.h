@@ -78,16 +78,9 @@ std::vector<std::byte> bytes_of(const std::vector<T>& values) {
   return out;
 }
 
+/// As the compiler rounds.
 inline std::uint16_t half_bits(float value) {
-  for (std::uint32_t bits = 0; bits < 0x7C00; ++bits) {  // slow and plain
-    const int exponent = static_cast<int>(bits >> 10U);
-    const double size = exponent == 0 ? std::ldexp(bits & 1023U, -24)
-                                      : std::ldexp(1024 + (bits & 1023U), exponent - 25);
-    if (size >= std::fabs(double{value})) {
-      return static_cast<std::uint16_t>(bits | (std::signbit(value) ? 0x8000U : 0U));
-    }
-  }
-  return 0x7BFF;
+  return std::bit_cast<std::uint16_t>(static_cast<_Float16>(value));
 }
 
 /// Makes the tensors of a TinyModel.
