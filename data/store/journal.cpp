@@ -106,11 +106,6 @@ void PackJournal::read_line(std::string_view text) {
   try {
     const Json line = parse_json(text, path_.string());
     const JsonReader reader(line, path_.string());
-    const std::int64_t layer = reader.integer("layer");
-    if (reader.has("sample")) {
-      samples_[layer] = reader.text("sample");
-      return;
-    }
     const std::int64_t kind = reader.integer("kind");
     const auto hash = read_hex(reader.text("hash"));
     if (!hash || kind < 1 || kind > static_cast<std::int64_t>(UnitKind::expert)) return;
@@ -119,7 +114,9 @@ void PackJournal::read_line(std::string_view text) {
     unit.squared_error = reader.number("error", 0);
     unit.squares = reader.number("squares", 0);
     unit.absmax_squared_error = reader.number("absmax_error", 0);
-    units_[{static_cast<UnitKind>(kind), layer, reader.integer("index")}] = unit;
+    unit.sample = reader.text("sample", "");
+    if (static_cast<UnitKind>(kind) == UnitKind::attention && unit.sample.empty()) return;
+    units_[{static_cast<UnitKind>(kind), reader.integer("layer"), reader.integer("index")}] = unit;
   } catch (const Error&) {  // written when the machine went down: the unit counts as not packed
   }
 }
@@ -128,17 +125,13 @@ PackJournal::~PackJournal() {
   if (descriptor_ >= 0) ::close(descriptor_);
 }
 
-void PackJournal::add_sample(std::int64_t layer, const std::string& sha256) {
-  samples_[layer] = sha256;
-  pending_ += Json{{"layer", layer}, {"sample", sha256}}.dump() + "\n";
-}
-
 void PackJournal::add(const UnitId& id, const PackedUnit& unit) {
   units_[id] = unit;
   Json line = {{"kind", static_cast<std::uint32_t>(id.kind)},
                {"layer", id.layer},
                {"index", id.index},
                {"hash", hash_text(unit.hash)}};
+  if (!unit.sample.empty()) line["sample"] = unit.sample;
   if (unit.squares > 0) {
     line["error"] = unit.squared_error;
     line["squares"] = unit.squares;

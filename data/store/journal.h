@@ -16,6 +16,7 @@ namespace tailor {
 struct PackedUnit {
   UnitHash hash{};
   double squared_error = 0, squares = 0, absmax_squared_error = 0;
+  std::string sample;  ///< of an attention unit: digest of its matrices' first bytes (pack.h)
 };
 
 /// The record of a store that is being packed: a header line, then one JSON line a unit, appended
@@ -39,9 +40,6 @@ class PackJournal {
   ~PackJournal();
 
   const std::map<UnitId, PackedUnit>& units() const { return units_; }
-  /// First bytes of each layer's attention matrices, as digests.
-  const std::map<std::int64_t, std::string>& samples() const { return samples_; }
-  void add_sample(std::int64_t layer, const std::string& sha256);
   void add(const UnitId& id, const PackedUnit& unit);
   /// Puts what was added on disk. The units' own bytes must be there already. After an Error{io}
   /// the file is as it was before the call.
@@ -56,7 +54,6 @@ class PackJournal {
   off_t end_ = 0;        ///< of the lines that are on disk
   std::string pending_;  ///< lines that are not
   std::map<UnitId, PackedUnit> units_;
-  std::map<std::int64_t, std::string> samples_;
 };
 
 }  // namespace tailor

@@ -243,6 +243,7 @@ class Packer {
     journal_ = std::make_unique<PackJournal>(to_, PackJournal::Header{plan_.mark, plan_.forms});
     check_begun_files();
     check_samples();
+    remove_leftovers();
     make_folders(to_ / "layers");
     check_disk_space(to_, plan_.layout);
     for (const StoreLayout::File& file : plan_.layout.files) {
@@ -283,12 +284,20 @@ class Packer {
     }
   }
 
+  /// Files that a process was writing when it was killed (base/file.h's temporary names).
+  void remove_leftovers() const {
+    for (const auto& entry : fs::directory_iterator(to_)) {
+      if (entry.path().filename().string().find(".staging.") == std::string::npos) continue;
+      ::unlink(entry.path().c_str());
+    }
+  }
+
   /// Two models of one shape are not to become one store.
   void check_samples() const {
-    for (const auto& [layer, sample] : journal_->samples()) {
-      const StoredUnit* unit = plan_.layout.find({UnitKind::attention, layer, 0});
-      if (unit == nullptr || missing_shard(*unit) >= 0) continue;
-      if (sample_of(*checkpoint_, plan_.spec, layer) != sample) refuse_other_store();
+    for (const auto& [id, packed] : journal_->units()) {
+      const StoredUnit* unit = plan_.layout.find(id);
+      if (packed.sample.empty() || unit == nullptr || missing_shard(*unit) >= 0) continue;
+      if (sample_of(*checkpoint_, plan_.spec, id.layer) != packed.sample) refuse_other_store();
     }
   }
 
@@ -453,15 +462,13 @@ class Packer {
   void make_unit(const StoredUnit& unit, UnitMaker& maker) {
     PackedUnit packed;
     const std::span<const std::byte> bytes = maker.make(unit, packed);
-    std::string sample;
     if (unit.id.kind == UnitKind::attention) {
-      sample = sample_of(*maker.checkpoint(), plan_.spec, unit.id.layer);
+      packed.sample = sample_of(*maker.checkpoint(), plan_.spec, unit.id.layer);
     }
     const StoreFile& file = *files_[static_cast<std::size_t>(unit.file)];
     file.write(unit.offset, bytes);
     file.start_sync(unit.offset, unit.bytes);
     const std::lock_guard lock(mutex_);
-    if (!sample.empty()) new_samples_[unit.id.layer] = sample;
     written_.emplace_back(&unit, packed);
     unsynced_bytes_ += unit.bytes;
     ++progress_.units_done;
@@ -490,17 +497,14 @@ class Packer {
   /// Units first, then the journal that says they are there.
   void sync() {
     std::vector<std::pair<const StoredUnit*, PackedUnit>> written;
-    std::map<std::int64_t, std::string> samples;
     {
       const std::lock_guard lock(mutex_);
       written.swap(written_);
-      samples.swap(new_samples_);
       unsynced_bytes_ = 0;
     }
     std::set<std::int64_t> touched;
     for (const auto& [unit, packed] : written) touched.insert(unit->file);
     for (const std::int64_t file : touched) files_[static_cast<std::size_t>(file)]->sync();
-    for (const auto& [layer, sample] : samples) journal_->add_sample(layer, sample);
     for (const auto& [unit, packed] : written) journal_->add(unit->id, packed);
     journal_->sync();
   }
@@ -534,11 +538,14 @@ class Packer {
     copy_small_files();
     StoreManifest manifest;
     manifest.layout = plan_.layout;
+    std::map<std::int64_t, std::string> samples;
     for (const StoredUnit& unit : plan_.layout.units) {
-      manifest.hashes.push_back(journal_->units().at(unit.id).hash);
+      const PackedUnit& packed = journal_->units().at(unit.id);
+      manifest.hashes.push_back(packed.hash);
+      if (unit.id.kind == UnitKind::attention) samples[unit.id.layer] = packed.sample;
     }
     manifest.source = is_utf8(options_.source) ? options_.source : "(a name that is not UTF-8)";
-    manifest.fingerprint = join_samples(journal_->samples());
+    manifest.fingerprint = join_samples(samples);
     manifest.forms = plan_.forms;
     manifest.mark = plan_.mark;
     write_atomically(to_ / kManifestName, manifest_text(manifest));
@@ -592,7 +599,6 @@ class Packer {
   std::deque<const StoredUnit*> waiting_;
   std::int64_t memory_used_ = 0, active_ = 0, unsynced_bytes_ = 0;
   std::vector<std::pair<const StoredUnit*, PackedUnit>> written_;
-  std::map<std::int64_t, std::string> new_samples_;
   std::map<LayerPart, LayerError> errors_;
   std::map<LayerPart, std::int64_t> units_left_of_;
   PackProgress progress_;
