@@ -36,7 +36,7 @@ std::string sample_of(const Checkpoint& checkpoint, const ModelSpec& spec, std::
   std::string text;
   for (const PublishedMatrix& matrix : attention_matrices(spec, layer)) {
     const std::string packed = module_of(matrix.name) + ".weight_packed";
-    const std::string& name = checkpoint.has(matrix.name) ? matrix.name : packed;
+    const std::string& name = checkpoint.has(packed) ? packed : matrix.name;
     const auto bytes = checkpoint.bytes(checkpoint.find(name));
     text.append(reinterpret_cast<const char*>(bytes.data()),
                 std::min(bytes.size(), static_cast<std::size_t>(kSampleBytes)));
@@ -197,7 +197,7 @@ class Packer {
     if (largest == nullptr || needed <= options_.memory_bytes_max) return;
     throw Error(Fault::does_not_fit, {"packing needs " + bytes_text(needed) + " of memory, " +
                                           bytes_text(options_.memory_bytes_max) + " are allowed",
-                                      unit_text(largest->id),
+                                      model_.string() + ", " + unit_text(largest->id),
                                       "Set --max-ram to " + std::to_string(needed) + "B or more."});
   }
 

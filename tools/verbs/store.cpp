@@ -40,8 +40,7 @@ std::string error_text(const LayerError& error) {
                     (error.experts ? ", experts" : ", the rest") + ": error " +
                     number_text(100 * error.relative(), 3) + " % of the weights";
   if (error.absmax_squared_error > 0) {
-    out += ", mean square " +
-           number_text(error.squared_error / error.absmax_squared_error, 3) +
+    out += ", mean square " + number_text(error.squared_error / error.absmax_squared_error, 3) +
            " x that of scales from the largest value";
   }
   return out;
@@ -55,7 +54,11 @@ class StoreProgress {
 
   void show(const std::string& doing, std::int64_t done, std::int64_t before, std::int64_t bytes,
             double seconds, const std::string& note) {
-    const double share = bytes > 0 ? static_cast<double>(done) / static_cast<double>(bytes) : 1;
+    if (bytes == 0) {
+      tell(note, seconds);
+      return;
+    }
+    const double share = static_cast<double>(done) / static_cast<double>(bytes);
     std::string text = doing + " " + number_text(100 * share, 3) + " % of " + bytes_text(bytes);
     const auto mine = static_cast<double>(done - before);
     if (seconds > 1 && mine > 0) {
@@ -64,10 +67,7 @@ class StoreProgress {
               seconds_text(static_cast<double>(bytes - done) / rate) + " to go";
     }
     if (!note.empty()) text += ", " + note;
-    line_.show(text);
-    if (terminal_ || seconds - said_ < 10) return;
-    said_ = seconds;
-    say(text);
+    tell(text, seconds);
   }
   void say(const std::string& text) {
     line_.show("");
@@ -75,24 +75,44 @@ class StoreProgress {
   }
 
  private:
+  void tell(const std::string& text, double seconds) {
+    line_.show(text);
+    if (terminal_ || seconds - said_ < 10) return;
+    said_ = seconds;
+    say(text);
+  }
   bool terminal_;
   double said_ = 0;
   ProgressLine line_;
 };
 
+/// Whether a store was packed from `model`; a model of other tensors is another one.
+bool is_made_from(const Store& store, const Checkpoint& model) {
+  try {
+    return fingerprint(model, store.spec()) == store.fingerprint();
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 int run_model_pack(const ModelPackArguments& arguments) {
   if (arguments.model.empty() == arguments.follow.empty()) {
-    throw Error(Fault::usage,
-                {arguments.model.empty() ? "no model is named" : "MODEL and --follow are both given",
-                 "the command line of tailor model pack",
-                 "Give the model's folder or repository, or --follow DIR with the folder its "
-                 "download fills."});
+    throw Error(
+        Fault::usage,
+        {arguments.model.empty() ? "no model is named" : "MODEL and --follow are both given",
+         "the command line of tailor model pack",
+         "Give the model's folder or repository, or --follow DIR with the folder its "
+         "download fills."});
   }
   if (arguments.delete_source && arguments.follow.empty()) {
     throw Error(Fault::usage, {"--delete-source without --follow", "--delete-source",
                                "Only the shards of a download that is followed are removed."});
+  }
+  if (arguments.group > 0 && arguments.format != "int4" && arguments.non_expert_format != "int4") {
+    throw Error(Fault::usage, {"--group without a format of int4", "--group",
+                               "Only int4 has groups: add --format int4, or leave --group out."});
   }
   const auto memory = parse_bytes(arguments.max_ram);
   if (!memory || *memory <= 0) {
@@ -134,13 +154,13 @@ int run_model_pack(const ModelPackArguments& arguments) {
   if (arguments.json) {
     Json layers = Json::array();
     for (const LayerError& error : report.errors) {
-      layers.push_back({{"layer", error.layer},
-                        {"experts", error.experts},
-                        {"relative_error", error.relative()},
-                        {"mse_over_absmax", error.absmax_squared_error > 0
-                                                ? Json(error.squared_error /
-                                                       error.absmax_squared_error)
-                                                : Json()}});
+      layers.push_back(
+          {{"layer", error.layer},
+           {"experts", error.experts},
+           {"relative_error", error.relative()},
+           {"mse_over_absmax", error.absmax_squared_error > 0
+                                   ? Json(error.squared_error / error.absmax_squared_error)
+                                   : Json()}});
     }
     std::cout << Json{{"store", arguments.to},
                       {"bytes", report.bytes},
@@ -176,8 +196,8 @@ int run_model_pack(const ModelPackArguments& arguments) {
     }
     std::cout << "\n";
   }
-  std::cout << "  train from it: base_model=" << arguments.to
-            << ", or base.store=" << arguments.to << " beside the published model\n";
+  std::cout << "  train from it: base_model=" << arguments.to << ", or base.store=" << arguments.to
+            << " beside the published model\n";
   return 0;
 }
 
@@ -186,7 +206,7 @@ int run_model_verify(const ModelVerifyArguments& arguments) {
   std::optional<Checkpoint> against;
   if (!arguments.against.empty()) {
     against = Checkpoint::open(find_model_folder(arguments.against));
-    if (fingerprint(*against, store.spec()) != store.fingerprint()) {
+    if (!is_made_from(store, *against)) {
       throw Error(Fault::bad_file,
                   {"the store was made from another model", arguments.store,
                    "It was packed from " + store.source() + "; compare it with that."});
@@ -203,16 +223,20 @@ int run_model_verify(const ModelVerifyArguments& arguments) {
   };
   const VerifyReport report = verify_store(store, options);
   if (arguments.json) {
-    std::cout << Json{{"store", arguments.store},
-                      {"good", report.problems.empty()},
-                      {"tiles", report.units},
-                      {"bytes", report.bytes},
-                      {"seconds", report.seconds},
-                      {"problems", report.problems}}
+    std::cout << Json{{"store", arguments.store},  {"good", report.problems.empty()},
+                      {"tiles", report.units},     {"bytes", report.bytes},
+                      {"seconds", report.seconds}, {"problems", report.problems}}
                      .dump(2)
               << "\n";
   } else {
-    for (const std::string& problem : report.problems) std::cout << problem << "\n";
+    constexpr std::size_t kShown = 20;
+    for (std::size_t i = 0; i < std::min(kShown, report.problems.size()); ++i) {
+      std::cout << report.problems[i] << "\n";
+    }
+    if (report.problems.size() > kShown) {
+      std::cout << "and " << count_text(static_cast<std::int64_t>(report.problems.size() - kShown))
+                << " more; --json lists them all\n";
+    }
   }
   if (!report.problems.empty()) {
     throw Error(Fault::bad_file,
@@ -223,8 +247,8 @@ int run_model_verify(const ModelVerifyArguments& arguments) {
   if (!arguments.json) {
     std::cout << "All " << count_text(report.units) << " tiles (" << bytes_text(report.bytes)
               << ") are as they were packed"
-              << (against ? ", and as near the checkpoint as their formats can be" : "") << "; read in "
-              << seconds_text(report.seconds) << "\n";
+              << (against ? ", and as near the checkpoint as their formats can be" : "")
+              << "; read in " << seconds_text(report.seconds) << "\n";
   }
   return 0;
 }
