@@ -253,6 +253,7 @@ class Packer {
     sync_path(to_ / "layers");
     sync_path(to_);
     for (const StoredUnit& unit : plan_.layout.units) {
+      source_bytes_.push_back(plan_.source_bytes(unit));
       const auto done = journal_->units().find(unit.id);
       if (of_a_layer(unit.id)) ++units_left_of_[layer_part(unit.id)];
       if (done == journal_->units().end()) {
@@ -325,12 +326,20 @@ class Packer {
     double synced_at = seconds_now(), looked_at = synced_at, told_at = 0;
     while (true) {
       bool sync_now = false;
+      std::vector<const StoredUnit*> written;
       {
         std::unique_lock lock(mutex_);
-        changed_.wait_for(lock, std::chrono::milliseconds(options_.poll_seconds < 0.1 ? 10 : 100));
-        if (failure_ || progress_.units_done == progress_.units) break;
+        const auto ended = [&] { return failure_ || progress_.units_done == progress_.units; };
+        if (!ended()) {
+          changed_.wait_for(lock,
+                            std::chrono::milliseconds(options_.poll_seconds < 0.1 ? 10 : 100));
+        }
+        if (ended()) break;
         sync_now = unsynced_bytes_ >= kSyncBytes;
+        written.swap(to_start_);
       }
+      // By this thread, as it may have to wait for the disk.
+      for (const StoredUnit* unit : written) file_of(*unit).start_sync(unit->offset, unit->bytes);
       const double now = seconds_now();
       if (options_.stop && options_.stop()) {
         throw Error(Fault::stopped,
@@ -412,10 +421,31 @@ class Packer {
     return true;
   }
 
+  const StoreFile& file_of(const StoredUnit& unit) const {
+    return *files_[static_cast<std::size_t>(unit.file)];
+  }
+
   struct Job {
     const StoredUnit* unit;
-    const StoredUnit* next;  ///< likely to be made after it, by whomever; or null
+    std::vector<const StoredUnit*> ahead;  ///< will be made soon, by whomever: read ahead
   };
+
+  std::int64_t source_bytes(const StoredUnit& unit) const {
+    return source_bytes_[static_cast<std::size_t>(&unit - plan_.layout.units.data())];
+  }
+
+  /// Units behind the one that is made next, so that the disk always has some to read.
+  std::vector<const StoredUnit*> read_ahead() {
+    constexpr std::int64_t kAheadBytes = std::int64_t{64} << 20;
+    std::vector<const StoredUnit*> out;
+    for (const StoredUnit* unit : waiting_) {
+      if (ahead_bytes_ >= kAheadBytes || missing_shard(*unit) >= 0) break;
+      if (!ahead_.insert(unit).second) continue;
+      ahead_bytes_ += source_bytes(*unit);
+      out.push_back(unit);
+    }
+    return out;
+  }
 
   /// The next unit that has arrived and fits in the memory that is left; nothing at the end.
   std::optional<Job> claim(Worker& worker) {
@@ -429,9 +459,10 @@ class Packer {
                                       [&](const auto* unit) { return missing_shard(*unit) < 0; });
       if (found != waiting_.end() && take_memory(worker, **found)) {
         if (!worker.maker) worker.maker = std::make_unique<UnitMaker>(plan_, checkpoint_);
-        Job job{*found, nullptr};
-        const auto after = waiting_.erase(found);
-        if (after != waiting_.end() && missing_shard(**after) < 0) job.next = *after;
+        Job job{*found, {}};
+        waiting_.erase(found);
+        if (ahead_.erase(job.unit) != 0) ahead_bytes_ -= source_bytes(*job.unit);
+        job.ahead = read_ahead();
         ++active_;
         return job;
       }
@@ -447,7 +478,7 @@ class Packer {
     try {
       while (const std::optional<Job> job = claim(worker)) {
         const std::int64_t read_before = worker.maker->source_bytes_read();
-        if (job->next != nullptr) worker.maker->read_ahead(*job->next);
+        for (const StoredUnit* unit : job->ahead) worker.maker->read_ahead(*unit);
         make_unit(*job->unit, *worker.maker);
         const std::lock_guard lock(mutex_);
         progress_.source_bytes_read += worker.maker->source_bytes_read() - read_before;
@@ -465,10 +496,9 @@ class Packer {
     if (unit.id.kind == UnitKind::attention) {
       packed.sample = sample_of(*maker.checkpoint(), plan_.spec, unit.id.layer);
     }
-    const StoreFile& file = *files_[static_cast<std::size_t>(unit.file)];
-    file.write(unit.offset, bytes);
-    file.start_sync(unit.offset, unit.bytes);
+    file_of(unit).write(unit.offset, bytes);
     const std::lock_guard lock(mutex_);
+    to_start_.push_back(&unit);
     written_.emplace_back(&unit, packed);
     unsynced_bytes_ += unit.bytes;
     ++progress_.units_done;
@@ -599,6 +629,10 @@ class Packer {
   std::deque<const StoredUnit*> waiting_;
   std::int64_t memory_used_ = 0, active_ = 0, unsynced_bytes_ = 0;
   std::vector<std::pair<const StoredUnit*, PackedUnit>> written_;
+  std::vector<const StoredUnit*> to_start_;  ///< written, and not yet on the way to the disk
+  std::vector<std::int64_t> source_bytes_;   ///< as plan_.layout.units
+  std::set<const StoredUnit*> ahead_;        ///< waiting, and being read
+  std::int64_t ahead_bytes_ = 0;
   std::map<LayerPart, LayerError> errors_;
   std::map<LayerPart, std::int64_t> units_left_of_;
   PackProgress progress_;

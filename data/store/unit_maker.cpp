@@ -45,6 +45,15 @@ std::span<const WeightFormat> PackPlan::forms_of(const StoredUnit& unit) const {
   return std::span(forms.of_matrix).subspan(first_form[number], unit.matrices.size());
 }
 
+std::int64_t PackPlan::source_bytes(const StoredUnit& unit) const {
+  const auto of_unit = forms_of(unit);
+  std::int64_t out = 0;
+  for (std::size_t i = 0; i < of_unit.size(); ++i) {
+    out += code_bytes(of_unit[i], unit.matrices[i].rows, unit.matrices[i].columns);
+  }
+  return out;
+}
+
 MakerMemory MakerMemory::larger(const MakerMemory& a, const MakerMemory& b) {
   return {std::max(a.unit, b.unit), std::max(a.source, b.source), std::max(a.rows, b.rows)};
 }

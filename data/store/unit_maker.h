@@ -23,6 +23,8 @@ struct PackPlan {
 
   void index();  ///< fills first_form
   std::span<const WeightFormat> forms_of(const StoredUnit& unit) const;
+  /// Bytes of the published codes of a unit.
+  std::int64_t source_bytes(const StoredUnit& unit) const;
 };
 
 /// Memory of a UnitMaker, part by part, bytes.
