@@ -47,6 +47,10 @@ Json parse_json(std::string_view text, const std::string& where) {
     throw Error(Fault::bad_file, {"not valid JSON: " + plain_reason(error.what()),
                                   where + ":" + std::to_string(line) + ":" + std::to_string(column),
                                   "Repair the file or fetch it again; it may be cut off."});
+  } catch (const nlohmann::json::out_of_range& error) {  // 1e999
+    const std::string message = error.what();
+    throw Error(Fault::bad_file, {"not valid JSON: " + message.substr(message.find(']') + 2), where,
+                                  "Repair the file or fetch it again."});
   }
 }
 

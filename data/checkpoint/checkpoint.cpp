@@ -112,12 +112,14 @@ fs::path find_model_folder(const std::string& base_model) {
 
 Checkpoint Checkpoint::open(const fs::path& folder) { return open_shards(folder, nullptr); }
 
-Checkpoint Checkpoint::open_arrived(const fs::path& folder, std::string& missing) {
+Checkpoint Checkpoint::open_arrived(const fs::path& folder,
+                                    std::map<std::string, std::string>& missing) {
   missing.clear();
   return open_shards(folder, &missing);
 }
 
-Checkpoint Checkpoint::open_shards(const fs::path& folder, std::string* missing) {
+Checkpoint Checkpoint::open_shards(const fs::path& folder,
+                                   std::map<std::string, std::string>* missing) {
   Checkpoint out;
   out.folder_ = folder;
   std::map<std::string, Tensor, std::less<>> stored;
@@ -128,7 +130,7 @@ Checkpoint Checkpoint::open_shards(const fs::path& folder, std::string* missing)
     std::error_code error;
     if (!fs::exists(path, error)) {
       if (missing != nullptr) {
-        *missing = name;
+        missing->emplace(name, "");
         continue;
       }
       throw Error(Fault::bad_file,
@@ -136,16 +138,18 @@ Checkpoint Checkpoint::open_shards(const fs::path& folder, std::string* missing)
                    "Finish the download: the index names this file, the folder lacks it."});
     }
     SafetensorsHeader header;
-    MappedFile file(path);
+    std::optional<MappedFile> file;
     try {
-      header = parse_safetensors_header(file.bytes(), path);
-    } catch (const Error&) {
+      file.emplace(path);
+      header = parse_safetensors_header(file->bytes(), path);
+    } catch (const Error& reason) {
       if (missing == nullptr) throw;
-      *missing = name;  // still growing
+      missing->emplace(name, reason.parts().what);  // still growing, we trust
       continue;
     }
     opened.insert(name);
-    out.shards_.push_back(std::move(file));
+    out.shards_.push_back(std::move(*file));
+    out.shard_names_.push_back(name);
     for (auto& [tensor, info] : header.tensors) {
       out.total_bytes_ += info.bytes;
       const bool fresh =
@@ -207,12 +211,14 @@ bool Checkpoint::arrived_with_companions(const std::string& name) const {
                                        [&](const std::string* each) { return has(*each); });
 }
 
-std::vector<fs::path> Checkpoint::promised_shards(const std::string& name) const {
-  std::set<fs::path> out;
-  for (const std::string* each : companions(name)) {
-    out.insert(inside_folder(folder_, promised_.find(*each)->second));
-  }
+std::vector<std::string> Checkpoint::promised_shards(const std::string& name) const {
+  std::set<std::string> out;
+  for (const std::string* each : companions(name)) out.insert(promised_.find(*each)->second);
   return {out.begin(), out.end()};
+}
+
+bool Checkpoint::has_shard(const std::string& name) const {
+  return std::find(shard_names_.begin(), shard_names_.end(), name) != shard_names_.end();
 }
 
 const Checkpoint::Tensor& Checkpoint::find(std::string_view name) const {

@@ -34,9 +34,10 @@ class Checkpoint {
   /// Throws Error{bad_file}: no safetensors file, a shard named by the index is missing, an index
   /// that names other tensors than the shards hold, pickle files only (with the conversion hint).
   static Checkpoint open(const fs::path& folder);
-  /// As open, for a folder that is still being filled: shards that are not there yet, or not whole,
-  /// are left out, and `missing` names one of them (empty: all are there).
-  static Checkpoint open_arrived(const fs::path& folder, std::string& missing);
+  /// As open, for a folder that is still being filled: shards that are not there yet or not whole
+  /// are left out. `missing` gets their names and, of those that are not whole, the reason.
+  static Checkpoint open_arrived(const fs::path& folder,
+                                 std::map<std::string, std::string>& missing);
 
   const fs::path& folder() const noexcept { return folder_; }
   const std::string& prefix() const noexcept { return prefix_; }  ///< "" or "language_model."
@@ -45,8 +46,12 @@ class Checkpoint {
   bool promises(std::string_view name) const { return promised_.find(name) != promised_.end(); }
   /// Whether a tensor has arrived with all that belongs to it: scales, packed codes.
   bool arrived_with_companions(const std::string& name) const;
-  /// The files that hold a tensor and what belongs to it.
-  std::vector<fs::path> promised_shards(const std::string& name) const;
+  /// Names of the files that hold a tensor and what belongs to it.
+  std::vector<std::string> promised_shards(const std::string& name) const;
+  /// Whether the shard of that name has arrived.
+  bool has_shard(const std::string& name) const;
+  /// The file of a shard, arrived or not.
+  fs::path path_of_shard(const std::string& name) const { return inside_folder(folder_, name); }
   /// Throws Error{bad_file} when the tensor is missing, naming the nearest one there is.
   const Tensor& find(std::string_view name) const;
   /// As find, and the shape must be `shape`.
@@ -61,12 +66,14 @@ class Checkpoint {
   std::int64_t total_bytes() const noexcept { return total_bytes_; }
 
  private:
-  static Checkpoint open_shards(const fs::path& folder, std::string* missing);
+  static Checkpoint open_shards(const fs::path& folder,
+                                std::map<std::string, std::string>* missing);
   std::vector<const std::string*> companions(const std::string& name) const;
 
   fs::path folder_;
   std::string prefix_;
   std::vector<MappedFile> shards_;
+  std::vector<std::string> shard_names_;  ///< as shards_
   std::map<std::string, Tensor, std::less<>> tensors_;
   std::map<std::string, std::string, std::less<>> promised_;  ///< tensor -> shard's file name
   std::int64_t total_bytes_ = 0;

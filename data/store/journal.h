@@ -1,10 +1,13 @@
 #pragma once
 
+#include <sys/types.h>
+
 #include <map>
+#include <optional>
 #include <string>
-#include <vector>
 
 #include "base/file.h"
+#include "base/json.h"
 #include "data/store/store.h"
 
 namespace tailor {
@@ -13,35 +16,44 @@ namespace tailor {
 struct PackedUnit {
   UnitHash hash{};
   double squared_error = 0, squares = 0, absmax_squared_error = 0;
+  std::string sample;  ///< of an attention unit: digest of its matrices' first bytes (pack.h)
 };
 
-/// The record of a store that is being packed: one JSON line a unit, appended when the unit is on
-/// disk. Holds a lock on its file, so that two packers cannot share a store.
+/// The record of a store that is being packed: a header line, then one JSON line a unit, appended
+/// when the unit is on disk. Holds a lock on its file, so that two packers cannot share a store.
 class PackJournal {
  public:
-  /// Opens or begins the journal in `folder`. A last line that was cut off by a crash is dropped.
-  /// Throws Error{usage}: another process has it, or it is of another packing (`mark`).
-  PackJournal(const fs::path& folder, const std::array<std::byte, 16>& mark);
+  struct Header {
+    std::array<std::byte, 16> mark{};  ///< of the store's unit headers
+    SourceForms forms;
+  };
+  /// The header of the journal in `folder`; nothing where there is none, or none that is whole yet.
+  /// Throws Error{bad_file} where it is damaged.
+  static std::optional<Header> begun(const fs::path& folder);
+
+  /// Opens or begins the journal in `folder`. A last line that was cut off by a crash is dropped,
+  /// and lines that cannot be read count for nothing: their units are packed again.
+  /// Throws Error{usage}, nothing changed: another process has it, or it is of another packing.
+  PackJournal(const fs::path& folder, const Header& header);
   PackJournal(const PackJournal&) = delete;
   PackJournal& operator=(const PackJournal&) = delete;
   ~PackJournal();
 
   const std::map<UnitId, PackedUnit>& units() const { return units_; }
-  /// First bytes of each layer's attention matrices, as digests.
-  const std::map<std::int64_t, std::string>& samples() const { return samples_; }
-  void add_sample(std::int64_t layer, const std::string& sha256);
   void add(const UnitId& id, const PackedUnit& unit);
-  /// Puts what was added on disk. The units' own bytes must be there already.
+  /// Puts what was added on disk. The units' own bytes must be there already. After an Error{io}
+  /// the file is as it was before the call.
   void sync();
   void remove();
 
  private:
-  void read_lines(const std::string& text, const std::array<std::byte, 16>& mark);
+  void take_lock();
+  void read_line(std::string_view text);
   fs::path path_;
   int descriptor_ = -1;
-  std::string pending_;
+  off_t end_ = 0;        ///< of the lines that are on disk
+  std::string pending_;  ///< lines that are not
   std::map<UnitId, PackedUnit> units_;
-  std::map<std::int64_t, std::string> samples_;
 };
 
 }  // namespace tailor

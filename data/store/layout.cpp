@@ -57,6 +57,12 @@ class LayoutMaker {
       place.columns = matrix.columns;
       place.format =
           stored_format(formats_, id.kind, matrix.role, matrix.columns, published_(matrix));
+      if (!matrix_possible(place.format, place.rows, place.columns)) {
+        throw Error(Fault::bad_file, {"a matrix of [" + std::to_string(place.rows) + ", " +
+                                          std::to_string(place.columns) + "] as " +
+                                          format_text(place.format) + " cannot be stored",
+                                      matrix.name, "Check the sizes in the model's config.json."});
+      }
       unit.matrices.push_back(place);
     }
     unit.bytes = place_matrices(unit.matrices);

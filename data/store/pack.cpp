@@ -1,6 +1,5 @@
 #include "data/store/pack.h"
 
-#include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -9,7 +8,6 @@
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
-#include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -22,9 +20,10 @@
 #include "base/json.h"
 #include "base/text.h"
 #include "base/units.h"
-#include "data/quant/codec.h"
+#include "data/store/download.h"
 #include "data/store/journal.h"
-#include "data/store/source.h"
+#include "data/store/unit_maker.h"
+#include "data/store/writer.h"
 
 namespace tailor {
 namespace {
@@ -36,8 +35,8 @@ constexpr double kSyncSeconds = 5;
 std::string sample_of(const Checkpoint& checkpoint, const ModelSpec& spec, std::int64_t layer) {
   std::string text;
   for (const PublishedMatrix& matrix : attention_matrices(spec, layer)) {
-    const std::string packed = matrix.name.substr(0, matrix.name.rfind('.')) + ".weight_packed";
-    const std::string& name = checkpoint.has(matrix.name) ? matrix.name : packed;
+    const std::string packed = module_of(matrix.name) + ".weight_packed";
+    const std::string& name = checkpoint.has(packed) ? packed : matrix.name;
     const auto bytes = checkpoint.bytes(checkpoint.find(name));
     text.append(reinterpret_cast<const char*>(bytes.data()),
                 std::min(bytes.size(), static_cast<std::size_t>(kSampleBytes)));
@@ -51,92 +50,25 @@ std::string join_samples(const std::map<std::int64_t, std::string>& samples) {
   return sha256_hex(text);
 }
 
-/// What a checkpoint that is still being downloaded says of a matrix it does not hold yet.
-WeightFormat promised_format(const Json& config, const PublishedMatrix& matrix) {
-  const Json* text = &config;
-  if (config.contains("text_config")) text = &config["text_config"];
-  const bool vector = matrix.rows == 1 || matrix.role == MatrixRole::router ||
-                      matrix.role == MatrixRole::embedding || matrix.role == MatrixRole::head;
-  if (!vector && config.contains("quantization_config")) {
-    const std::string method =
-        JsonReader(config["quantization_config"], "config.json").text("quant_method", "");
-    if (method == "fp8") return WeightFormat::fp8_blocks();
-    if (method == "fbgemm_fp8") return WeightFormat::fp8_rows();
-  }
-  for (const char* key : {"dtype", "torch_dtype"}) {
-    for (const Json* from : {text, &config}) {
-      if (!from->contains(key) || !(*from)[key].is_string()) continue;
-      return (*from)[key] == "bfloat16" ? WeightFormat::bf16() : WeightFormat::f32();
-    }
-  }
-  return WeightFormat::bf16();
+bool of_a_layer(const UnitId& id) {
+  return id.kind == UnitKind::attention || id.kind == UnitKind::feed_forward ||
+         id.kind == UnitKind::expert;
 }
-
-/// A file of the store that is being written.
-class OutputFile {
- public:
-  OutputFile(const fs::path& path, std::int64_t bytes) : path_(path) {
-    descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-    if (descriptor_ < 0) throw io_error(errno, "cannot create", path.string());
-    struct stat info {};
-    if (::fstat(descriptor_, &info) != 0) fail(errno, "cannot read");
-    if (info.st_size == bytes) return;
-    // Space is taken now: a disk that is too small says so before hours of work.
-    if (::fallocate(descriptor_, 0, 0, bytes) != 0 && errno != EOPNOTSUPP) {
-      const int error = errno;
-      if (info.st_size == 0) ::unlink(path.c_str());
-      fail(error, ("cannot reserve " + bytes_text(bytes) + " for the store").c_str());
-    }
-    if (::ftruncate(descriptor_, bytes) != 0) fail(errno, "cannot set the size");
-  }
-  OutputFile(const OutputFile&) = delete;
-  OutputFile& operator=(const OutputFile&) = delete;
-  ~OutputFile() {
-    if (descriptor_ >= 0) ::close(descriptor_);
-  }
-
-  void write(std::int64_t offset, const std::byte* bytes, std::int64_t count) const {
-    for (std::int64_t done = 0; done < count;) {
-      const ssize_t n = ::pwrite(descriptor_, bytes + done, static_cast<std::size_t>(count - done),
-                                 offset + done);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) throw io_error(errno, "cannot write", path_.string());
-      done += n;
-    }
-  }
-  /// Starts writing out, without waiting.
-  void start_sync(std::int64_t offset, std::int64_t count) const {
-    ::sync_file_range(descriptor_, offset, count, SYNC_FILE_RANGE_WRITE);
-  }
-  void sync() const {
-    if (::fdatasync(descriptor_) != 0) throw io_error(errno, "cannot write", path_.string());
-    // Training reads past the page cache; these pages only crowd others out.
-    ::posix_fadvise(descriptor_, 0, 0, POSIX_FADV_DONTNEED);
-  }
-
- private:
-  [[noreturn]] void fail(int error, const char* doing) {
-    ::close(descriptor_);
-    descriptor_ = -1;
-    throw io_error(error, doing, path_.string());
-  }
-  fs::path path_;
-  int descriptor_ = -1;
-};
-
-/// The checkpoint as far as it is there. Replaced by a fuller one when shards arrive.
-struct Arrived {
-  std::shared_ptr<const Checkpoint> checkpoint;
-  std::string missing;  ///< a shard that is not there yet, or empty
-};
 
 class Packer {
  public:
   Packer(const fs::path& model, const fs::path& to, const PackOptions& options)
-      : model_(model), to_(to), options_(options), began_(seconds_now()) {}
+      : model_(model),
+        to_(to),
+        options_(options),
+        began_(seconds_now()),
+        download_(model, options.follow) {}
 
   PackReport go() {
+    refuse_foreign_folder();
+    if (is_complete()) return report_complete();
     prepare();
+    open_store();
     run_workers();
     finish();
     return std::move(report_);
@@ -144,128 +76,234 @@ class Packer {
 
  private:
   // ------------------------------------------------------------------ before the weights
-  void prepare() {
-    wait_for_index();
-    spec_ = read_model_spec(model_);
-    config_text_ = read_text(model_ / "config.json");
-    config_ = parse_json(config_text_, (model_ / "config.json").string());
-    arrived_ = look();
-    const Checkpoint& checkpoint = *arrived_.checkpoint;
-    const auto promised = [&](const std::string& name) { return checkpoint.promises(name); };
-    experts_fused_ = experts_are_fused(spec_, promised);
-    layout_ = make_layout(spec_, options_.formats, experts_fused_, [&](const PublishedMatrix& m) {
-      return arrived_.missing.empty() || holds(checkpoint, m)
-                 ? SourceReader::published_format(checkpoint, m)
-                 : promised_format(config_, m);
-    });
-    check_memory();
-    mark_ = store_mark(layout_, config_text_);
-    open_folder();
-    for (const StoredUnit& unit : layout_.units) {
-      const auto done = journal_->units().find(unit.id);
-      if (done == journal_->units().end()) {
-        waiting_.push_back(&unit);
-      } else {
-        ++progress_.units_before;
-        progress_.bytes_before += unit.bytes;
-      }
-      ++units_left_of_[{unit.id.layer, unit.id.kind == UnitKind::expert}];
-    }
-    for (const auto& [id, unit] : journal_->units()) {
-      count_error(id, unit);
-      --units_left_of_[{id.layer, id.kind == UnitKind::expert}];
-    }
-    progress_.units_done = progress_.units_before;
-    progress_.bytes_done = progress_.bytes_before;
-    progress_.units = narrow<std::int64_t>(layout_.units.size());
-    progress_.bytes = layout_.bytes();
-  }
-
-  /// A download that has just begun brings its config and index first.
-  void wait_for_index() const {
-    if (!options_.follow) return;
+  void refuse_foreign_folder() const {
     std::error_code error;
-    while (!fs::exists(model_ / "config.json", error) ||
-           !(fs::exists(model_ / "model.safetensors.index.json", error) ||
-             fs::exists(model_ / "model.safetensors", error))) {
-      if (options_.stop && options_.stop()) {
-        throw Error(Fault::stopped, {"interrupted while waiting for the model's index",
-                                     model_.string(), "Run the same command again to go on."});
-      }
-      std::this_thread::sleep_for(std::chrono::milliseconds(200));
+    if (!fs::exists(to_, error) || Store::is_store(to_) || fs::is_empty(to_, error)) return;
+    throw Error(Fault::usage, {"the folder is not empty and not a store", to_.string(),
+                               "Choose another folder with --to; nothing was changed."});
+  }
+
+  [[noreturn]] void refuse_other_store() const {
+    throw Error(Fault::usage,
+                {"a store of another model or with other formats is there", to_.string(),
+                 "Choose another folder with --to; nothing was changed."});
+  }
+
+  /// Whether the store is there already. Throws when it is another one.
+  bool is_complete() {
+    std::error_code error;
+    if (!fs::exists(to_ / kManifestName, error)) return false;
+    const Store store = Store::open(to_);
+    plan_.spec = store.spec();
+    if (!store.forms()) refuse_other_store();
+    if (!(layout_of(plan_.spec, options_.formats, *store.forms()) == store.layout())) {
+      refuse_other_store();
     }
-  }
-
-  Arrived look() const {
-    Arrived out;
-    out.checkpoint = std::make_shared<const Checkpoint>(
-        options_.follow ? Checkpoint::open_arrived(model_, out.missing) : Checkpoint::open(model_));
-    return out;
-  }
-
-  /// Whether all that a matrix needs has arrived.
-  static bool holds(const Checkpoint& checkpoint, const PublishedMatrix& matrix) {
-    return checkpoint.arrived_with_companions(matrix.name);
-  }
-
-  bool unit_has_arrived(const Checkpoint& checkpoint, const StoredUnit& unit) const {
-    for (const PublishedMatrix& matrix : unit_matrices(spec_, unit.id, experts_fused_)) {
-      if (!holds(checkpoint, matrix)) return false;
+    plan_.layout = store.layout();
+    plan_.forms = *store.forms();
+    // A download that was followed may have been removed since.
+    if (options_.follow && !download_.awaited().empty()) return true;
+    if (read_text(model_ / "config.json") != read_text(to_ / "config.json")) refuse_other_store();
+    download_.look();
+    if (download_.whole() &&
+        fingerprint(*download_.checkpoint(), plan_.spec) != store.fingerprint()) {
+      refuse_other_store();
     }
     return true;
   }
 
-  /// Bytes a worker holds while it makes `unit`: the unit, a slice of the source, rows as floats.
-  std::int64_t memory_of(const StoredUnit& unit) const {
-    std::int64_t slice = 0, rows = 0;
-    for (const PublishedMatrix& matrix : unit_matrices(spec_, unit.id, experts_fused_)) {
-      const std::int64_t chunk = chunk_rows(matrix.columns) * matrix.columns;
-      slice = std::max(slice, matrix.fused ? matrix.columns * matrix.width * 4 : chunk * 4);
-      rows = std::max(rows, chunk * 4);
+  PackReport report_complete() {
+    std::error_code error;
+    if (fs::exists(to_ / kJournalName, error)) ::unlink((to_ / kJournalName).c_str());
+    if (options_.delete_source && download_.checkpoint() != nullptr) {
+      list_shards();
+      for (const std::string& shard : shards_) {
+        Download::remove(download_.checkpoint()->path_of_shard(shard));
+      }
     }
-    return unit.bytes + slice + rows;
+    report_.units = report_.units_before = narrow<std::int64_t>(plan_.layout.units.size());
+    report_.bytes = plan_.layout.bytes();
+    report_.seconds = seconds_now() - began_;
+    return std::move(report_);
+  }
+
+  void prepare() {
+    if (options_.follow) {
+      wait_until([&](std::string& awaited) { return (awaited = download_.awaited()).empty(); });
+    }
+    plan_.spec = read_model_spec(model_);
+    plan_.formats = options_.formats;
+    config_text_ = read_text(model_ / "config.json");
+    const Json config = parse_json(config_text_, (model_ / "config.json").string());
+    download_.look();
+    const auto begun = PackJournal::begun(to_);
+    if (begun) {
+      plan_.forms = begun->forms;
+    } else if (!options_.follow) {
+      plan_.forms = find_forms(*download_.checkpoint(), plan_.spec);
+    } else {
+      wait_until([&](std::string& awaited) {
+        download_.look();
+        auto forms = promised_forms(*download_.checkpoint(), plan_.spec, config, awaited);
+        if (forms) plan_.forms = std::move(*forms);
+        return forms.has_value();
+      });
+    }
+    try {
+      plan_.layout = layout_of(plan_.spec, options_.formats, plan_.forms);
+    } catch (const Error&) {
+      if (begun) refuse_other_store();
+      throw;
+    }
+    plan_.mark = store_mark(plan_.layout, config_text_);
+    if (begun && begun->mark != plan_.mark) refuse_other_store();
+    plan_.index();
+    check_memory();
+    list_shards();
+  }
+
+  /// Asks `arrived` until it says yes; it is to name what it waits for.
+  template <class Arrived>
+  void wait_until(const Arrived& arrived) {
+    PackProgress progress;
+    while (!arrived(progress.waiting_for)) {
+      if (options_.stop && options_.stop()) {
+        throw Error(Fault::stopped, {"interrupted while waiting for " + progress.waiting_for,
+                                     model_.string(), "Run the same command again to go on."});
+      }
+      progress.seconds = seconds_now() - began_;
+      if (options_.progress) options_.progress(progress);
+      std::this_thread::sleep_for(
+          std::chrono::duration<double>(std::clamp(options_.poll_seconds, 0.01, 1.0)));
+    }
+  }
+
+  /// Memory of the process beside the workers': code, headers of the shards, the plan.
+  std::int64_t process_bytes() const {
+    constexpr std::int64_t kFixed = std::int64_t{64} << 20, kOfUnit = 4096;
+    return kFixed + kOfUnit * narrow<std::int64_t>(plan_.layout.units.size());
   }
 
   void check_memory() {
     const StoredUnit* largest = nullptr;
-    for (const StoredUnit& unit : layout_.units) {
-      if (largest == nullptr || memory_of(unit) > memory_of(*largest)) largest = &unit;
+    std::int64_t needed = 0;
+    for (const StoredUnit& unit : plan_.layout.units) {
+      const std::int64_t bytes = UnitMaker::memory_of(plan_, unit).all();
+      if (bytes <= needed) continue;
+      needed = bytes;
+      largest = &unit;
     }
-    const std::int64_t needed = memory_of(*largest) + kProcessBytes;
-    if (needed <= options_.memory_bytes_max) return;
+    needed += process_bytes();
+    if (largest == nullptr || needed <= options_.memory_bytes_max) return;
     throw Error(Fault::does_not_fit, {"packing needs " + bytes_text(needed) + " of memory, " +
                                           bytes_text(options_.memory_bytes_max) + " are allowed",
-                                      unit_text(largest->id),
-                                      "Set --max-ram to " + std::to_string(needed) + " or more."});
+                                      model_.string() + ", " + unit_text(largest->id),
+                                      "Set --max-ram to " + std::to_string(needed) + "B or more."});
   }
 
-  void open_folder() {
-    std::error_code error;
-    if (fs::exists(to_, error) && !Store::is_store(to_) && !fs::is_empty(to_, error)) {
-      throw Error(Fault::usage, {"the folder is not empty and not a store", to_.string(),
-                                 "Choose another folder with --to; nothing was changed."});
-    }
-    if (fs::exists(to_ / kManifestName, error)) {
-      const Store store = Store::open(to_);
-      if (store.mark() == mark_) {
-        complete_ = true;
-      } else {
-        throw Error(Fault::usage,
-                    {"a store of another model or with other formats is there", to_.string(),
-                     "Choose another folder with --to; nothing was changed."});
+  /// Which shards each unit needs.
+  void list_shards() {
+    std::map<std::string, int> numbers;
+    for (const StoredUnit& unit : plan_.layout.units) {
+      std::set<int> of_unit;
+      for (const PublishedMatrix& matrix :
+           unit_matrices(plan_.spec, unit.id, plan_.forms.experts_fused)) {
+        for (const std::string& shard : download_.checkpoint()->promised_shards(matrix.name)) {
+          const auto [at, fresh] = numbers.emplace(shard, static_cast<int>(shards_.size()));
+          if (fresh) shards_.push_back(shard);
+          of_unit.insert(at->second);
+        }
       }
+      shards_of_.emplace_back(of_unit.begin(), of_unit.end());
     }
+    note_arrivals();
+  }
+  void note_arrivals() {
+    arrived_.clear();
+    for (const std::string& shard : shards_) {
+      arrived_.push_back(download_.checkpoint()->has_shard(shard));
+    }
+    checkpoint_ = download_.checkpoint();
+  }
+
+  const std::vector<int>& shards_of(const StoredUnit& unit) const {
+    return shards_of_[static_cast<std::size_t>(&unit - plan_.layout.units.data())];
+  }
+  /// A shard that `unit` needs and that is not there, or -1.
+  int missing_shard(const StoredUnit& unit) const {
+    for (const int shard : shards_of(unit)) {
+      if (!arrived_[static_cast<std::size_t>(shard)]) return shard;
+    }
+    return -1;
+  }
+
+  // ------------------------------------------------------------------ the folder
+  void open_store() {
+    make_folders(to_);
+    journal_ = std::make_unique<PackJournal>(to_, PackJournal::Header{plan_.mark, plan_.forms});
+    check_begun_files();
+    check_samples();
+    remove_leftovers();
     make_folders(to_ / "layers");
-    journal_ = std::make_unique<PackJournal>(to_, mark_);
-    if (complete_) return;
-    for (const StoreLayout::File& file : layout_.files) {
-      files_.push_back(std::make_unique<OutputFile>(to_ / file.name, file.bytes));
+    check_disk_space(to_, plan_.layout);
+    for (const StoreLayout::File& file : plan_.layout.files) {
+      files_.push_back(std::make_unique<StoreFile>(to_ / file.name, file.bytes));
+    }
+    // The files' names must be on disk before the journal says what is in them.
+    sync_path(to_ / "layers");
+    sync_path(to_);
+    for (const StoredUnit& unit : plan_.layout.units) {
+      source_bytes_.push_back(plan_.source_bytes(unit));
+      const auto done = journal_->units().find(unit.id);
+      if (of_a_layer(unit.id)) ++units_left_of_[layer_part(unit.id)];
+      if (done == journal_->units().end()) {
+        waiting_.push_back(&unit);
+        continue;
+      }
+      ++progress_.units_before;
+      progress_.bytes_before += unit.bytes;
+      count_error(unit.id, done->second);
+      if (of_a_layer(unit.id)) --units_left_of_[layer_part(unit.id)];
+    }
+    progress_.units_done = progress_.units_before;
+    progress_.bytes_done = progress_.bytes_before;
+    progress_.units = narrow<std::int64_t>(plan_.layout.units.size());
+    progress_.bytes = plan_.layout.bytes();
+  }
+
+  /// The journal is not to speak of files that are not there.
+  void check_begun_files() const {
+    for (const StoredUnit& unit : plan_.layout.units) {
+      if (journal_->units().count(unit.id) == 0) continue;
+      const StoreLayout::File& file = plan_.layout.files[static_cast<std::size_t>(unit.file)];
+      std::error_code error;
+      const auto size = fs::file_size(to_ / file.name, error);
+      if (!error && narrow<std::int64_t>(size) == file.bytes) continue;
+      throw Error(Fault::bad_file,
+                  {"a file of this begun store is missing or cut off", (to_ / file.name).string(),
+                   "Put the file back, or remove the folder and pack again."});
+    }
+  }
+
+  /// Files that a process was writing when it was killed (base/file.h's temporary names).
+  void remove_leftovers() const {
+    for (const auto& entry : fs::directory_iterator(to_)) {
+      if (entry.path().filename().string().find(".staging.") == std::string::npos) continue;
+      ::unlink(entry.path().c_str());
+    }
+  }
+
+  /// Two models of one shape are not to become one store.
+  void check_samples() const {
+    for (const auto& [id, packed] : journal_->units()) {
+      const StoredUnit* unit = plan_.layout.find(id);
+      if (packed.sample.empty() || unit == nullptr || missing_shard(*unit) >= 0) continue;
+      if (sample_of(*checkpoint_, plan_.spec, id.layer) != packed.sample) refuse_other_store();
     }
   }
 
   // ------------------------------------------------------------------ the weights
   void run_workers() {
-    if (complete_) return;
     std::vector<std::thread> threads;
     for (int i = 0; i < std::max(1, options_.threads); ++i) {
       threads.emplace_back([this] { work(); });
@@ -281,17 +319,22 @@ class Packer {
       std::rethrow_exception(failure_);
     }
     sync();
-    remove_sources();
   }
 
   /// The calling thread: progress, arriving shards, syncing, stopping.
   void watch() {
     double synced_at = seconds_now(), looked_at = synced_at, told_at = 0;
     while (true) {
+      bool sync_now = false;
       {
         std::unique_lock lock(mutex_);
-        changed_.wait_for(lock, std::chrono::milliseconds(100));
-        if (failure_ || progress_.units_done == progress_.units) break;
+        const auto ended = [&] { return failure_ || progress_.units_done == progress_.units; };
+        if (!ended()) {
+          changed_.wait_for(lock,
+                            std::chrono::milliseconds(options_.poll_seconds < 0.1 ? 10 : 100));
+        }
+        if (ended()) break;
+        sync_now = unsynced_bytes_ >= kSyncBytes;
       }
       const double now = seconds_now();
       if (options_.stop && options_.stop()) {
@@ -299,17 +342,14 @@ class Packer {
                     {"interrupted while packing", to_.string(),
                      "What is packed is kept. Run the same command again to go on."});
       }
-      if (unsynced_bytes_ >= kSyncBytes || now - synced_at > kSyncSeconds) {
+      if (sync_now || now - synced_at > std::min(kSyncSeconds, 5 * options_.poll_seconds)) {
         sync();
         remove_sources();
         synced_at = now;
       }
       if (options_.follow && now - looked_at > options_.poll_seconds) {
-        Arrived fresh = look();
-        const std::lock_guard lock(mutex_);
-        arrived_ = std::move(fresh);
+        look();
         looked_at = now;
-        changed_.notify_all();
       }
       if (options_.progress && now - told_at > 0.5) {
         tell();
@@ -319,12 +359,26 @@ class Packer {
     changed_.notify_all();
   }
 
+  void look() {
+    if (!download_.look()) return;
+    const std::lock_guard lock(mutex_);
+    note_arrivals();
+    changed_.notify_all();
+  }
+
   void tell() {
     PackProgress copy;
     {
       const std::lock_guard lock(mutex_);
       progress_.seconds = seconds_now() - began_;
-      progress_.waiting_for = active_ == 0 && !waiting_.empty() ? arrived_.missing : "";
+      progress_.waiting_for.clear();
+      if (active_ == 0 && !waiting_.empty()) {
+        const int shard = missing_shard(*waiting_.front());
+        if (shard >= 0) {
+          progress_.waiting_for =
+              download_.text_of_missing(shards_[static_cast<std::size_t>(shard)]);
+        }
+      }
       copy = progress_;
       progress_.finished.clear();
     }
@@ -337,45 +391,93 @@ class Packer {
     changed_.notify_all();
   }
 
-  struct Job {
-    const StoredUnit* unit = nullptr;
-    std::shared_ptr<const Checkpoint> checkpoint;
-    std::int64_t memory = 0;
+  /// What a worker holds from unit to unit.
+  struct Worker {
+    std::unique_ptr<UnitMaker> maker;
+    MakerMemory held;
   };
 
-  /// The next unit that has arrived and fits in the memory that is left; null at the end.
-  std::optional<Job> claim() {
+  void let_go(Worker& worker) {
+    if (worker.maker) worker.maker->release();
+    memory_used_ -= worker.held.all();
+    worker.held = {};
+  }
+
+  /// Room for `unit` beside what the other workers hold.
+  bool take_memory(Worker& worker, const StoredUnit& unit) {
+    const std::int64_t others = memory_used_ - worker.held.all() + process_bytes();
+    const MakerMemory needed = UnitMaker::memory_of(plan_, unit);
+    const MakerMemory grown = MakerMemory::larger(worker.held, needed);
+    const bool keeps = others + grown.all() <= options_.memory_bytes_max;
+    if (!keeps && others + needed.all() > options_.memory_bytes_max) return false;
+    if (!keeps) let_go(worker);
+    const MakerMemory& taken = keeps ? grown : needed;
+    memory_used_ += taken.all() - worker.held.all();
+    worker.held = taken;
+    return true;
+  }
+
+  const StoreFile& file_of(const StoredUnit& unit) const {
+    return *files_[static_cast<std::size_t>(unit.file)];
+  }
+
+  struct Job {
+    const StoredUnit* unit;
+    std::vector<const StoredUnit*> ahead;  ///< will be made soon, by whomever: read ahead
+  };
+
+  std::int64_t source_bytes(const StoredUnit& unit) const {
+    return source_bytes_[static_cast<std::size_t>(&unit - plan_.layout.units.data())];
+  }
+
+  /// Units behind the one that is made next, so that the disk always has some to read.
+  std::vector<const StoredUnit*> read_ahead() {
+    constexpr std::int64_t kAheadBytes = std::int64_t{64} << 20;
+    std::vector<const StoredUnit*> out;
+    for (const StoredUnit* unit : waiting_) {
+      if (ahead_bytes_ >= kAheadBytes || missing_shard(*unit) >= 0) break;
+      if (!ahead_.insert(unit).second) continue;
+      ahead_bytes_ += source_bytes(*unit);
+      out.push_back(unit);
+    }
+    return out;
+  }
+
+  /// The next unit that has arrived and fits in the memory that is left; nothing at the end.
+  std::optional<Job> claim(Worker& worker) {
     std::unique_lock lock(mutex_);
     while (!failure_ && !waiting_.empty()) {
-      for (auto at = waiting_.begin(); at != waiting_.end(); ++at) {
-        const std::int64_t memory = memory_of(**at);
-        if (active_ > 0 && memory_used_ + memory + kProcessBytes > options_.memory_bytes_max) break;
-        if (!arrived_.missing.empty() && !unit_has_arrived(*arrived_.checkpoint, **at)) continue;
-        Job job{*at, arrived_.checkpoint, memory};
-        waiting_.erase(at);
-        memory_used_ += memory;
+      if (worker.maker && worker.maker->checkpoint() != checkpoint_) {
+        let_go(worker);
+        worker.maker.reset();  // its open files keep the space of removed shards
+      }
+      const auto found = std::find_if(waiting_.begin(), waiting_.end(),
+                                      [&](const auto* unit) { return missing_shard(*unit) < 0; });
+      if (found != waiting_.end() && take_memory(worker, **found)) {
+        if (!worker.maker) worker.maker = std::make_unique<UnitMaker>(plan_, checkpoint_);
+        Job job{*found, {}};
+        waiting_.erase(found);
+        if (ahead_.erase(job.unit) != 0) ahead_bytes_ -= source_bytes(*job.unit);
+        job.ahead = read_ahead();
         ++active_;
         return job;
       }
+      let_go(worker);
       changed_.wait_for(lock, std::chrono::milliseconds(200));
     }
+    let_go(worker);
     return std::nullopt;
   }
 
   void work() {
+    Worker worker;
     try {
-      std::shared_ptr<const Checkpoint> of_reader;
-      std::unique_ptr<SourceReader> reader;
-      while (const std::optional<Job> job = claim()) {
-        if (of_reader != job->checkpoint) {
-          reader = std::make_unique<SourceReader>(*job->checkpoint);
-          of_reader = job->checkpoint;
-        }
-        const std::int64_t read_before = reader->bytes_read();
-        make_unit(*job, *reader);
+      while (const std::optional<Job> job = claim(worker)) {
+        const std::int64_t read_before = worker.maker->source_bytes_read();
+        for (const StoredUnit* unit : job->ahead) worker.maker->read_ahead(*unit);
+        make_unit(*job->unit, *worker.maker);
         const std::lock_guard lock(mutex_);
-        progress_.source_bytes_read += reader->bytes_read() - read_before;
-        memory_used_ -= job->memory;
+        progress_.source_bytes_read += worker.maker->source_bytes_read() - read_before;
         --active_;
         changed_.notify_all();
       }
@@ -384,89 +486,33 @@ class Packer {
     }
   }
 
-  static std::int64_t chunk_rows(std::int64_t columns) {
-    constexpr std::int64_t kChunkElements = std::int64_t{1} << 20, kMultiple = 128;
-    return std::max(kMultiple, kChunkElements / columns / kMultiple * kMultiple);
-  }
-
-  void make_unit(const Job& job, SourceReader& reader) {
-    const StoredUnit& unit = *job.unit;
-    std::vector<std::byte> memory(static_cast<std::size_t>(unit.bytes));
-    std::byte* bytes = memory.data();
-    write_unit_header({unit.id, mark_, unit.bytes, unit.matrices}, memory);
-    const auto matrices = unit_matrices(spec_, unit.id, experts_fused_);
+  void make_unit(const StoredUnit& unit, UnitMaker& maker) {
     PackedUnit packed;
-    for (std::size_t i = 0; i < matrices.size(); ++i) {
-      const bool vocabulary = unit.id.kind == UnitKind::embedding || unit.id.kind == UnitKind::head;
-      encode(reader, matrices[i], unit.matrices[i], vocabulary ? unit.id.index : 0, bytes, packed);
-    }
-    packed.hash = hash_unit(bytes, unit.bytes);
-    std::string sample;
+    const std::span<const std::byte> bytes = maker.make(unit, packed);
     if (unit.id.kind == UnitKind::attention) {
-      sample = sample_of(*job.checkpoint, spec_, unit.id.layer);
+      packed.sample = sample_of(*maker.checkpoint(), plan_.spec, unit.id.layer);
     }
-    const OutputFile& file = *files_[static_cast<std::size_t>(unit.file)];
-    file.write(unit.offset, bytes, unit.bytes);
-    file.start_sync(unit.offset, unit.bytes);
+    file_of(unit).write(unit.offset, bytes);
     const std::lock_guard lock(mutex_);
-    if (!sample.empty()) new_samples_[unit.id.layer] = sample;
     written_.emplace_back(&unit, packed);
     unsynced_bytes_ += unit.bytes;
     ++progress_.units_done;
     progress_.bytes_done += unit.bytes;
     count_error(unit.id, packed);
-    const std::pair of_layer{unit.id.layer, unit.id.kind == UnitKind::expert};
-    if (--units_left_of_[of_layer] == 0) {
-      const auto found = errors_.find(of_layer);
+    if (of_a_layer(unit.id) && --units_left_of_[layer_part(unit.id)] == 0) {
+      const auto found = errors_.find(layer_part(unit.id));
       if (found != errors_.end()) progress_.finished.push_back(found->second);
     }
   }
 
-  void encode(SourceReader& reader, const PublishedMatrix& matrix, const MatrixPlace& place,
-              std::int64_t first_row, std::byte* unit, PackedUnit& packed) const {
-    std::byte* codes = unit + place.codes_offset;
-    std::byte* scales = unit + place.scales_offset;
-    if (reader.copy_encoded(matrix, place.format, first_row, first_row + place.rows, codes,
-                            scales)) {
-      return;
-    }
-    MatrixEncoder encoder(place.format, place.rows, place.columns, codes, scales);
-    EncodeStatistics statistics;
-    const std::int64_t step = std::min(place.rows, chunk_rows(place.columns));
-    std::vector<float> rows(static_cast<std::size_t>(step * place.columns));
-    try {
-      for (std::int64_t r = 0; r < place.rows; r += step) {
-        const std::int64_t end = std::min(place.rows, r + step);
-        reader.read_rows(matrix, first_row + r, first_row + end, rows.data());
-        encoder.add_rows(r, end, rows.data());
-      }
-      statistics = encoder.finish();
-    } catch (const Error& error) {
-      if (!error.parts().where.empty() &&
-          error.parts().where.find(matrix.name) != std::string::npos)
-        throw;
-      throw Error(
-          error.fault(),
-          {error.parts().what,
-           model_.string() + ", tensor " + matrix.name +
-               (matrix.fused ? ", expert " + std::to_string(matrix.expert) : std::string()) +
-               (error.parts().where.empty() ? "" : ", ") + error.parts().where,
-           error.parts().mend});
-    }
-    const bool quantised =
-        place.format.kind != WeightKind::f32 && place.format.kind != WeightKind::bf16;
-    if (!quantised) return;
-    packed.squared_error += statistics.squared_error;
-    packed.squares += statistics.squares;
-    packed.absmax_squared_error += statistics.absmax_squared_error;
-  }
+  using LayerPart = std::pair<std::int64_t, bool>;  ///< layer; whether its experts
+  static LayerPart layer_part(const UnitId& id) { return {id.layer, id.kind == UnitKind::expert}; }
 
   void count_error(const UnitId& id, const PackedUnit& unit) {
-    if (unit.squares <= 0) return;
-    const bool experts = id.kind == UnitKind::expert;
-    LayerError& error = errors_[{id.layer, experts}];
+    if (unit.squares <= 0 || !of_a_layer(id)) return;
+    LayerError& error = errors_[layer_part(id)];
     error.layer = id.layer;
-    error.experts = experts;
+    error.experts = id.kind == UnitKind::expert;
     error.squared_error += unit.squared_error;
     error.squares += unit.squares;
     error.absmax_squared_error += unit.absmax_squared_error;
@@ -476,17 +522,14 @@ class Packer {
   /// Units first, then the journal that says they are there.
   void sync() {
     std::vector<std::pair<const StoredUnit*, PackedUnit>> written;
-    std::map<std::int64_t, std::string> samples;
     {
       const std::lock_guard lock(mutex_);
       written.swap(written_);
-      samples.swap(new_samples_);
       unsynced_bytes_ = 0;
     }
     std::set<std::int64_t> touched;
     for (const auto& [unit, packed] : written) touched.insert(unit->file);
     for (const std::int64_t file : touched) files_[static_cast<std::size_t>(file)]->sync();
-    for (const auto& [layer, sample] : samples) journal_->add_sample(layer, sample);
     for (const auto& [unit, packed] : written) journal_->add(unit->id, packed);
     journal_->sync();
   }
@@ -498,54 +541,51 @@ class Packer {
     }
   }
 
-  /// Shards of which every unit is in the journal.
+  /// Shards of which every unit is in the journal, while there are others: the last ones go when
+  /// the manifest is there, so that a folder without any is one that is done with.
   void remove_sources() {
-    if (!options_.delete_source) return;
-    std::shared_ptr<const Checkpoint> checkpoint;
-    {
-      const std::lock_guard lock(mutex_);
-      checkpoint = arrived_.checkpoint;
+    if (!options_.delete_source || journal_->units().size() >= plan_.layout.units.size()) return;
+    std::vector<bool> needed(shards_.size());
+    for (const StoredUnit& unit : plan_.layout.units) {
+      if (journal_->units().count(unit.id) > 0) continue;
+      for (const int shard : shards_of(unit)) needed[static_cast<std::size_t>(shard)] = true;
     }
-    std::set<fs::path> needed;
-    std::set<fs::path> used;
-    for (const StoredUnit& unit : layout_.units) {
-      const bool done = journal_->units().count(unit.id) > 0;
-      for (const PublishedMatrix& matrix : unit_matrices(spec_, unit.id, experts_fused_)) {
-        for (const fs::path& shard : checkpoint->promised_shards(matrix.name)) {
-          (done ? used : needed).insert(shard);
-        }
+    for (std::size_t i = 0; i < shards_.size(); ++i) {
+      if (!needed[i] && arrived_[i]) {
+        Download::remove(download_.checkpoint()->path_of_shard(shards_[i]));
       }
-    }
-    for (const fs::path& shard : used) {
-      if (needed.count(shard) == 0) ::unlink(shard.c_str());
     }
   }
 
   // ------------------------------------------------------------------ after the weights
   void finish() {
-    if (options_.progress && !complete_) tell();
-    report_.units = progress_.units;
-    report_.units_before = complete_ ? progress_.units : progress_.units_before;
-    report_.bytes = progress_.bytes;
-    report_.source_bytes_read = progress_.source_bytes_read;
-    for (const auto& [key, error] : errors_) report_.errors.push_back(error);
-    report_.seconds = seconds_now() - began_;
-    if (complete_) {
-      journal_->remove();
-      return;
-    }
+    if (options_.progress) tell();
     copy_small_files();
     StoreManifest manifest;
-    manifest.layout = layout_;
-    for (const StoredUnit& unit : layout_.units) {
-      manifest.hashes.push_back(journal_->units().at(unit.id).hash);
+    manifest.layout = plan_.layout;
+    std::map<std::int64_t, std::string> samples;
+    for (const StoredUnit& unit : plan_.layout.units) {
+      const PackedUnit& packed = journal_->units().at(unit.id);
+      manifest.hashes.push_back(packed.hash);
+      if (unit.id.kind == UnitKind::attention) samples[unit.id.layer] = packed.sample;
     }
-    manifest.source = options_.source;
-    manifest.fingerprint = join_samples(journal_->samples());
-    manifest.prefix = arrived_.checkpoint->prefix();
-    manifest.mark = mark_;
-    write_atomically(to_ / kManifestName, manifest_json(manifest).dump() + "\n");
+    manifest.source = is_utf8(options_.source) ? options_.source : "(a name that is not UTF-8)";
+    manifest.fingerprint = join_samples(samples);
+    manifest.prefix = download_.checkpoint()->prefix();
+    manifest.forms = plan_.forms;
+    manifest.mark = plan_.mark;
+    write_atomically(to_ / kManifestName, manifest_text(manifest));
     journal_->remove();
+    if (options_.delete_source) {
+      for (const std::string& shard : shards_) {
+        Download::remove(download_.checkpoint()->path_of_shard(shard));
+      }
+    }
+    report_.units = progress_.units;
+    report_.units_before = progress_.units_before;
+    report_.bytes = progress_.bytes;
+    report_.source_bytes_read = progress_.source_bytes_read;
+    for (const auto& [part, error] : errors_) report_.errors.push_back(error);
     report_.seconds = seconds_now() - began_;
   }
 
@@ -557,37 +597,39 @@ class Packer {
       const std::string extension = entry.path().extension();
       const bool wanted = (extension == ".json" || extension == ".jinja" || extension == ".model" ||
                            extension == ".txt" || name.starts_with("LICENSE")) &&
-                          name != "model.safetensors.index.json" && name != kManifestName;
+                          !name.ends_with(".index.json") && name != kManifestName &&
+                          name != "config.json";
       std::error_code error;
       if (!wanted || !fs::is_regular_file(entry.path(), error)) continue;
       if (narrow<std::int64_t>(fs::file_size(entry.path())) > kSmallBytes) continue;
       write_atomically(to_ / name, read_text(entry.path()));
     }
+    write_atomically(to_ / "config.json", config_text_);
   }
 
-  static constexpr std::int64_t kProcessBytes = std::int64_t{64} << 20;
-
-  fs::path model_, to_;
+  const fs::path model_, to_;
   const PackOptions& options_;
-  double began_;
-  ModelSpec spec_;
+  const double began_;
+  Download download_;
+  PackPlan plan_;
   std::string config_text_;
-  Json config_;
-  bool experts_fused_ = false, complete_ = false;
-  StoreLayout layout_;
-  std::array<std::byte, 16> mark_{};
+  std::vector<std::string> shards_;
+  std::vector<std::vector<int>> shards_of_;  ///< numbers in shards_, by unit
   std::unique_ptr<PackJournal> journal_;
-  std::vector<std::unique_ptr<OutputFile>> files_;
+  std::vector<std::unique_ptr<StoreFile>> files_;
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  Arrived arrived_;
+  std::shared_ptr<const Checkpoint> checkpoint_;
+  std::vector<bool> arrived_;  ///< as shards_
   std::deque<const StoredUnit*> waiting_;
   std::int64_t memory_used_ = 0, active_ = 0, unsynced_bytes_ = 0;
   std::vector<std::pair<const StoredUnit*, PackedUnit>> written_;
-  std::map<std::int64_t, std::string> new_samples_;
-  std::map<std::pair<std::int64_t, bool>, LayerError> errors_;
-  std::map<std::pair<std::int64_t, bool>, std::int64_t> units_left_of_;
+  std::vector<std::int64_t> source_bytes_;  ///< as plan_.layout.units
+  std::set<const StoredUnit*> ahead_;       ///< waiting, and being read
+  std::int64_t ahead_bytes_ = 0;
+  std::map<LayerPart, LayerError> errors_;
+  std::map<LayerPart, std::int64_t> units_left_of_;
   PackProgress progress_;
   std::exception_ptr failure_;
   PackReport report_;

@@ -26,21 +26,10 @@ std::string to_hex(std::span<const std::byte> bytes) {
   return out;
 }
 
-template <std::size_t N>
-std::array<std::byte, N> from_hex(const std::string& text, const std::string& where) {
-  std::array<std::byte, N> out{};
-  bool fine = text.size() == 2 * N;
-  for (std::size_t i = 0; fine && i < N; ++i) {
-    const auto high = kHex.find(text[2 * i]), low = kHex.find(text[2 * i + 1]);
-    fine = high != std::string_view::npos && low != std::string_view::npos;
-    if (fine) out[i] = static_cast<std::byte>(high << 4U | low);
-  }
-  if (!fine) {
-    throw Error(Fault::bad_file, {"'" + text + "' is not a digest of " + std::to_string(2 * N) +
-                                      " hexadecimal digits",
-                                  where, "The store's manifest is damaged: pack the model again."});
-  }
-  return out;
+std::array<std::byte, 16> from_hex(const std::string& text, const std::string& where) {
+  if (const auto bytes = read_hex(text)) return *bytes;
+  throw Error(Fault::bad_file, {"'" + text + "' is not a digest of 32 hexadecimal digits", where,
+                                "The store's manifest is damaged: pack the model again."});
 }
 
 [[noreturn]] void refuse(const std::string& what, const std::string& where) {
@@ -84,15 +73,45 @@ std::vector<MatrixPlace> read_matrices(const Json& json, const std::string& wher
     place.format.block_columns = numbers[4];
     place.rows = numbers[5];
     place.columns = numbers[6];
-    constexpr std::int64_t kSideMax = std::int64_t{1} << 31;
-    const bool fine = numbers[1] <= static_cast<std::int64_t>(WeightKind::nf4) && place.rows > 0 &&
-                      place.columns > 0 && place.rows <= kSideMax && place.columns <= kSideMax &&
-                      (place.format.kind != WeightKind::int4 || place.format.group > 0) &&
-                      (place.format.kind != WeightKind::fp8 || place.format.block_rows > 0);
-    if (!fine) refuse("a matrix in the store's manifest has impossible sizes", where);
+    if (numbers[1] > static_cast<std::int64_t>(WeightKind::nf4) ||
+        !matrix_possible(place.format, place.rows, place.columns)) {
+      refuse("a matrix in the store's manifest has impossible sizes", where);
+    }
     out.push_back(place);
   }
   return out;
+}
+
+/// XXH3 of a manifest's members before `digest`.
+std::string digest_of(const Json& members) {
+  const std::string text = members.dump();
+  return hash_text(hash_unit(reinterpret_cast<const std::byte*>(text.data()),
+                             narrow<std::int64_t>(text.size())));
+}
+
+/// How many units a model has, without listing them.
+std::int64_t unit_count(const ModelSpec& spec) {
+  const std::int64_t runs = div_ceil(spec.vocab, vocabulary_run_rows(spec));
+  return runs * (spec.tied_head ? 1 : 2) + 1 + 2 * spec.layer_count() +
+         spec.experts * spec.moe_layer_count();
+}
+
+/// A store's layout follows from its config.json and the formats of its matrices.
+void check_layout(const ModelSpec& spec, const StoreManifest& manifest, const std::string& where) {
+  const StoreLayout& layout = manifest.layout;
+  const std::string what = "the units in the store's manifest are not those of its config.json";
+  if (narrow<std::int64_t>(layout.units.size()) != unit_count(spec)) refuse(what, where);
+  std::vector<WeightFormat> formats;
+  for (const StoredUnit& unit : layout.units) {
+    for (const MatrixPlace& place : unit.matrices) formats.push_back(place.format);
+  }
+  std::size_t next = 0;
+  const auto stored = [&](const PublishedMatrix&) {
+    if (next == formats.size()) refuse(what, where);
+    return formats[next++];
+  };
+  if (!(make_layout(spec, StoreFormats{}, false, stored) == layout)) refuse(what, where);
+  if (manifest.forms && manifest.forms->of_matrix.size() != formats.size()) refuse(what, where);
 }
 
 }  // namespace
@@ -108,6 +127,17 @@ UnitHash hash_unit(const std::byte* bytes, std::int64_t count) {
 
 std::string hash_text(const UnitHash& hash) { return to_hex(hash); }
 
+std::optional<std::array<std::byte, 16>> read_hex(const std::string& text) {
+  std::array<std::byte, 16> out{};
+  if (text.size() != 2 * out.size()) return std::nullopt;
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const auto high = kHex.find(text[2 * i]), low = kHex.find(text[2 * i + 1]);
+    if (high == std::string_view::npos || low == std::string_view::npos) return std::nullopt;
+    out[i] = static_cast<std::byte>(high << 4U | low);
+  }
+  return out;
+}
+
 std::array<std::byte, 16> store_mark(const StoreLayout& layout, std::string_view config) {
   Json json;
   for (const StoreLayout::File& file : layout.files) json.push_back({file.name, file.bytes});
@@ -116,7 +146,7 @@ std::array<std::byte, 16> store_mark(const StoreLayout& layout, std::string_view
                     unit.offset, matrices_json(unit.matrices)});
   }
   const std::string digest = sha256_hex(json.dump() + "\n" + std::string(config));
-  return from_hex<16>(digest.substr(0, 32), kManifestName);
+  return from_hex(digest.substr(0, 32), kManifestName);
 }
 
 Json manifest_json(const StoreManifest& manifest) {
@@ -130,6 +160,7 @@ Json manifest_json(const StoreManifest& manifest) {
   Json files = Json::array();
   for (const auto& file : manifest.layout.files) files.push_back({file.name, file.bytes});
   out["files"] = std::move(files);
+  if (manifest.forms) out["source_forms"] = forms_json(*manifest.forms);
   Json kinds = Json::array(), units = Json::array();
   for (std::size_t i = 0; i < manifest.layout.units.size(); ++i) {
     const StoredUnit& unit = manifest.layout.units[i];
@@ -142,7 +173,12 @@ Json manifest_json(const StoreManifest& manifest) {
   }
   out["matrices"] = std::move(kinds);
   out["units"] = std::move(units);
+  out["digest"] = digest_of(out);
   return out;
+}
+
+std::string manifest_text(const StoreManifest& manifest) {
+  return manifest_json(manifest).dump() + "\n";
 }
 
 StoreManifest read_manifest(const Json& json, const std::string& where) {
@@ -153,11 +189,17 @@ StoreManifest read_manifest(const Json& json, const std::string& where) {
                ", this program reads version " + std::to_string(kStoreVersion),
            where);
   }
+  Json members = json;
+  members.erase("digest");
+  if (reader.text("digest", "") != digest_of(members)) {
+    refuse("the store's manifest was changed: its digest does not fit", where);
+  }
   StoreManifest out;
   out.source = reader.text("source");
   out.fingerprint = reader.text("fingerprint");
   out.prefix = reader.text("prefix", "");
-  out.mark = from_hex<16>(reader.text("mark"), where);
+  out.mark = from_hex(reader.text("mark"), where);
+  if (reader.has("source_forms")) out.forms = read_forms(reader.at("source_forms"), where);
   for (const Json& file : reader.at("files")) {
     if (!file.is_array() || file.size() != 2 || !file[0].is_string()) {
       refuse("an entry of files is not [name, bytes]", where);
@@ -186,7 +228,7 @@ StoreManifest read_manifest(const Json& json, const std::string& where) {
       refuse(unit_text(unit.id) + " ends past the end of its file", where);
     }
     out.layout.units.push_back(std::move(unit));
-    out.hashes.push_back(from_hex<16>(entry[6].get<std::string>(), where));
+    out.hashes.push_back(from_hex(entry[6].get<std::string>(), where));
   }
   out.layout.index();
   return out;
@@ -212,12 +254,19 @@ Store Store::open(const fs::path& folder) {
   Store out;
   out.folder_ = folder;
   out.spec_ = read_model_spec(folder);
-  StoreManifest manifest = read_manifest(read_json(manifest_path), manifest_path.string());
+  const std::string text = read_text(manifest_path);
+  const Json json = parse_json(text, manifest_path.string());
+  StoreManifest manifest = read_manifest(json, manifest_path.string());
+  if (json.dump() + "\n" != text) {
+    refuse("the store's manifest is not as it was written", manifest_path.string());
+  }
+  check_layout(out.spec_, manifest, manifest_path.string());
   out.layout_ = std::move(manifest.layout);
   out.hashes_ = std::move(manifest.hashes);
   out.source_ = std::move(manifest.source);
   out.fingerprint_ = std::move(manifest.fingerprint);
   out.prefix_ = std::move(manifest.prefix);
+  out.forms_ = std::move(manifest.forms);
   out.mark_ = manifest.mark;
   const std::string config = read_text(folder / "config.json");
   if (store_mark(out.layout_, config) != out.mark_) {
@@ -229,9 +278,9 @@ Store Store::open(const fs::path& folder) {
     if (error) {
       refuse("a file of the store is missing", path.string());
     }
-    if (narrow<std::int64_t>(size) < file.bytes) {
-      refuse("a file of the store is cut off: it has " + count_text(narrow<std::int64_t>(size)) +
-                 " bytes, " + count_text(file.bytes) + " are needed",
+    if (narrow<std::int64_t>(size) != file.bytes) {
+      refuse("a file of the store has " + count_text(narrow<std::int64_t>(size)) + " bytes, " +
+                 count_text(file.bytes) + " were written",
              path.string());
     }
   }
@@ -274,6 +323,9 @@ std::string Store::where(const StoredUnit& unit) const {
 }
 
 void Store::check_header(const StoredUnit& unit, const std::byte* bytes) const {
+  std::array<std::byte, static_cast<std::size_t>(kUnitHeaderBytes)> wanted;
+  write_unit_header({unit.id, mark_, unit.bytes, unit.matrices}, wanted);
+  if (std::memcmp(bytes, wanted.data(), wanted.size()) == 0) return;
   const UnitHeader header =
       read_unit_header({bytes, static_cast<std::size_t>(kUnitHeaderBytes)}, where(unit));
   if (header.model != mark_) {
@@ -282,9 +334,7 @@ void Store::check_header(const StoredUnit& unit, const std::byte* bytes) const {
   if (header.id != unit.id) {
     refuse("a tile of " + unit_text(header.id) + " lies here", where(unit));
   }
-  if (header.bytes != unit.bytes || header.matrices != unit.matrices) {
-    refuse("the tile's header and the store's manifest disagree", where(unit));
-  }
+  refuse("the tile's header and the store's manifest disagree", where(unit));
 }
 
 void Store::check_hash(const StoredUnit& unit, const std::byte* bytes) const {

@@ -1,6 +1,8 @@
 #include "data/store/unit.h"
 
+#include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "base/error.h"
 #include "base/units.h"
@@ -37,21 +39,9 @@ static_assert(sizeof(RawHeader) + kMatricesMax * sizeof(RawMatrix) <= kUnitHeade
                                 "with `tailor model verify`, or pack it again."});
 }
 
-WeightFormat read_format(const RawMatrix& raw, const std::string& where) {
-  WeightFormat out;
-  if (raw.kind > static_cast<std::uint32_t>(WeightKind::nf4)) {
-    refuse("tile header names weight format " + std::to_string(raw.kind) + ", which is unknown",
-           where);
-  }
-  out.kind = static_cast<WeightKind>(raw.kind);
-  out.group = raw.group;
-  out.block_rows = raw.block_rows;
-  out.block_columns = raw.block_columns;
-  const bool fine = out.kind == WeightKind::int4  ? out.group > 0
-                    : out.kind == WeightKind::fp8 ? out.block_rows > 0 && out.block_columns >= 0
-                                                  : true;
-  if (!fine) refuse("tile header has impossible group or block sizes", where);
-  return out;
+/// The roles of published.h.
+bool known_role(std::uint32_t role) {
+  return std::string_view(role_name(static_cast<MatrixRole>(role))) != "?";
 }
 
 }  // namespace
@@ -146,7 +136,10 @@ UnitHeader read_unit_header(std::span<const std::byte> unit, const std::string& 
     std::memcpy(&matrix, from, sizeof matrix);
     MatrixPlace place{};
     place.role = static_cast<MatrixRole>(matrix.role);
-    place.format = read_format(matrix, where);
+    place.format.kind = static_cast<WeightKind>(matrix.kind);
+    place.format.group = matrix.group;
+    place.format.block_rows = matrix.block_rows;
+    place.format.block_columns = matrix.block_columns;
     place.rows = matrix.rows;
     place.columns = matrix.columns;
     place.codes_offset = matrix.codes_offset;
@@ -157,9 +150,10 @@ UnitHeader read_unit_header(std::span<const std::byte> unit, const std::string& 
       return offset >= kUnitHeaderBytes && offset % kMatrixAlignment == 0 && bytes >= 0 &&
              offset <= raw.bytes && bytes <= raw.bytes - offset;
     };
-    constexpr std::int64_t kSideMax = std::int64_t{1} << 31;
-    if (place.rows < 1 || place.columns < 1 || place.rows > kSideMax || place.columns > kSideMax ||
-        !inside(place.codes_offset, place.codes_bytes) ||
+    if (!known_role(matrix.role) || !matrix_possible(place.format, place.rows, place.columns)) {
+      refuse("tile header names a matrix that cannot be", where);
+    }
+    if (!inside(place.codes_offset, place.codes_bytes) ||
         !inside(place.scales_offset, place.scales_bytes) ||
         place.codes_bytes != code_bytes(place.format, place.rows, place.columns) ||
         place.scales_bytes != scale_bytes(place.format, place.rows, place.columns)) {
@@ -170,6 +164,26 @@ UnitHeader read_unit_header(std::span<const std::byte> unit, const std::string& 
     out.matrices.push_back(place);
   }
   return out;
+}
+
+bool matrix_possible(const WeightFormat& format, std::int64_t rows, std::int64_t columns) {
+  constexpr std::int64_t kSideMax = std::int64_t{1} << 31, kElementsMax = std::int64_t{1} << 44;
+  const auto side = [](std::int64_t value, std::int64_t least) {
+    return value >= least && value <= kSideMax;
+  };
+  if (!side(rows, 1) || !side(columns, 1) || rows > kElementsMax / columns) return false;
+  const bool plain = format.group == 0 && format.block_rows == 0 && format.block_columns == 0;
+  switch (format.kind) {
+    case WeightKind::f32:
+    case WeightKind::bf16:
+    case WeightKind::nf4:
+      return plain;
+    case WeightKind::int4:
+      return side(format.group, 1) && format.block_rows == 0 && format.block_columns == 0;
+    case WeightKind::fp8:
+      return format.group == 0 && side(format.block_rows, 1) && side(format.block_columns, 0);
+  }
+  return false;
 }
 
 std::int64_t place_matrices(std::vector<MatrixPlace>& matrices) {
@@ -185,6 +199,22 @@ std::int64_t place_matrices(std::vector<MatrixPlace>& matrices) {
     at = align_up(at + place.scales_bytes, kMatrixAlignment);
   }
   return align_up(at, kUnitAlignment);
+}
+
+void clear_padding(const std::vector<MatrixPlace>& matrices, std::span<std::byte> unit) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> parts;  // begin, end
+  for (const MatrixPlace& place : matrices) {
+    parts.emplace_back(place.codes_offset, place.codes_offset + place.codes_bytes);
+    parts.emplace_back(place.scales_offset, place.scales_offset + place.scales_bytes);
+  }
+  std::sort(parts.begin(), parts.end());
+  std::int64_t at = kUnitHeaderBytes;
+  const auto end_of_unit = narrow<std::int64_t>(unit.size());
+  parts.emplace_back(end_of_unit, end_of_unit);
+  for (const auto& [begin, end] : parts) {
+    if (begin > at) std::memset(unit.data() + at, 0, static_cast<std::size_t>(begin - at));
+    at = std::max(at, end);
+  }
 }
 
 }  // namespace tailor

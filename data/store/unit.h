@@ -60,14 +60,21 @@ struct UnitHeader {
   bool operator==(const UnitHeader&) const = default;
 };
 
-/// Writes `header` into the first kUnitHeaderBytes of `unit`.
+/// Writes `header` into the first kUnitHeaderBytes of `unit`, all of them.
 void write_unit_header(const UnitHeader& header, std::span<std::byte> unit);
 /// Throws Error{bad_file} naming `where`: no header, another version, sizes that contradict each
 /// other.
 UnitHeader read_unit_header(std::span<const std::byte> unit, const std::string& where);
 
+/// Whether there can be a matrix of these sizes: sides of 1 to 2^31, 2^44 elements or fewer, groups
+/// and blocks as its format has them and no others. The bytes of 32 such matrices fit in 64 bits.
+bool matrix_possible(const WeightFormat& format, std::int64_t rows, std::int64_t columns);
+
 /// Places matrices in a unit: codes one after the other, then scales, so that bfloat16 matrices of
 /// one input lie side by side. Fills offsets and returns the unit's bytes.
 std::int64_t place_matrices(std::vector<MatrixPlace>& matrices);
+
+/// Zeroes the bytes of a unit that belong to no matrix, behind the header.
+void clear_padding(const std::vector<MatrixPlace>& matrices, std::span<std::byte> unit);
 
 }  // namespace tailor

@@ -29,9 +29,7 @@ class UnitFile {
   explicit UnitFile(const Store& store) : store_(store) {}
   UnitFile(const UnitFile&) = delete;
   UnitFile& operator=(const UnitFile&) = delete;
-  ~UnitFile() {
-    for (const auto& [file, descriptor] : descriptors_) ::close(descriptor);
-  }
+  ~UnitFile() { close_all(); }
 
   const std::byte* read(const StoredUnit& unit) {
     if (memory_.size() < unit.bytes) memory_ = AlignedMemory(unit.bytes);
@@ -39,10 +37,16 @@ class UnitFile {
       const ssize_t n = ::pread(descriptor(unit), memory_.data() + done,
                                 static_cast<std::size_t>(unit.bytes - done), unit.offset + done);
       if (n < 0 && errno == EINTR) continue;
+      if (n < 0 && errno == EINVAL &&
+          direct_) {  // opened so, but not read so, or not at such places
+        direct_ = false;
+        close_all();
+        continue;
+      }
       if (n < 0) throw io_error(errno, "cannot read", store_.where(unit));
       if (n == 0) {
-        throw Error(Fault::io, {"the file ends inside a tile", store_.where(unit),
-                                "The file was cut off: pack the model again."});
+        throw Error(Fault::bad_file, {"the file ends inside a tile", store_.where(unit),
+                                      "The file was cut off: pack the model again."});
       }
       done += n;
     }
@@ -50,11 +54,15 @@ class UnitFile {
   }
 
  private:
+  void close_all() {
+    for (const auto& [file, descriptor] : descriptors_) ::close(descriptor);
+    descriptors_.clear();
+  }
   int descriptor(const StoredUnit& unit) {
     const auto found = descriptors_.find(unit.file);
     if (found != descriptors_.end()) return found->second;
     const fs::path path = store_.path_of(unit);
-    int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+    int descriptor = direct_ ? ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT) : -1;
     if (descriptor < 0) descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (descriptor < 0) throw io_error(errno, "cannot open", path.string());
     return descriptors_.emplace(unit.file, descriptor).first->second;
@@ -63,6 +71,7 @@ class UnitFile {
   const Store& store_;
   std::map<std::int64_t, int> descriptors_;
   AlignedMemory memory_;
+  bool direct_ = true;
 };
 
 /// Compares a unit's matrices with the checkpoint's; a problem as text, or empty.
@@ -132,6 +141,8 @@ VerifyReport verify_store(const Store& store, const VerifyOptions& options) {
           if (reader) problem = compare(store, unit, bytes, fused, *reader);
         } catch (const Error& error) {
           problem = error.parts().what;
+          // Of the store the place is named below; of the checkpoint it is told here.
+          if (error.parts().where != store.where(unit)) problem += " (" + error.parts().where + ")";
         }
         if (!problem.empty()) {
           const std::lock_guard lock(mutex);

@@ -57,6 +57,23 @@ INSTANTIATE_TEST_SUITE_P(
                         {"eval", "--model", "m", "--data", "d", "--limit", "many"}},
         CommandLineCase{"flag_value_negative",
                         {"eval", "--model", "m", "--data", "d", "--limit", "-3"}},
+        CommandLineCase{"pack_no_model", {"model", "pack", "--to", "store"}},
+        CommandLineCase{"pack_model_and_follow",
+                        {"model", "pack", "m", "--follow", "m", "--to", "store"}},
+        CommandLineCase{"pack_delete_without_follow",
+                        {"model", "pack", "m", "--to", "store", "--delete-source"}},
+        CommandLineCase{
+            "pack_group_without_int4",
+            {"model", "pack", "m", "--to", "store", "--format", "nf4", "--group", "64"}},
+        CommandLineCase{"pack_no_size",
+                        {"model", "pack", "m", "--to", "store", "--max-ram", "plenty"}},
+        CommandLineCase{"pack_format_misspelt",
+                        {"model", "pack", "m", "--to", "store", "--format", "int5"}},
+        CommandLineCase{"pack_flag_misspelt",
+                        {"model", "pack", "m", "--to", "store", "--non-expert-fromat", "nf4"}},
+        CommandLineCase{"pack_to_nowhere", {"model", "pack", "m"}},
+        CommandLineCase{"verify_no_store", {"model", "verify", "nowhere"}},
+        CommandLineCase{"verify_flag_misspelt", {"model", "verify", "s", "--agianst", "m"}},
         CommandLineCase{"recipe_name_misspelt", {"plan", "demo-maverik"}},
         CommandLineCase{"no_runs", {"runs", "report"}},
         CommandLineCase{"no_such_run", {"runs", "show", "nothing"}},
@@ -217,6 +234,74 @@ TEST_F(DataMessage, tokenizer_of_another_model) {
   fs::copy(golden / "tokenizer.json", box_.root() / "model/tokenizer.json");
   expect_message("tokenizer_of_another_model",
                  prepare("{\"input_ids\": [1, 2, 3], \"labels\": [1, 2, 3]}\n"));
+}
+
+class StoreMessage : public testing::Test {
+ protected:
+  void SetUp() override { box_.copy_model("llama4_maverick_tiny", "model"); }
+  Outcome pack(std::vector<std::string> more = {}) {
+    std::vector<std::string> arguments = {"model", "pack", "model", "--to", "store"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return run_tailor(box_, arguments);
+  }
+  Outcome verify(std::vector<std::string> more = {}) {
+    std::vector<std::string> arguments = {"model", "verify", "store"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return run_tailor(box_, arguments);
+  }
+  void change_byte(const std::string& name, std::size_t at, char value) {
+    std::string bytes = read_text(box_.root() / name);
+    bytes[at] = value;
+    box_.write_text(name, bytes);
+  }
+  Sandbox box_;
+};
+
+TEST_F(StoreMessage, too_little_memory) {
+  expect_message("pack_memory", pack({"--max-ram", "10MB"}));
+}
+TEST_F(StoreMessage, folder_of_something_else) {
+  box_.write_text("store/photo.jpg", "x");
+  expect_message("pack_foreign_folder", pack());
+}
+TEST_F(StoreMessage, other_formats) {
+  ASSERT_EQ(pack().code, 0);
+  expect_message("pack_other_formats", pack({"--format", "nf4"}));
+}
+TEST_F(StoreMessage, of_a_store_made_a_model) {
+  ASSERT_EQ(pack().code, 0);
+  expect_message("pack_of_a_store", run_tailor(box_, {"model", "pack", "store", "--to", "other"}));
+}
+TEST_F(StoreMessage, weight_that_is_no_number) {
+  const std::string shard = "model/model-00001-of-00002.safetensors";
+  const std::size_t last = fs::file_size(box_.root() / shard) - 1;
+  change_byte(shard, last, '\x7f');
+  change_byte(shard, last - 1, '\xff');
+  expect_message("pack_no_number", pack({"--threads", "1"}));
+}
+TEST_F(StoreMessage, missing_shard_of_a_model) {
+  fs::remove(box_.root() / "model/model-00002-of-00002.safetensors");
+  expect_message("pack_missing_shard", pack());
+}
+TEST_F(StoreMessage, store_that_is_not_finished) {
+  box_.write_text("store/pack.journal", "");
+  expect_message("verify_unfinished", verify());
+}
+TEST_F(StoreMessage, store_with_a_changed_manifest) {
+  ASSERT_EQ(pack().code, 0);
+  const std::string manifest = read_text(box_.root() / "store/store.json");
+  change_byte("store/store.json", manifest.find("\"units\":[[") + 10, '2');
+  expect_message("verify_manifest", verify());
+}
+TEST_F(StoreMessage, store_with_a_cut_off_file) {
+  ASSERT_EQ(pack().code, 0);
+  fs::resize_file(box_.root() / "store/layers/00001.tiles", 5000);
+  expect_message("verify_cut_off", verify());
+}
+TEST_F(StoreMessage, store_of_another_model) {
+  ASSERT_EQ(pack().code, 0);
+  box_.copy_model("llama4_scout_tiny", "other");
+  expect_message("verify_against_another", verify({"--against", "other"}));
 }
 
 TEST(OutputMessage, folder_that_is_a_file) {

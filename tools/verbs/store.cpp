@@ -56,7 +56,11 @@ class StoreProgress {
 
   void show(const std::string& doing, std::int64_t done, std::int64_t before, std::int64_t bytes,
             double seconds, const std::string& note) {
-    const double share = bytes > 0 ? static_cast<double>(done) / static_cast<double>(bytes) : 1;
+    if (bytes == 0) {
+      tell(note, seconds);
+      return;
+    }
+    const double share = static_cast<double>(done) / static_cast<double>(bytes);
     std::string text = doing + " " + number_text(100 * share, 3) + " % of " + bytes_text(bytes);
     const auto mine = static_cast<double>(done - before);
     if (seconds > 1 && mine > 0) {
@@ -65,10 +69,7 @@ class StoreProgress {
               seconds_text(static_cast<double>(bytes - done) / rate) + " to go";
     }
     if (!note.empty()) text += ", " + note;
-    line_.show(text);
-    if (terminal_ || seconds - said_ < 10) return;
-    said_ = seconds;
-    say(text);
+    tell(text, seconds);
   }
   void say(const std::string& text) {
     line_.show("");
@@ -76,6 +77,12 @@ class StoreProgress {
   }
 
  private:
+  void tell(const std::string& text, double seconds) {
+    line_.show(text);
+    if (terminal_ || seconds - said_ < 10) return;
+    said_ = seconds;
+    say(text);
+  }
   bool terminal_;
   double said_ = 0;
   ProgressLine line_;
@@ -120,6 +127,15 @@ fs::path find_config(const std::string& name, const fs::path& models) {
   }
 }
 
+/// Whether a store was packed from `model`; a model of other tensors is another one.
+bool is_made_from(const Store& store, const Checkpoint& model) {
+  try {
+    return fingerprint(model, store.spec()) == store.fingerprint();
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 int run_model_pack(const ModelPackArguments& arguments) {
@@ -134,6 +150,10 @@ int run_model_pack(const ModelPackArguments& arguments) {
   if (arguments.delete_source && arguments.follow.empty()) {
     throw Error(Fault::usage, {"--delete-source without --follow", "--delete-source",
                                "Only the shards of a download that is followed are removed."});
+  }
+  if (arguments.group > 0 && arguments.format != "int4" && arguments.non_expert_format != "int4") {
+    throw Error(Fault::usage, {"--group without a format of int4", "--group",
+                               "Only int4 has groups: add --format int4, or leave --group out."});
   }
   const auto memory = parse_bytes(arguments.max_ram);
   if (!memory || *memory <= 0) {
@@ -227,7 +247,7 @@ int run_model_verify(const ModelVerifyArguments& arguments) {
   std::optional<Checkpoint> against;
   if (!arguments.against.empty()) {
     against = Checkpoint::open(find_model_folder(arguments.against));
-    if (fingerprint(*against, store.spec()) != store.fingerprint()) {
+    if (!is_made_from(store, *against)) {
       throw Error(Fault::bad_file,
                   {"the store was made from another model", arguments.store,
                    "It was packed from " + store.source() + "; compare it with that."});
@@ -250,7 +270,14 @@ int run_model_verify(const ModelVerifyArguments& arguments) {
                      .dump(2)
               << "\n";
   } else {
-    for (const std::string& problem : report.problems) std::cout << problem << "\n";
+    constexpr std::size_t kShown = 20;
+    for (std::size_t i = 0; i < std::min(kShown, report.problems.size()); ++i) {
+      std::cout << report.problems[i] << "\n";
+    }
+    if (report.problems.size() > kShown) {
+      std::cout << "and " << count_text(static_cast<std::int64_t>(report.problems.size() - kShown))
+                << " more; --json lists them all\n";
+    }
   }
   if (!report.problems.empty()) {
     throw Error(Fault::bad_file,
