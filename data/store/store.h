@@ -37,7 +37,7 @@ class Store {
   const UnitHash& hash(const StoredUnit& unit) const;
   /// Whom the store was made from, for messages: a folder or a repository's name.
   const std::string& source() const { return source_; }
-  /// SHA-256 that tells models of one shape apart; see fingerprint() in pack.h.
+  /// SHA-256 that tells models of one shape apart; see fingerprint.h.
   const std::string& fingerprint() const { return fingerprint_; }
   /// What the checkpoint's matrices were published as; nothing for a store that was not packed from
   /// one.
