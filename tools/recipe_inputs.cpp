@@ -5,7 +5,7 @@
 #include "base/error.h"
 #include "base/text.h"
 #include "data/checkpoint/checkpoint.h"
-#include "data/store/pack.h"
+#include "data/store/fingerprint.h"
 #include "recipes/choices.h"
 #include "recipes/shipped.h"
 #include "tools/paths.h"

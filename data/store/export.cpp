@@ -17,7 +17,7 @@
 #include "base/units.h"
 #include "data/quant/codec.h"
 #include "data/store/export_plan.h"
-#include "data/store/pack.h"
+#include "data/store/fingerprint.h"
 
 namespace tailor {
 namespace {

@@ -16,7 +16,7 @@ namespace tailor {
 struct PackedUnit {
   UnitHash hash{};
   double squared_error = 0, squares = 0, absmax_squared_error = 0;
-  std::string sample;  ///< of an attention unit: digest of its matrices' first bytes (pack.h)
+  std::string sample;  ///< of an attention unit: digest of its matrices' first bytes
 };
 
 /// The record of a store that is being packed: a header line, then one JSON line a unit, appended

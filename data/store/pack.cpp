@@ -1,14 +1,11 @@
 #include "data/store/pack.h"
 
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -21,34 +18,16 @@
 #include "base/text.h"
 #include "base/units.h"
 #include "data/store/download.h"
+#include "data/store/fingerprint.h"
 #include "data/store/journal.h"
-#include "data/store/unit_maker.h"
+#include "data/store/unit_queue.h"
 #include "data/store/writer.h"
 
 namespace tailor {
 namespace {
 
-constexpr std::int64_t kSampleBytes = 4096;
 constexpr std::int64_t kSyncBytes = std::int64_t{256} << 20;
 constexpr double kSyncSeconds = 5;
-
-std::string sample_of(const Checkpoint& checkpoint, const ModelSpec& spec, std::int64_t layer) {
-  std::string text;
-  for (const PublishedMatrix& matrix : attention_matrices(spec, layer)) {
-    const std::string packed = module_of(matrix.name) + ".weight_packed";
-    const std::string& name = checkpoint.has(packed) ? packed : matrix.name;
-    const auto bytes = checkpoint.bytes(checkpoint.find(name));
-    text.append(reinterpret_cast<const char*>(bytes.data()),
-                std::min(bytes.size(), static_cast<std::size_t>(kSampleBytes)));
-  }
-  return sha256_hex(text);
-}
-
-std::string join_samples(const std::map<std::int64_t, std::string>& samples) {
-  std::string text;
-  for (const auto& [layer, sample] : samples) text += sample + "\n";
-  return sha256_hex(text);
-}
 
 bool of_a_layer(const UnitId& id) {
   return id.kind == UnitKind::attention || id.kind == UnitKind::feed_forward ||
@@ -62,7 +41,8 @@ class Packer {
         to_(to),
         options_(options),
         began_(seconds_now()),
-        download_(model, options.follow) {}
+        download_(model, options.follow),
+        queue_(plan_, options.memory_bytes_max) {}
 
   PackReport go() {
     refuse_foreign_folder();
@@ -116,10 +96,8 @@ class Packer {
     std::error_code error;
     if (fs::exists(to_ / kJournalName, error)) ::unlink((to_ / kJournalName).c_str());
     if (options_.delete_source && download_.checkpoint() != nullptr) {
-      list_shards();
-      for (const std::string& shard : shards_) {
-        Download::remove(download_.checkpoint()->path_of_shard(shard));
-      }
+      queue_.list_shards(download_.checkpoint());
+      remove_shards(queue_.shards());
     }
     report_.units = report_.units_before = narrow<std::int64_t>(plan_.layout.units.size());
     report_.bytes = plan_.layout.bytes();
@@ -158,8 +136,8 @@ class Packer {
     plan_.mark = store_mark(plan_.layout, config_text_);
     if (begun && begun->mark != plan_.mark) refuse_other_store();
     plan_.index();
-    check_memory();
-    list_shards();
+    queue_.check_memory(model_);
+    queue_.list_shards(download_.checkpoint());
   }
 
   /// Asks `arrived` until it says yes; it is to name what it waits for.
@@ -178,65 +156,6 @@ class Packer {
     }
   }
 
-  /// Memory of the process beside the workers': code, headers of the shards, the plan.
-  std::int64_t process_bytes() const {
-    constexpr std::int64_t kFixed = std::int64_t{64} << 20, kOfUnit = 4096;
-    return kFixed + kOfUnit * narrow<std::int64_t>(plan_.layout.units.size());
-  }
-
-  void check_memory() {
-    const StoredUnit* largest = nullptr;
-    std::int64_t needed = 0;
-    for (const StoredUnit& unit : plan_.layout.units) {
-      const std::int64_t bytes = UnitMaker::memory_of(plan_, unit).all();
-      if (bytes <= needed) continue;
-      needed = bytes;
-      largest = &unit;
-    }
-    needed += process_bytes();
-    if (largest == nullptr || needed <= options_.memory_bytes_max) return;
-    throw Error(Fault::does_not_fit, {"packing needs " + bytes_text(needed) + " of memory, " +
-                                          bytes_text(options_.memory_bytes_max) + " are allowed",
-                                      model_.string() + ", " + unit_text(largest->id),
-                                      "Set --max-ram to " + std::to_string(needed) + "B or more."});
-  }
-
-  /// Which shards each unit needs.
-  void list_shards() {
-    std::map<std::string, int> numbers;
-    for (const StoredUnit& unit : plan_.layout.units) {
-      std::set<int> of_unit;
-      for (const PublishedMatrix& matrix :
-           unit_matrices(plan_.spec, unit.id, plan_.forms.experts_fused)) {
-        for (const std::string& shard : download_.checkpoint()->promised_shards(matrix.name)) {
-          const auto [at, fresh] = numbers.emplace(shard, static_cast<int>(shards_.size()));
-          if (fresh) shards_.push_back(shard);
-          of_unit.insert(at->second);
-        }
-      }
-      shards_of_.emplace_back(of_unit.begin(), of_unit.end());
-    }
-    note_arrivals();
-  }
-  void note_arrivals() {
-    arrived_.clear();
-    for (const std::string& shard : shards_) {
-      arrived_.push_back(download_.checkpoint()->has_shard(shard));
-    }
-    checkpoint_ = download_.checkpoint();
-  }
-
-  const std::vector<int>& shards_of(const StoredUnit& unit) const {
-    return shards_of_[static_cast<std::size_t>(&unit - plan_.layout.units.data())];
-  }
-  /// A shard that `unit` needs and that is not there, or -1.
-  int missing_shard(const StoredUnit& unit) const {
-    for (const int shard : shards_of(unit)) {
-      if (!arrived_[static_cast<std::size_t>(shard)]) return shard;
-    }
-    return -1;
-  }
-
   // ------------------------------------------------------------------ the folder
   void open_store() {
     make_folders(to_);
@@ -253,11 +172,10 @@ class Packer {
     sync_path(to_ / "layers");
     sync_path(to_);
     for (const StoredUnit& unit : plan_.layout.units) {
-      source_bytes_.push_back(plan_.source_bytes(unit));
       const auto done = journal_->units().find(unit.id);
       if (of_a_layer(unit.id)) ++units_left_of_[layer_part(unit.id)];
       if (done == journal_->units().end()) {
-        waiting_.push_back(&unit);
+        queue_.add(unit);
         continue;
       }
       ++progress_.units_before;
@@ -297,8 +215,9 @@ class Packer {
   void check_samples() const {
     for (const auto& [id, packed] : journal_->units()) {
       const StoredUnit* unit = plan_.layout.find(id);
-      if (packed.sample.empty() || unit == nullptr || missing_shard(*unit) >= 0) continue;
-      if (sample_of(*checkpoint_, plan_.spec, id.layer) != packed.sample) refuse_other_store();
+      if (packed.sample.empty() || unit == nullptr || !queue_.has_arrived(*unit)) continue;
+      if (layer_sample(queue_.checkpoint(), plan_.spec, id.layer) != packed.sample)
+        refuse_other_store();
     }
   }
 
@@ -362,7 +281,7 @@ class Packer {
   void look() {
     if (!download_.look()) return;
     const std::lock_guard lock(mutex_);
-    note_arrivals();
+    queue_.set_checkpoint(download_.checkpoint());
     changed_.notify_all();
   }
 
@@ -371,14 +290,8 @@ class Packer {
     {
       const std::lock_guard lock(mutex_);
       progress_.seconds = seconds_now() - began_;
-      progress_.waiting_for.clear();
-      if (active_ == 0 && !waiting_.empty()) {
-        const int shard = missing_shard(*waiting_.front());
-        if (shard >= 0) {
-          progress_.waiting_for =
-              download_.text_of_missing(shards_[static_cast<std::size_t>(shard)]);
-        }
-      }
+      const std::string awaited = queue_.awaited();
+      progress_.waiting_for = awaited.empty() ? "" : download_.text_of_missing(awaited);
       copy = progress_;
       progress_.finished.clear();
     }
@@ -391,94 +304,31 @@ class Packer {
     changed_.notify_all();
   }
 
-  /// What a worker holds from unit to unit.
-  struct Worker {
-    std::unique_ptr<UnitMaker> maker;
-    MakerMemory held;
-  };
-
-  void let_go(Worker& worker) {
-    if (worker.maker) worker.maker->release();
-    memory_used_ -= worker.held.all();
-    worker.held = {};
-  }
-
-  /// Room for `unit` beside what the other workers hold.
-  bool take_memory(Worker& worker, const StoredUnit& unit) {
-    const std::int64_t others = memory_used_ - worker.held.all() + process_bytes();
-    const MakerMemory needed = UnitMaker::memory_of(plan_, unit);
-    const MakerMemory grown = MakerMemory::larger(worker.held, needed);
-    const bool keeps = others + grown.all() <= options_.memory_bytes_max;
-    if (!keeps && others + needed.all() > options_.memory_bytes_max) return false;
-    if (!keeps) let_go(worker);
-    const MakerMemory& taken = keeps ? grown : needed;
-    memory_used_ += taken.all() - worker.held.all();
-    worker.held = taken;
-    return true;
-  }
-
   const StoreFile& file_of(const StoredUnit& unit) const {
     return *files_[static_cast<std::size_t>(unit.file)];
   }
 
-  struct Job {
-    const StoredUnit* unit;
-    std::vector<const StoredUnit*> ahead;  ///< will be made soon, by whomever: read ahead
-  };
-
-  std::int64_t source_bytes(const StoredUnit& unit) const {
-    return source_bytes_[static_cast<std::size_t>(&unit - plan_.layout.units.data())];
-  }
-
-  /// Units behind the one that is made next, so that the disk always has some to read.
-  std::vector<const StoredUnit*> read_ahead() {
-    constexpr std::int64_t kAheadBytes = std::int64_t{64} << 20;
-    std::vector<const StoredUnit*> out;
-    for (const StoredUnit* unit : waiting_) {
-      if (ahead_bytes_ >= kAheadBytes || missing_shard(*unit) >= 0) break;
-      if (!ahead_.insert(unit).second) continue;
-      ahead_bytes_ += source_bytes(*unit);
-      out.push_back(unit);
-    }
-    return out;
-  }
-
-  /// The next unit that has arrived and fits in the memory that is left; nothing at the end.
-  std::optional<Job> claim(Worker& worker) {
+  /// A unit to make; waits for one that can be made. Nothing at the end.
+  std::optional<UnitQueue::Job> claim(UnitQueue::Worker& worker) {
     std::unique_lock lock(mutex_);
-    while (!failure_ && !waiting_.empty()) {
-      if (worker.maker && worker.maker->checkpoint() != checkpoint_) {
-        let_go(worker);
-        worker.maker.reset();  // its open files keep the space of removed shards
-      }
-      const auto found = std::find_if(waiting_.begin(), waiting_.end(),
-                                      [&](const auto* unit) { return missing_shard(*unit) < 0; });
-      if (found != waiting_.end() && take_memory(worker, **found)) {
-        if (!worker.maker) worker.maker = std::make_unique<UnitMaker>(plan_, checkpoint_);
-        Job job{*found, {}};
-        waiting_.erase(found);
-        if (ahead_.erase(job.unit) != 0) ahead_bytes_ -= source_bytes(*job.unit);
-        job.ahead = read_ahead();
-        ++active_;
-        return job;
-      }
-      let_go(worker);
+    while (!failure_ && !queue_.empty()) {
+      if (auto job = queue_.next(worker)) return job;
       changed_.wait_for(lock, std::chrono::milliseconds(200));
     }
-    let_go(worker);
+    queue_.let_go(worker);
     return std::nullopt;
   }
 
   void work() {
-    Worker worker;
+    UnitQueue::Worker worker;
     try {
-      while (const std::optional<Job> job = claim(worker)) {
+      while (const std::optional<UnitQueue::Job> job = claim(worker)) {
         const std::int64_t read_before = worker.maker->source_bytes_read();
         for (const StoredUnit* unit : job->ahead) worker.maker->read_ahead(*unit);
         make_unit(*job->unit, *worker.maker);
         const std::lock_guard lock(mutex_);
         progress_.source_bytes_read += worker.maker->source_bytes_read() - read_before;
-        --active_;
+        queue_.finished();
         changed_.notify_all();
       }
     } catch (...) {
@@ -490,7 +340,7 @@ class Packer {
     PackedUnit packed;
     const std::span<const std::byte> bytes = maker.make(unit, packed);
     if (unit.id.kind == UnitKind::attention) {
-      packed.sample = sample_of(*maker.checkpoint(), plan_.spec, unit.id.layer);
+      packed.sample = layer_sample(*maker.checkpoint(), plan_.spec, unit.id.layer);
     }
     file_of(unit).write(unit.offset, bytes);
     const std::lock_guard lock(mutex_);
@@ -545,15 +395,13 @@ class Packer {
   /// the manifest is there, so that a folder without any is one that is done with.
   void remove_sources() {
     if (!options_.delete_source || journal_->units().size() >= plan_.layout.units.size()) return;
-    std::vector<bool> needed(shards_.size());
-    for (const StoredUnit& unit : plan_.layout.units) {
-      if (journal_->units().count(unit.id) > 0) continue;
-      for (const int shard : shards_of(unit)) needed[static_cast<std::size_t>(shard)] = true;
-    }
-    for (std::size_t i = 0; i < shards_.size(); ++i) {
-      if (!needed[i] && arrived_[i]) {
-        Download::remove(download_.checkpoint()->path_of_shard(shards_[i]));
-      }
+    remove_shards(queue_.shards_done_with(
+        [&](const StoredUnit& unit) { return journal_->units().count(unit.id) > 0; }));
+  }
+
+  void remove_shards(const std::vector<std::string>& shards) const {
+    for (const std::string& shard : shards) {
+      Download::remove(download_.checkpoint()->path_of_shard(shard));
     }
   }
 
@@ -576,11 +424,7 @@ class Packer {
     manifest.mark = plan_.mark;
     write_atomically(to_ / kManifestName, manifest_text(manifest));
     journal_->remove();
-    if (options_.delete_source) {
-      for (const std::string& shard : shards_) {
-        Download::remove(download_.checkpoint()->path_of_shard(shard));
-      }
-    }
+    if (options_.delete_source) remove_shards(queue_.shards());
     report_.units = progress_.units;
     report_.units_before = progress_.units_before;
     report_.bytes = progress_.bytes;
@@ -613,21 +457,14 @@ class Packer {
   Download download_;
   PackPlan plan_;
   std::string config_text_;
-  std::vector<std::string> shards_;
-  std::vector<std::vector<int>> shards_of_;  ///< numbers in shards_, by unit
   std::unique_ptr<PackJournal> journal_;
   std::vector<std::unique_ptr<StoreFile>> files_;
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::shared_ptr<const Checkpoint> checkpoint_;
-  std::vector<bool> arrived_;  ///< as shards_
-  std::deque<const StoredUnit*> waiting_;
-  std::int64_t memory_used_ = 0, active_ = 0, unsynced_bytes_ = 0;
+  UnitQueue queue_;
+  std::int64_t unsynced_bytes_ = 0;
   std::vector<std::pair<const StoredUnit*, PackedUnit>> written_;
-  std::vector<std::int64_t> source_bytes_;  ///< as plan_.layout.units
-  std::set<const StoredUnit*> ahead_;       ///< waiting, and being read
-  std::int64_t ahead_bytes_ = 0;
   std::map<LayerPart, LayerError> errors_;
   std::map<LayerPart, std::int64_t> units_left_of_;
   PackProgress progress_;
@@ -641,12 +478,6 @@ double LayerError::relative() const { return squares > 0 ? std::sqrt(squared_err
 
 PackReport pack_store(const fs::path& model, const fs::path& to, const PackOptions& options) {
   return Packer(model, to, options).go();
-}
-
-std::string fingerprint(const Checkpoint& checkpoint, const ModelSpec& spec) {
-  std::map<std::int64_t, std::string> samples;
-  for (std::int64_t l = 0; l < spec.layer_count(); ++l) samples[l] = sample_of(checkpoint, spec, l);
-  return join_samples(samples);
 }
 
 }  // namespace tailor

@@ -7,6 +7,7 @@
 
 #include "base/file.h"
 #include "data/checkpoint/checkpoint.h"
+#include "data/store/fingerprint.h"
 #include "data/store/store.h"
 
 namespace tailor {
@@ -58,8 +59,5 @@ struct PackReport {
 /// never a whole tensor. Throws Error: usage (`to` holds something else), bad_file, does_not_fit
 /// (memory_bytes_max is too small for one unit), io (disk full, resumable), stopped.
 PackReport pack_store(const fs::path& model, const fs::path& to, const PackOptions& options);
-
-/// SHA-256 over the first 4 KiB of every attention matrix: tells checkpoints of one shape apart.
-std::string fingerprint(const Checkpoint& checkpoint, const ModelSpec& spec);
 
 }  // namespace tailor

@@ -39,7 +39,7 @@ class Store {
   const std::string& source() const { return source_; }
   /// Of the checkpoint's tensor names: "" or "language_model.".
   const std::string& prefix() const { return prefix_; }
-  /// SHA-256 that tells models of one shape apart; see fingerprint() in pack.h.
+  /// SHA-256 that tells models of one shape apart; see fingerprint.h.
   const std::string& fingerprint() const { return fingerprint_; }
   /// What the checkpoint's matrices were published as; nothing for a store that was not packed from
   /// one.

@@ -82,7 +82,7 @@ class Synthesis {
     }
     make_folders(to_);
     try {
-      journal_ = std::make_unique<PackJournal>(to_, mark_);
+      journal_ = std::make_unique<PackJournal>(to_, PackJournal::Header{mark_, {}});
       check_disk_space(to_, layout_);
       make_folders(to_ / "layers");
       for (const StoreLayout::File& file : layout_.files) {
@@ -235,7 +235,7 @@ class Synthesis {
     manifest.source = source_;
     manifest.fingerprint = sha256_hex(source_ + "\n" + hash_text(mark_));
     manifest.mark = mark_;
-    write_atomically(to_ / kManifestName, manifest_json(manifest).dump() + "\n");
+    write_atomically(to_ / kManifestName, manifest_text(manifest));
     journal_->remove();
     SynthesisReport report;
     report.bytes = layout_.bytes();

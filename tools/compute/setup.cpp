@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "base/text.h"
+#include "data/store/fingerprint.h"
 #include "data/store/pack.h"
 #include "data/tokens/token_store.h"
 #include "recipes/machine.h"

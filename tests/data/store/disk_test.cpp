@@ -68,34 +68,37 @@ TEST_F(Disk, that_cannot_hold_even_the_journal_goes_on_with_more_room) {
 /// Tiles cannot meet a full disk, as their space is taken before the first: what is written after
 /// another program filled the disk is journal, manifest and small files.
 TEST_F(Disk, filled_by_another_while_it_is_packed_leaves_a_store_that_goes_on) {
+  TinyModel tiny;
+  tiny.layers = 4;
+  tiny.shards = 4;
+  ModelMaker maker(tiny);
+  fs::remove_all(model());
+  maker.write(model());
+  fs::remove_all(folder_ / "whole");
+  pack_store(model(), folder_ / "whole", options());
+  bytes_ = Store::open(folder_ / "whole").layout().bytes();
   if (!mount(bytes_ + (1 << 20))) GTEST_SKIP() << "no file system can be mounted here";
-  const fs::path store = disk() / "store";
+  // The last shard comes when the disk is full.
+  const fs::path late = model() / maker.shard_name(3), store = disk() / "store";
+  fs::rename(late, folder_ / "late");
   PackOptions asked = options();
-  bool filled = false;
+  asked.follow = true;
   asked.stop = [&] {
-    if (!filled && fs::exists(store / "head.tiles")) {
-      filled = true;
-      struct statvfs info {};
-      ::statvfs(disk().c_str(), &info);
-      std::string rest(static_cast<std::size_t>(info.f_bavail * info.f_frsize), 'x');
-      FileWriter(disk() / "filler").write(rest);
-    }
+    if (!fs::exists(store / "head.tiles") || fs::exists(late)) return false;
+    struct statvfs info {};
+    ::statvfs(disk().c_str(), &info);
+    FileWriter(disk() / "filler")
+        .write(std::string(static_cast<std::size_t>(info.f_bavail * info.f_frsize), 'x'));
+    fs::rename(folder_ / "late", late);
     return false;
   };
-  // Held back until the disk is full, so that the tiles are written after it.
-  asked.threads = 1;
-  std::string error = "no error";
-  try {
-    pack_store(model(), store, asked);
-  } catch (const Error& caught) {
-    error = to_text(caught);
-    EXPECT_EQ(caught.fault(), Fault::io);
-  }
-  EXPECT_FALSE(fs::exists(store / kManifestName) && error != "no error");
-  if (filled && error == "no error") GTEST_SKIP() << "packed before the disk was full";
-  EXPECT_THAT(error, HasSubstr("No space left on device"));
+  EXPECT_THAT(error_of([&] { pack_store(model(), store, asked); }, folder_, Fault::io),
+              AllOf(HasSubstr("No space left on device"), HasSubstr("DIR/disk/store")));
+  EXPECT_TRUE(fs::exists(late));
+  EXPECT_FALSE(fs::exists(store / kManifestName));
   fs::remove(disk() / "filler");
-  pack_store(model(), store, options());
+  const PackReport report = pack_store(model(), store, options());
+  EXPECT_GT(report.units_before, 0);
   EXPECT_THAT(differing_files(store, folder_ / "whole"), IsEmpty());
 }
 
