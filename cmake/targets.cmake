@@ -25,5 +25,7 @@ function(tailor_test name)
     TAILOR_SOURCE_DIR="${CMAKE_SOURCE_DIR}" TAILOR_BIN_DIR="${CMAKE_RUNTIME_OUTPUT_DIRECTORY}"
     TAILOR_PYTHON="${TAILOR_VENV}/bin/python")
   gtest_discover_tests(test_${name} DISCOVERY_MODE PRE_TEST
-    PROPERTIES LABELS "${ARG_LABEL}" TIMEOUT ${ARG_TIMEOUT})
+    PROPERTIES LABELS "${ARG_LABEL}" TIMEOUT ${ARG_TIMEOUT}
+    # Tests run side by side: a thread that spins at a barrier takes the core from whom it waits for.
+    ENVIRONMENT GOMP_SPINCOUNT=0)
 endfunction()

@@ -78,6 +78,9 @@ TEST(Help, and_docs_cli_md_name_the_same_flags) {
 }
 
 TEST(Speed, help_and_plan_start_at_once) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "a sanitizer starts slowly";
+#endif
   const Sandbox box;
   box.copy_model("llama4_maverick_tiny", "model");
   double help = 1e9, plan = 1e9;
