@@ -304,6 +304,9 @@ TEST_F(Follow, a_matrix_in_another_form_than_its_neighbours_is_refused_before_it
   pack_store(model(), store(), asked());
   EXPECT_THAT(problems(store(), model()), IsEmpty());
   fs::remove_all(store());
+  pack_store(model(), store(), following());
+  EXPECT_THAT(problems(store(), model()), IsEmpty());
+  fs::remove_all(store());
   // Its shard comes last: the store was laid out by then.
   fs::rename(model() / maker.shard_name(4), folder_ / "late");
   PackOptions late = following(true);
