@@ -173,21 +173,25 @@ void Planner::add_cpu_ring() {
   const double run =
       std::min(1.0, as_double(kVocabularyRunElements) /
                         as_double(std::max<std::int64_t>(1, model_.head_parameters())));
+  const double head = base_.head * run;
   const double experts =
       model_.experts == 0
           ? 0
           : base_.expert * as_double(experts_per_tile(static_cast<std::int64_t>(base_.expert),
                                                       model_.experts));
-  const double tile = std::max(experts, base_.head * run);
   const double other = base_.other / std::max(1.0, as_double(model_.other_parameters()));
   const double layer =
       other * (as_double(model_.attention_parameters()) +
                as_double(std::max(model_.dense_layers > 0 ? model_.dense_mlp_parameters() : 0,
                                   model_.shared_experts * model_.expert_parameters())));
-  const std::int64_t slots = ring_slots(static_cast<std::int64_t>(tile));
-  plan.ring_bytes = std::llround(tile * as_double(slots) + layer * as_double(kLayerSlots));
+  const std::int64_t expert_slots = ring_slots(static_cast<std::int64_t>(experts));
+  const std::int64_t head_slots = ring_slots(static_cast<std::int64_t>(head), kHeadRingBytes);
+  plan.ring_bytes = std::llround(experts * as_double(expert_slots) + head * as_double(head_slots) +
+                                 layer * as_double(kLayerSlots));
   item(Home::host, "ring", as_double(plan.ring_bytes),
-       std::to_string(slots) + " slots of " + gb(tile) + " for experts and the head, " +
+       (experts > 0 ? std::to_string(expert_slots) + " slots of " + gb(experts) + " for experts, "
+                    : std::string()) +
+           std::to_string(head_slots) + " of " + gb(head) + " for the head, " +
            std::to_string(kLayerSlots) + " of " + gb(layer) + " for the rest of a layer");
 }
 

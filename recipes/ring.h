@@ -10,9 +10,11 @@ namespace tailor {
 /// Neighbouring experts are read together up to this many bytes: large enough for a disk, small
 /// enough that a ring holds some of them.
 constexpr std::int64_t kTileBytes = std::int64_t{16} << 20;
-/// Slots of experts and vocabulary runs hold about this much, so that reading goes on while
-/// attention computes; at least three slots.
-constexpr std::int64_t kRingBytes = std::int64_t{256} << 20;
+/// Slots of experts hold about this much, so that reading goes on while attention computes; at
+/// least three slots.
+constexpr std::int64_t kRingBytes = std::int64_t{320} << 20;
+/// Slots of vocabulary runs, which follow each other quickly.
+constexpr std::int64_t kHeadRingBytes = std::int64_t{96} << 20;
 /// Slots of attention, and of MLPs with their router: the one in use and the next.
 constexpr std::int64_t kLayerSlots = 2;
 /// Weights in a run of the vocabulary (data/store/layout.h, vocabulary_run_rows()).

@@ -16,7 +16,7 @@
 namespace tailor {
 namespace {
 
-enum Pool { kAttentionPool, kFeedForwardPool, kTilePool, kPools };
+enum Pool { kAttentionPool, kFeedForwardPool, kExpertPool, kHeadPool, kPools };
 
 template <class S>
 void decode_with(const EncodedMatrix& matrix, S* out, std::int64_t stride) {
@@ -229,13 +229,13 @@ class StoreStream final : public StoreWeights {
         for (std::int64_t i = e; i < std::min(spec_.experts, e + map_.experts_per_tile); ++i) {
           units.push_back(wanted({UnitKind::expert, l, i}));
         }
-        add_tile(units, kTilePool);
+        add_tile(units, kExpertPool);
       }
     }
     const UnitKind kind = spec_.tied_head ? UnitKind::embedding : UnitKind::head;
     const std::int64_t run = vocabulary_run_rows(spec_);
     for (std::int64_t row = 0; row < spec_.vocab; row += run) {
-      map_.head.push_back(add_tile({wanted({kind, 0, row})}, kTilePool));
+      map_.head.push_back(add_tile({wanted({kind, 0, row})}, kHeadPool));
     }
   }
 
@@ -298,12 +298,13 @@ class StoreStream final : public StoreWeights {
       auto& of_pool = largest[static_cast<std::size_t>(tile.pool)];
       of_pool = std::max(of_pool, tile.bytes);
     }
-    const std::int64_t tile = largest[kTilePool];
-    const std::int64_t slots =
-        ring_slots(tile, options.ring_bytes > 0 ? options.ring_bytes : kRingBytes);
-    const std::vector<RingPool> out = {{largest[kAttentionPool], narrow<int>(kLayerSlots)},
-                                       {largest[kFeedForwardPool], narrow<int>(kLayerSlots)},
-                                       {tile, narrow<int>(slots)}};
+    const std::int64_t ring = options.ring_bytes > 0 ? options.ring_bytes : kRingBytes;
+    const std::int64_t head = std::min(kHeadRingBytes, ring);
+    const std::vector<RingPool> out = {
+        {largest[kAttentionPool], narrow<int>(kLayerSlots)},
+        {largest[kFeedForwardPool], narrow<int>(kLayerSlots)},
+        {largest[kExpertPool], narrow<int>(ring_slots(largest[kExpertPool], ring))},
+        {largest[kHeadPool], narrow<int>(ring_slots(largest[kHeadPool], head))}};
     for (const RingPool& pool : out) facts_.ring_bytes += pool.slot_bytes * pool.slots;
     return out;
   }
@@ -314,7 +315,8 @@ class StoreStream final : public StoreWeights {
     for (const RingTile& tile : map_.tiles) {
       RingPool& pool = out[static_cast<std::size_t>(tile.pool)];
       if (tile.home != TileHome::device) pool.slot_bytes = std::max(pool.slot_bytes, tile.bytes);
-      pool.slots = tile.pool == kTilePool ? 3 : narrow<int>(kLayerSlots);
+      pool.slots =
+          tile.pool == kExpertPool || tile.pool == kHeadPool ? 3 : narrow<int>(kLayerSlots);
     }
     return out;
   }
