@@ -156,6 +156,7 @@ void apply_store(RecipeFile& file) {
     format = found;
     file.origins[key] = {Origin::Kind::model, "by the store"};
   };
+  recipe.base.store = folder.string();  // also where base_model is the store itself
   const WeightFormat experts = store.expert_format(), others = store.other_format();
   if (store.spec().experts > 0) settle(recipe.base.format, experts, "base.format");
   settle(recipe.base.non_expert_format, others, "base.non_expert_format");
