@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "data/store/layout.h"
 #include "recipes/plan_text.h"
 #include "recipes/planner.h"
 #include "recipes/ring.h"

@@ -17,8 +17,6 @@ constexpr std::int64_t kRingBytes = std::int64_t{320} << 20;
 constexpr std::int64_t kHeadRingBytes = std::int64_t{96} << 20;
 /// Slots of attention, and of MLPs with their router: the one in use and the next.
 constexpr std::int64_t kLayerSlots = 2;
-/// Weights in a run of the vocabulary (data/store/layout.h, vocabulary_run_rows()).
-constexpr std::int64_t kVocabularyRunElements = std::int64_t{1} << 23;
 
 constexpr std::int64_t experts_per_tile(std::int64_t expert_bytes, std::int64_t experts) {
   return std::clamp<std::int64_t>(kTileBytes / std::max<std::int64_t>(1, expert_bytes), 1, experts);

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "base/text.h"
+#include "data/checkpoint/published.h"
 
 namespace tailor {
 namespace {
@@ -15,41 +16,27 @@ constexpr std::size_t kProblemsShown = 8;
 
 std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, ExpertLayout layout) {
   std::vector<ExpectedTensor> out;
-  const auto add = [&](const std::string& name, std::vector<std::int64_t> shape) {
-    out.push_back({name, std::move(shape)});
-  };
-  const std::int64_t D = spec.hidden, Q = spec.query_width(), KV = spec.kv_width();
-  const auto add_mlp = [&](const std::string& base, std::int64_t width) {
-    add(base + "gate_proj.weight", {width, D});
-    add(base + "up_proj.weight", {width, D});
-    add(base + "down_proj.weight", {D, width});
-  };
-  add("model.embed_tokens.weight", {spec.vocab, D});
-  for (std::size_t l = 0; l < spec.layers.size(); ++l) {
-    const std::string base = "model.layers." + std::to_string(l) + ".";
-    add(base + "input_layernorm.weight", {D});
-    add(base + "self_attn.q_proj.weight", {Q, D});
-    add(base + "self_attn.k_proj.weight", {KV, D});
-    add(base + "self_attn.v_proj.weight", {KV, D});
-    add(base + "self_attn.o_proj.weight", {D, Q});
-    add(base + "post_attention_layernorm.weight", {D});
-    const std::string mlp = base + (spec.family == Family::llama4 ? "feed_forward." : "mlp.");
-    if (!spec.layers[l].moe) {
-      add_mlp(mlp, spec.dense_width);
-      continue;
+  const auto add = [&](const std::vector<PublishedMatrix>& matrices) {
+    for (const PublishedMatrix& matrix : matrices) {
+      if (!out.empty() && out.back().name == matrix.name) continue;  // gate and up in one tensor
+      std::vector<std::int64_t> shape = {matrix.rows, matrix.columns};
+      if (matrix.fused) shape = {spec.experts, matrix.columns, matrix.width};
+      if (matrix.is_vector()) shape = {matrix.columns};
+      out.push_back({matrix.name, std::move(shape)});
     }
-    const std::int64_t E = spec.experts, F = spec.expert_width;
-    add(mlp + "router.weight", {E, D});
-    add_mlp(mlp + "shared_expert.", F);
-    if (layout == ExpertLayout::one_by_one) {
-      for (std::int64_t e = 0; e < E; ++e) add_mlp(mlp + "experts." + std::to_string(e) + ".", F);
-    } else {
-      add(mlp + "experts.gate_up_proj", {E, D, 2 * F});
-      add(mlp + "experts.down_proj", {E, F, D});
+  };
+  add({embedding_matrix(spec)});
+  for (std::int64_t l = 0; l < spec.layer_count(); ++l) {
+    add(attention_matrices(spec, l));
+    add(feed_forward_matrices(spec, l));
+    if (!spec.layers[static_cast<std::size_t>(l)].moe) continue;
+    const bool fused = layout != ExpertLayout::one_by_one;
+    for (std::int64_t e = 0; e < (fused ? 1 : spec.experts); ++e) {
+      add(expert_matrices(spec, l, e, fused));
     }
   }
-  add("model.norm.weight", {D});
-  if (!spec.tied_head) add("lm_head.weight", {spec.vocab, D});
+  add({final_norm_matrix(spec)});
+  if (!spec.tied_head) add({head_matrix(spec)});
   return out;
 }
 

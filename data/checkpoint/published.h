@@ -37,6 +37,13 @@ struct PublishedMatrix {
   /// [first, first + rows) of the width.
   bool fused = false;
   std::int64_t expert = 0, first = 0, width = 0;
+
+  /// A norm's weights, whose tensor has one dimension. A router of one expert is a matrix all the
+  /// same.
+  bool is_vector() const {
+    return role == MatrixRole::final_norm || role == MatrixRole::input_norm ||
+           role == MatrixRole::post_norm;
+  }
 };
 
 /// The published matrices of one part of a model, by the names of its family. `experts_fused`: the

@@ -97,8 +97,8 @@ WeightFormat stored_format(const StoreFormats& formats, UnitKind kind, MatrixRol
 }
 
 std::int64_t vocabulary_run_rows(const ModelSpec& spec) {
-  constexpr std::int64_t kRunElements = std::int64_t{1} << 23, kMultiple = 64;
-  return std::max(kMultiple, kRunElements / spec.hidden / kMultiple * kMultiple);
+  constexpr std::int64_t kMultiple = 64;
+  return std::max(kMultiple, kVocabularyRunElements / spec.hidden / kMultiple * kMultiple);
 }
 
 std::vector<PublishedMatrix> unit_matrices(const ModelSpec& spec, const UnitId& id,

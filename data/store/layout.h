@@ -58,6 +58,8 @@ struct StoreLayout {
   std::map<UnitId, std::size_t> by_id_;
 };
 
+/// Weights in a run of the vocabulary, 16 MiB as bfloat16.
+constexpr std::int64_t kVocabularyRunElements = std::int64_t{1} << 23;
 /// Rows of a run of the vocabulary: about 16 MiB of bfloat16, a multiple of 64. A function of the
 /// model alone: the order in which the head's results are added follows from it.
 std::int64_t vocabulary_run_rows(const ModelSpec& spec);

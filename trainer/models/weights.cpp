@@ -1,9 +1,11 @@
 #include "trainer/models/weights.h"
 
 #include <array>
+#include <span>
 #include <string>
 
 #include "base/error.h"
+#include "data/checkpoint/published.h"
 
 namespace tailor {
 namespace {
@@ -62,26 +64,38 @@ class Loader {
   bool check_only_;
 };
 
-void load_gate_up(const Loader& loader, const std::string& base, std::int64_t F, std::int64_t D,
-                  LayerWeights& out) {
-  out.gate_up_OD = loader.allocate({2 * F, D});
-  loader.load_into(base + "gate_proj.weight", {F, D}, loader.rows(out.gate_up_OD, 0, F));
-  loader.load_into(base + "up_proj.weight", {F, D}, loader.rows(out.gate_up_OD, F, F));
-  out.down_DF = loader.load(base + "down_proj.weight", {D, F});
+/// Matrices of one input, stacked: rows of `whole` one after the other.
+void load_stacked(const Loader& loader, std::span<const PublishedMatrix> matrices,
+                  at::Tensor& whole) {
+  std::int64_t rows = 0;
+  for (const PublishedMatrix& matrix : matrices) rows += matrix.rows;
+  whole = loader.allocate({rows, matrices[0].columns});
+  std::int64_t at = 0;
+  for (const PublishedMatrix& matrix : matrices) {
+    loader.load_into(matrix.name, {matrix.rows, matrix.columns},
+                     loader.rows(whole, at, matrix.rows));
+    at += matrix.rows;
+  }
 }
 
-void load_experts(const Loader& loader, const std::string& base, const ModelSpec& spec,
+at::Tensor load_one(const Loader& loader, const PublishedMatrix& matrix) {
+  return matrix.is_vector() ? loader.load(matrix.name, {matrix.columns})
+                            : loader.load(matrix.name, {matrix.rows, matrix.columns});
+}
+
+void load_experts(const Loader& loader, const ModelSpec& spec, std::int64_t layer,
                   LayerWeights& out) {
   const std::int64_t E = spec.experts, D = spec.hidden, F = spec.expert_width;
-  if (!loader.has(base + "experts.0.gate_proj.weight")) {
-    out.experts_gate_up_EDO = loader.load(base + "experts.gate_up_proj", {E, D, 2 * F});
-    out.experts_down_EFD = loader.load(base + "experts.down_proj", {E, F, D});
+  if (!loader.has(expert_matrices(spec, layer, 0, false)[0].name)) {
+    const auto fused = expert_matrices(spec, layer, 0, true);
+    out.experts_gate_up_EDO = loader.load(fused[0].name, {E, D, 2 * F});
+    out.experts_down_EFD = loader.load(fused[2].name, {E, F, D});
     return;
   }
   out.experts_gate_up_EDO = loader.allocate({E, D, 2 * F});
   out.experts_down_EFD = loader.allocate({E, F, D});
   for (std::int64_t e = 0; e < E; ++e) {
-    const std::string one = base + "experts." + std::to_string(e) + ".";
+    const auto one = expert_matrices(spec, layer, e, false);
     at::Tensor gate, up, down;
     if (!loader.check_only()) {
       const at::Tensor gate_up_OD = out.experts_gate_up_EDO[e].t();
@@ -89,38 +103,32 @@ void load_experts(const Loader& loader, const std::string& base, const ModelSpec
       up = gate_up_OD.narrow(0, F, F);
       down = out.experts_down_EFD[e].t();
     }
-    loader.load_into(one + "gate_proj.weight", {F, D}, gate);
-    loader.load_into(one + "up_proj.weight", {F, D}, up);
-    loader.load_into(one + "down_proj.weight", {D, F}, down);
+    loader.load_into(one[0].name, {F, D}, gate);
+    loader.load_into(one[1].name, {F, D}, up);
+    loader.load_into(one[2].name, {D, F}, down);
   }
 }
 
 ModelWeights load_all(const Loader& loader, const ModelSpec& spec) {
-  const std::int64_t D = spec.hidden, Q = spec.query_width(), KV = spec.kv_width();
   ModelWeights out;
-  out.embedding_VD = loader.load("model.embed_tokens.weight", {spec.vocab, D});
+  out.embedding_VD = load_one(loader, embedding_matrix(spec));
   // A tied model may or may not carry a copy of the head; an untied one must.
-  out.head_VD = spec.tied_head ? out.embedding_VD : loader.load("lm_head.weight", {spec.vocab, D});
-  out.norm_D = loader.load("model.norm.weight", {D});
-  for (std::size_t l = 0; l < spec.layers.size(); ++l) {
+  out.head_VD = spec.tied_head ? out.embedding_VD : load_one(loader, head_matrix(spec));
+  out.norm_D = load_one(loader, final_norm_matrix(spec));
+  for (std::int64_t l = 0; l < spec.layer_count(); ++l) {
     LayerWeights layer;
-    const std::string base = "model.layers." + std::to_string(l) + ".";
-    layer.input_norm_D = loader.load(base + "input_layernorm.weight", {D});
-    layer.post_norm_D = loader.load(base + "post_attention_layernorm.weight", {D});
-    layer.qkv_OD = loader.allocate({Q + 2 * KV, D});
-    loader.load_into(base + "self_attn.q_proj.weight", {Q, D}, loader.rows(layer.qkv_OD, 0, Q));
-    loader.load_into(base + "self_attn.k_proj.weight", {KV, D}, loader.rows(layer.qkv_OD, Q, KV));
-    loader.load_into(base + "self_attn.v_proj.weight", {KV, D},
-                     loader.rows(layer.qkv_OD, Q + KV, KV));
-    layer.o_DO = loader.load(base + "self_attn.o_proj.weight", {D, Q});
-    const std::string mlp = base + (spec.family == Family::llama4 ? "feed_forward." : "mlp.");
-    if (spec.layers[l].moe) {
-      layer.router_ED = loader.load(mlp + "router.weight", {spec.experts, D});
-      load_gate_up(loader, mlp + "shared_expert.", spec.expert_width, D, layer);
-      load_experts(loader, mlp, spec, layer);
-    } else {
-      load_gate_up(loader, mlp, spec.dense_width, D, layer);
-    }
+    const auto attention = attention_matrices(spec, l);  // norm, q, k, v, o
+    layer.input_norm_D = load_one(loader, attention[0]);
+    load_stacked(loader, std::span(attention).subspan(1, 3), layer.qkv_OD);
+    layer.o_DO = load_one(loader, attention[4]);
+    const auto rest = feed_forward_matrices(spec, l);  // norm, router where there is one, MLP
+    const bool moe = spec.layers[static_cast<std::size_t>(l)].moe;
+    const std::size_t gate = moe ? 2 : 1;
+    layer.post_norm_D = load_one(loader, rest[0]);
+    if (moe) layer.router_ED = load_one(loader, rest[1]);
+    load_stacked(loader, std::span(rest).subspan(gate, 2), layer.gate_up_OD);
+    layer.down_DF = load_one(loader, rest[gate + 2]);
+    if (moe) load_experts(loader, spec, l, layer);
     out.layers.push_back(std::move(layer));
   }
   return out;
