@@ -11,9 +11,11 @@
 #include "data/store/pack.h"
 #include "data/store/synthetic.h"
 #include "data/store/verify.h"
+#include "recipes/choices.h"
 #include "recipes/scalars.h"
 #include "tools/interrupt.h"
 #include "tools/paths.h"
+#include "tools/recipe_inputs.h"
 #include "tools/table.h"
 #include "tools/terminal.h"
 #include "tools/verbs.h"
@@ -27,14 +29,20 @@ int threads_or_all(int threads) {
   return sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
 }
 
-FormatChoice format_choice(const std::string& name, std::int64_t group) {
-  if (name == "as_is") return {};
-  if (name == "int4") return {false, WeightKind::int4, group};
-  if (name == "nf4") return {false, WeightKind::nf4, 0};
-  if (name == "fp8") return {false, WeightKind::fp8, 0};
-  if (name == "bf16") return {false, WeightKind::bf16, 0};
-  throw Error(Fault::usage, {"format '" + name + "' is not known", "--format",
-                             "Use int4, nf4, fp8, bf16 or as_is."});
+/// --format and its neighbours in the words of a recipe's base.format.
+StoreFormats formats_of(const std::string& experts, const std::string& others, std::int64_t group) {
+  const auto format_of = [](const std::string& name) {
+    for (const auto& [word, format] : Choices<BaseFormat>::kWords) {
+      if (word == name) return format;
+    }
+    throw Error(Fault::usage, {"format '" + name + "' is not known", "--format",
+                               "Use int4, nf4, fp8, bf16 or as_is."});
+  };
+  BaseRecipe base;
+  base.format = format_of(experts);
+  base.non_expert_format = format_of(others);
+  if (group > 0) base.group_size = static_cast<int>(group);
+  return store_formats(base);
 }
 
 std::string error_text(const LayerError& error) {
@@ -161,8 +169,7 @@ int run_model_pack(const ModelPackArguments& arguments) {
                                "Write bytes with a unit, such as 1GiB or 800MB."});
   }
   PackOptions options;
-  options.formats.experts = format_choice(arguments.format, arguments.group);
-  options.formats.others = format_choice(arguments.non_expert_format, arguments.group);
+  options.formats = formats_of(arguments.format, arguments.non_expert_format, arguments.group);
   options.source = arguments.follow.empty() ? arguments.model : arguments.follow;
   options.threads = threads_or_all(arguments.threads);
   options.memory_bytes_max = *memory;
@@ -305,8 +312,7 @@ int run_model_synthesise(const ModelSynthesiseArguments& arguments) {
   const ModelSpec spec = model_spec_from_config(config, path.string());
   const std::vector<std::int64_t> layers = choose_layers(spec, arguments.layers);
   SynthesisOptions options;
-  options.formats.experts = format_choice(arguments.format, arguments.group);
-  options.formats.others = format_choice(arguments.non_expert_format, arguments.group);
+  options.formats = formats_of(arguments.format, arguments.non_expert_format, arguments.group);
   options.seed = arguments.seed;
   options.threads = threads_or_all(arguments.threads);
   const Interrupt interrupt;
