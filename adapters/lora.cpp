@@ -17,13 +17,17 @@ namespace {
 struct ProjectionRow {
   Projection projection;
   std::string_view group;  ///< the name a recipe uses
-  std::string_view path;   ///< below "model.layers.N.", for llama4; see module_path for llama
+  std::string_view path;   ///< below "model.layers.N.", for llama4; see module_path
   std::string_view name;
 };
 constexpr std::array<ProjectionRow, kProjectionCount> kProjections = {{
     {Projection::q_proj, "attention", "self_attn.q_proj", "q_proj"},
     {Projection::k_proj, "attention", "self_attn.k_proj", "k_proj"},
     {Projection::v_proj, "attention", "self_attn.v_proj", "v_proj"},
+    {Projection::q_a_proj, "attention", "self_attn.q_a_proj", "q_a_proj"},
+    {Projection::kv_a_proj, "attention", "self_attn.kv_a_proj_with_mqa", "kv_a_proj_with_mqa"},
+    {Projection::q_b_proj, "attention", "self_attn.q_b_proj", "q_b_proj"},
+    {Projection::kv_b_proj, "kv_b_proj", "self_attn.kv_b_proj", "kv_b_proj"},
     {Projection::o_proj, "attention", "self_attn.o_proj", "o_proj"},
     {Projection::gate_proj, "dense_mlp", "gate_proj", "gate_proj"},
     {Projection::up_proj, "dense_mlp", "up_proj", "up_proj"},
@@ -43,7 +47,11 @@ const ProjectionRow& row_of(Projection projection) {
 std::string module_path(const ModelSpec& spec, std::int64_t layer, Projection projection) {
   const ProjectionRow& row = row_of(projection);
   std::string out = "model.layers." + std::to_string(layer) + ".";
-  if (row.group != "attention") out += spec.family == Family::llama4 ? "feed_forward." : "mlp.";
+  if (row.path.starts_with("self_attn.")) return out + std::string(row.path);
+  if (spec.family == Family::llama4) return out + "feed_forward." + std::string(row.path);
+  out += "mlp.";
+  if (projection == Projection::router) return out + "gate";
+  if (row.group == "shared_expert") return out + "shared_experts." + std::string(row.name);
   return out + std::string(row.path);
 }
 
@@ -63,7 +71,7 @@ LoraSite make_site(const ModelSpec& spec, std::int64_t layer, Projection project
 /// the module path on a dot, as PEFT matches target_modules.
 bool matches(std::string_view target, const LoraSite& site) {
   const ProjectionRow& row = row_of(site.projection);
-  if (target == "all") return true;
+  if (target == "all") return site.projection != Projection::kv_b_proj;
   if (target == row.group || target == row.name) return true;
   std::string path = site.module;
   if (site.projection == Projection::experts_gate_up) path += ".gate_up_proj";
@@ -84,19 +92,28 @@ std::vector<LoraSite> all_sites(const ModelSpec& spec) {
     const auto add = [&](Projection projection, std::int64_t in, std::int64_t out) {
       sites.push_back(make_site(spec, l, projection, in, out));
     };
-    add(Projection::q_proj, D, spec.query_width());
-    add(Projection::k_proj, D, spec.kv_width());
-    add(Projection::v_proj, D, spec.kv_width());
-    add(Projection::o_proj, spec.query_width(), D);
+    if (spec.is_latent()) {
+      const LatentSpec& latent = spec.latent;
+      if (latent.q_rank == 0) add(Projection::q_proj, D, spec.query_width());
+      if (latent.q_rank > 0) add(Projection::q_a_proj, D, latent.q_rank);
+      add(Projection::kv_a_proj, D, latent.kv_rank + latent.rope_dim);
+      if (latent.q_rank > 0) add(Projection::q_b_proj, latent.q_rank, spec.query_width());
+      add(Projection::kv_b_proj, latent.kv_rank, spec.heads * (latent.nope_dim + latent.value_dim));
+    } else {
+      add(Projection::q_proj, D, spec.query_width());
+      add(Projection::k_proj, D, spec.kv_width());
+      add(Projection::v_proj, D, spec.kv_width());
+    }
+    add(Projection::o_proj, spec.attention_width(), D);
     if (!spec.layers[static_cast<std::size_t>(l)].moe) {
       add(Projection::gate_proj, D, spec.dense_width);
       add(Projection::up_proj, D, spec.dense_width);
       add(Projection::down_proj, spec.dense_width, D);
       continue;
     }
-    add(Projection::shared_gate_proj, D, spec.expert_width);
-    add(Projection::shared_up_proj, D, spec.expert_width);
-    add(Projection::shared_down_proj, spec.expert_width, D);
+    add(Projection::shared_gate_proj, D, spec.shared_width);
+    add(Projection::shared_up_proj, D, spec.shared_width);
+    add(Projection::shared_down_proj, spec.shared_width, D);
     add(Projection::router, D, spec.experts);
     add(Projection::experts_gate_up, D, 2 * spec.expert_width);
     add(Projection::experts_down, spec.expert_width, D);
@@ -178,6 +195,8 @@ void Adapter::lay_out(const ArenaHome& home) {
     switch (site.projection) {
       case Projection::k_proj:
       case Projection::v_proj:
+      case Projection::q_a_proj:
+      case Projection::kv_a_proj:
         return Projection::q_proj;
       case Projection::up_proj:
         return Projection::gate_proj;

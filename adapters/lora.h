@@ -17,6 +17,10 @@ enum class Projection {
   q_proj,
   k_proj,
   v_proj,
+  q_a_proj,   ///< latent attention
+  kv_a_proj,  ///< "kv_a_proj_with_mqa"
+  q_b_proj,
+  kv_b_proj,
   o_proj,
   gate_proj,
   up_proj,
@@ -28,7 +32,7 @@ enum class Projection {
   experts_gate_up,
   experts_down,
 };
-constexpr int kProjectionCount = 13;
+constexpr int kProjectionCount = 17;
 
 /// One adapted matrix y = x W^T, or one for every expert of a layer:
 ///     y += scale * (x A^T) B^T        Hu et al., "LoRA", arXiv 2106.09685, eq. 3
@@ -62,7 +66,7 @@ struct LoraOptions {
   std::int64_t expert_rank = 8;
   double expert_alpha = 16;
   /// attention, dense_mlp, shared_expert, experts, router, all, or module names as PEFT writes
-  /// them.
+  /// them. kv_b_proj only by its own name: servers fold it into attention and ignore factors on it.
   std::vector<std::string> targets;
 };
 

@@ -438,8 +438,20 @@ std::vector<std::byte> folded(std::span<const float> x, std::int64_t E, std::int
   return bytes_of(out);
 }
 
+/// PEFT's from 0.19.1 on: an adapter's product follows the parameter as transformers holds it,
+/// inputs first for Llama 4, outputs first for the others.
+ExpertLayout written_layout(const ModelSpec& spec) {
+  return spec.family == Family::llama4 ? ExpertLayout::swapped : ExpertLayout::straight;
+}
+
+/// A router that transformers keeps as a bare parameter: PEFT targets it by parameter.
+bool is_bare_router(const LoraSite& site, const ModelSpec& spec) {
+  return site.projection == Projection::router && spec.family == Family::deepseek_v3;
+}
+
 /// The file's tensors by name, each made when it is written: factors may be larger than memory.
-std::vector<TensorToWrite> peft_tensors(const Adapter& adapter, const std::string& prefix) {
+std::vector<TensorToWrite> peft_tensors(const Adapter& adapter, const ModelSpec& spec,
+                                        const std::string& prefix) {
   std::vector<TensorToWrite> out;
   const auto add = [&](const std::string& name, std::vector<std::int64_t> shape,
                        std::function<std::vector<std::byte>()> make) {
@@ -457,6 +469,11 @@ std::vector<TensorToWrite> peft_tensors(const Adapter& adapter, const std::strin
     if (site.projection == Projection::experts_gate_up &&
         adapter.find(site.layer, Projection::experts_down) != nullptr) {
       key += ".base_layer";  // see fused_key
+    }
+    if (written_layout(spec) == ExpertLayout::straight) {
+      add(key + ".lora_A.weight", {E * rank, in}, [a] { return bytes_of(a); });
+      add(key + ".lora_B.weight", {width, rank * E}, [=] { return folded(b, E, rank, width); });
+      continue;
     }
     add(key + ".lora_A.weight", {E * rank, width}, [b] { return bytes_of(b); });
     add(key + ".lora_B.weight", {in, rank * E}, [=] { return folded(a, E, rank, in); });
@@ -491,13 +508,13 @@ void compare_written(const fs::path& path, const std::vector<TensorToWrite>& ten
 std::vector<std::string> target_modules(const Adapter& adapter, const ModelSpec& spec) {
   std::set<std::string> short_names, full_names;
   for (const LoraSite& site : adapter.sites()) {
-    if (site.is_experts()) continue;
+    if (site.is_experts() || is_bare_router(site, spec)) continue;
     full_names.insert(site.module);
     short_names.insert(site.module.substr(site.module.rfind('.') + 1));
   }
   bool exact = true;
   for (const LoraSite& site : all_sites(spec)) {
-    if (site.is_experts()) continue;
+    if (site.is_experts() || is_bare_router(site, spec)) continue;
     const bool matched = short_names.contains(site.module.substr(site.module.rfind('.') + 1));
     exact = exact && matched == full_names.contains(site.module);
   }
@@ -509,13 +526,17 @@ std::vector<std::string> target_modules(const Adapter& adapter, const ModelSpec&
 std::vector<std::string> target_parameters(const Adapter& adapter, const ModelSpec& spec) {
   std::vector<std::string> out;
   for (const auto& [projection, name] : {std::pair(Projection::experts_down, ".down_proj"),
-                                         std::pair(Projection::experts_gate_up, ".gate_up_proj")}) {
+                                         std::pair(Projection::experts_gate_up, ".gate_up_proj"),
+                                         std::pair(Projection::router, ".weight")}) {
     std::vector<std::string> full_names;
     for (const LoraSite& site : adapter.sites()) {
-      if (site.projection == projection) full_names.push_back(site.module + name);
+      if (site.projection != projection) continue;
+      if (projection == Projection::router && !is_bare_router(site, spec)) continue;
+      full_names.push_back(site.module + name);
     }
     if (static_cast<std::int64_t>(full_names.size()) == spec.moe_layer_count()) {
-      full_names = {std::string("feed_forward.experts") + name};
+      const std::string& module = full_names.front();  // "model.layers.N.mlp.experts.down_proj"
+      full_names = {module.substr(module.find('.', std::string_view("model.layers.").size()) + 1)};
     }
     out.insert(out.end(), full_names.begin(), full_names.end());
   }
@@ -528,7 +549,7 @@ Json peft_config(const Adapter& adapter, const ModelSpec& spec, const PeftWriteO
   bool has_experts = false;
   for (const LoraSite& site : adapter.sites()) {
     ++counts[{site.rank, site.alpha}];
-    has_experts = has_experts || site.is_experts();
+    has_experts = has_experts || site.is_experts() || is_bare_router(site, spec);
   }
   const auto common =
       std::max_element(counts.begin(), counts.end(), [](const auto& a, const auto& b) {
@@ -537,6 +558,7 @@ Json peft_config(const Adapter& adapter, const ModelSpec& spec, const PeftWriteO
   Json rank_pattern = Json::object(), alpha_pattern = Json::object();
   for (const LoraSite& site : adapter.sites()) {
     std::string name = site.module;
+    if (is_bare_router(site, spec)) name += ".weight";
     if (site.is_experts())
       name += site.projection == Projection::experts_gate_up ? ".gate_up_proj" : ".down_proj";
     if (site.rank != common.first) rank_pattern[name] = site.rank;
@@ -587,6 +609,7 @@ ExpertLayout detect_expert_layout(const ModelSpec& spec, std::int64_t gate_up_a_
   if (const auto layout = decide(gate_up_a_columns, D, 2 * F)) return *layout;
   if (const auto layout = decide(down_a_columns, F, D)) return *layout;
   const auto version = version_parts(peft_version);
+  if (spec.family != Family::llama4) return ExpertLayout::straight;
   if (std::get<1>(version) >= 0) {
     return version >= std::tuple(0, 19, 1) ? ExpertLayout::swapped : ExpertLayout::straight;
   }
@@ -603,7 +626,7 @@ Adapter read_peft_adapter(const fs::path& folder, const ModelSpec& spec) {
 void write_peft_adapter(const fs::path& folder, const Adapter& adapter, const ModelSpec& spec,
                         const PeftWriteOptions& options) {
   make_folders(folder);
-  const std::vector<TensorToWrite> tensors = peft_tensors(adapter, options.module_prefix);
+  const std::vector<TensorToWrite> tensors = peft_tensors(adapter, spec, options.module_prefix);
   const fs::path path = folder / "adapter_model.safetensors";
   write_safetensors(path, tensors, {{"format", "pt"}});
   write_atomically(folder / "adapter_config.json",

@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "base/text.h"
 #include "data/checkpoint/published.h"
+#include "data/store/source_form.h"
 
 namespace tailor {
 namespace {
@@ -19,10 +20,7 @@ std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, ExpertLayout
   const auto add = [&](const std::vector<PublishedMatrix>& matrices) {
     for (const PublishedMatrix& matrix : matrices) {
       if (!out.empty() && out.back().name == matrix.name) continue;  // gate and up in one tensor
-      std::vector<std::int64_t> shape = {matrix.rows, matrix.columns};
-      if (matrix.fused) shape = {spec.experts, matrix.columns, matrix.width};
-      if (matrix.is_vector()) shape = {matrix.columns};
-      out.push_back({matrix.name, std::move(shape)});
+      out.push_back({matrix.name, matrix.tensor_shape(spec.experts)});
     }
   };
   add({embedding_matrix(spec)});
@@ -44,8 +42,10 @@ ExpertLayout expert_layout(const ModelSpec& spec, const Checkpoint& checkpoint) 
   for (std::size_t l = 0; l < spec.layers.size(); ++l) {
     if (!spec.layers[l].moe) continue;
     const std::string one =
-        "model.layers." + std::to_string(l) + ".feed_forward.experts.0.gate_proj.weight";
-    return checkpoint.has(one) ? ExpertLayout::one_by_one : ExpertLayout::fused;
+        expert_matrices(spec, static_cast<std::int64_t>(l), 0, false).front().name;
+    return checkpoint.has(one) || checkpoint.has(module_of(one) + ".weight_packed")
+               ? ExpertLayout::one_by_one
+               : ExpertLayout::fused;
   }
   return ExpertLayout::none;
 }
@@ -93,18 +93,28 @@ std::vector<LoraTarget> lora_targets(const ModelSpec& spec) {
                        std::int64_t layers, std::int64_t each = 1) {
     if (layers > 0) out.push_back({group, module, in, width, layers, layers * each});
   };
-  add("attention", "q_proj", D, Q, all);
-  add("attention", "k_proj", D, KV, all);
-  add("attention", "v_proj", D, KV, all);
-  add("attention", "o_proj", Q, D, all);
+  if (spec.is_latent()) {
+    const LatentSpec& latent = spec.latent;
+    if (latent.q_rank == 0) add("attention", "q_proj", D, Q, all);
+    if (latent.q_rank > 0) add("attention", "q_a_proj", D, latent.q_rank, all);
+    if (latent.q_rank > 0) add("attention", "q_b_proj", latent.q_rank, Q, all);
+    add("attention", "kv_a_proj_with_mqa", D, latent.kv_rank + latent.rope_dim, all);
+    add("kv_b_proj", "kv_b_proj", latent.kv_rank, spec.heads * (latent.nope_dim + latent.value_dim),
+        all);
+  } else {
+    add("attention", "q_proj", D, Q, all);
+    add("attention", "k_proj", D, KV, all);
+    add("attention", "v_proj", D, KV, all);
+  }
+  add("attention", "o_proj", spec.attention_width(), D, all);
   add("dense_mlp", "gate_proj", D, spec.dense_width, dense);
   add("dense_mlp", "up_proj", D, spec.dense_width, dense);
   add("dense_mlp", "down_proj", spec.dense_width, D, dense);
-  const std::int64_t F = spec.expert_width;
-  add("shared_expert", "gate_proj", D, F, moe);
-  add("shared_expert", "up_proj", D, F, moe);
-  add("shared_expert", "down_proj", F, D, moe);
-  add("router", "router", D, spec.experts, moe);
+  const std::int64_t F = spec.expert_width, shared = spec.shared_width;
+  add("shared_expert", "gate_proj", D, shared, moe);
+  add("shared_expert", "up_proj", D, shared, moe);
+  add("shared_expert", "down_proj", shared, D, moe);
+  add("router", spec.family == Family::llama4 ? "router" : "gate", D, spec.experts, moe);
   add("experts", "experts.gate_up_proj", D, 2 * F, moe, spec.experts);
   add("experts", "experts.down_proj", F, D, moe, spec.experts);
   return out;

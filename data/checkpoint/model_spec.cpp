@@ -1,6 +1,7 @@
 #include "data/checkpoint/model_spec.h"
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 
 #include "base/error.h"
@@ -26,11 +27,72 @@ std::int64_t size_of(const JsonReader& config, std::string_view key) {
   return value;
 }
 
+/// YaRN's correction of attention's temperature (Peng et al., arXiv 2309.00071, section 3.4).
+double yarn_mscale(double factor, double mscale) {
+  return factor <= 1 ? 1 : 0.1 * mscale * std::log(factor) + 1;
+}
+
 void refuse_option(const JsonReader& config, std::string_view key, const Json& only) {
   if (!config.has(key) || config.at(key) == only) return;
   refuse(config.where(),
          std::string(key) + " is " + config.at(key).dump() + ", which Tailor does not implement",
          "Models with " + std::string(key) + ": " + only.dump() + " can be trained.");
+}
+
+// Of transformers 5.17 modeling_rope_utils.py, _compute_yarn_parameters.
+void read_yarn(const JsonReader& rope, const JsonReader& config, RopeSpec& out) {
+  out.kind = RopeSpec::Kind::yarn;
+  out.factor = rope.number("factor");
+  out.original_positions =
+      rope.number("original_max_position_embeddings",
+                  static_cast<double>(config.integer("max_position_embeddings", 0)));
+  out.beta_fast = rope.number("beta_fast", 32);
+  out.beta_slow = rope.number("beta_slow", 1);
+  out.truncate = rope.boolean("truncate", true);
+  out.mscale_all_dim = rope.number("mscale_all_dim", 0);
+  const double mscale = rope.number("mscale", 0);
+  if (!(out.factor >= 1) || !(out.original_positions > 0) || !(out.beta_slow > 0) ||
+      !(out.beta_fast >= out.beta_slow) || !(out.theta > 1)) {
+    refuse(rope.where(), "yarn rope scaling has impossible factors",
+           "Check that config.json is the one published with the weights.");
+  }
+  const bool both = mscale != 0 && out.mscale_all_dim != 0;
+  const double own =
+      both ? yarn_mscale(out.factor, mscale) / yarn_mscale(out.factor, out.mscale_all_dim)
+           : yarn_mscale(out.factor, 1);
+  out.attention_factor = rope.number("attention_factor", own);
+}
+
+// The factors for short texts are used. Models that switch to others past their original length
+// would turn one text differently by its length, which packed sequences cannot.
+void read_longrope(const JsonReader& rope, const JsonReader& config, RopeSpec& out) {
+  out.kind = RopeSpec::Kind::longrope;
+  const auto positions = static_cast<double>(config.integer("max_position_embeddings", 0));
+  out.original_positions =
+      rope.number("original_max_position_embeddings",
+                  config.number("original_max_position_embeddings", positions));
+  for (const char* key : {"short_factor", "long_factor"}) {
+    if (!rope.has(key) || !rope.at(key).is_array()) {
+      refuse(rope.where(), std::string(key) + " of longrope is not a list of numbers",
+             "Check that config.json is the one published with the weights.");
+    }
+    for (const Json& factor : rope.at(key)) {
+      if (factor.is_number() && factor.get<double>() > 0) continue;
+      refuse(rope.where(), std::string(key) + " of longrope holds " + factor.dump().substr(0, 40),
+             "Factors are numbers above 0.");
+    }
+  }
+  out.factors = rope.at("short_factor").get<std::vector<double>>();
+  if (!(out.original_positions > 0) ||
+      (rope.at("long_factor") != rope.at("short_factor") && positions > out.original_positions)) {
+    refuse(rope.where(), "longrope with other factors past its original length is not implemented",
+           "Set max_position_embeddings to original_max_position_embeddings: the factors for short "
+           "texts hold up to there.");
+  }
+  const double stretch = rope.number("factor", positions / out.original_positions);
+  const double own =
+      stretch <= 1 ? 1 : std::sqrt(1 + std::log(stretch) / std::log(out.original_positions));
+  out.attention_factor = rope.number("attention_factor", own);
 }
 
 RopeSpec read_rope(const JsonReader& config) {
@@ -57,9 +119,13 @@ RopeSpec read_rope(const JsonReader& config) {
       refuse(rope.where(), "llama3 rope scaling has impossible factors",
              "Check that config.json is the one published with the weights.");
     }
+  } else if (kind == "yarn") {
+    read_yarn(rope, config, out);
+  } else if (kind == "longrope") {
+    read_longrope(rope, config, out);
   } else if (kind != "default") {
     refuse(rope.where(), "rope type '" + kind + "' is not implemented",
-           "Rope types 'default' and 'llama3' can be trained.");
+           "Rope types 'default', 'llama3', 'yarn' and 'longrope' can be trained.");
   }
   if (!(out.theta > 0)) refuse(rope.where(), "rope_theta must be positive", "Check config.json.");
   return out;
@@ -75,7 +141,6 @@ void read_common(const JsonReader& config, ModelSpec& spec) {
   spec.positions_max = config.integer("max_position_embeddings", 8192);
   spec.norm_eps = config.number("rms_norm_eps", 1e-5);
   spec.tied_head = config.boolean("tie_word_embeddings", false);
-  spec.attention_bias = config.boolean("attention_bias", false);
   spec.rope = read_rope(config);
   const std::int64_t layers = size_of(config, "num_hidden_layers");
   if (layers > 10'000)
@@ -83,6 +148,7 @@ void read_common(const JsonReader& config, ModelSpec& spec) {
   spec.layers.resize(static_cast<std::size_t>(layers));
   refuse_option(config, "hidden_act", "silu");
   refuse_option(config, "mlp_bias", false);
+  refuse_option(config, "attention_bias", false);
   if (spec.heads % spec.kv_heads != 0 || spec.head_dim % 2 != 0) {
     refuse(config.where(),
            std::to_string(spec.heads) + " attention heads of width " +
@@ -120,19 +186,22 @@ std::vector<std::int64_t> layer_list(const JsonReader& config, std::string_view 
   return out;
 }
 
+void check_experts_per_token(const JsonReader& config, const ModelSpec& spec) {
+  if (spec.experts_per_token >= 1 && spec.experts_per_token <= spec.experts) return;
+  refuse(config.where(),
+         "num_experts_per_tok is " + std::to_string(spec.experts_per_token) + " of " +
+             std::to_string(spec.experts) + " experts",
+         "Check config.json.");
+}
+
 // Defaults follow transformers 5.17 configuration_llama4.py.
 void read_llama4(const JsonReader& config, ModelSpec& spec) {
   spec.rope.pairs = true;
   spec.dense_width = size_of(config, "intermediate_size_mlp");
-  spec.expert_width = size_of(config, "intermediate_size");
+  spec.expert_width = spec.shared_width = size_of(config, "intermediate_size");
   spec.experts = size_of(config, "num_local_experts");
   spec.experts_per_token = config.integer("num_experts_per_tok", 1);
-  if (spec.experts_per_token < 1 || spec.experts_per_token > spec.experts) {
-    refuse(config.where(),
-           "num_experts_per_tok is " + std::to_string(spec.experts_per_token) + " of " +
-               std::to_string(spec.experts) + " experts",
-           "Check config.json.");
-  }
+  check_experts_per_token(config, spec);
   spec.qk_norm = config.boolean("use_qk_norm", true);
   spec.temperature = truthy(config, "attn_temperature_tuning", true);
   spec.temperature_floor = config.number("floor_scale", 8192);
@@ -173,18 +242,113 @@ void read_llama4(const JsonReader& config, ModelSpec& spec) {
 
 void read_llama(const JsonReader& config, ModelSpec& spec) {
   spec.dense_width = size_of(config, "intermediate_size");
-  if (spec.attention_bias) {
-    refuse(config.where(), "attention_bias is true, which Tailor does not implement for llama",
-           "Llama models without attention biases can be trained.");
+}
+
+void read_qwen2(const JsonReader& config, ModelSpec& spec) {
+  spec.dense_width = size_of(config, "intermediate_size");
+  spec.qkv_bias = true;
+  refuse_option(config, "use_sliding_window", false);
+  if (!config.has("layer_types")) return;
+  for (const Json& type : config.at("layer_types")) {
+    if (type == "full_attention") continue;
+    refuse(config.where(), "layer_types holds " + type.dump() + ", which is not implemented",
+           "Layers of 'full_attention' can be trained.");
   }
 }
 
+/// Blocks of fp8 weights are told by the sizes of their scales; the config must not say otherwise.
+void check_quantisation(const JsonReader& config) {
+  if (!config.has("quantization_config")) return;
+  const JsonReader quant(config.at("quantization_config"),
+                         config.where() + ", quantization_config");
+  if (quant.text("quant_method", "") != "fp8") return;
+  refuse_option(quant, "fmt", "e4m3");
+  if (quant.has("weight_block_size")) {
+    refuse_option(quant, "weight_block_size", Json::array({128, 128}));
+  }
+}
+
+// Defaults follow transformers 5.17 configuration_deepseek_v3.py; what published configs say beside
+// (DeepSeek-V3, DeepSeek-R1) is checked against the one thing that is implemented.
+void read_deepseek_v3(const JsonReader& config, ModelSpec& spec) {
+  LatentSpec& latent = spec.latent;
+  latent.q_rank = config.has("q_lora_rank") ? size_of(config, "q_lora_rank") : 0;
+  latent.kv_rank = size_of(config, "kv_lora_rank");
+  latent.nope_dim = size_of(config, "qk_nope_head_dim");
+  latent.rope_dim = size_of(config, "qk_rope_head_dim");
+  latent.value_dim = size_of(config, "v_head_dim");
+  spec.kv_heads = spec.heads;
+  spec.head_dim = latent.nope_dim + latent.rope_dim;
+  if (latent.rope_dim % 2 != 0) {
+    refuse(config.where(), "qk_rope_head_dim is " + std::to_string(latent.rope_dim),
+           "Rotary embedding needs an even width.");
+  }
+  spec.rope.pairs = config.boolean("rope_interleave", true);
+  const RopeSpec& rope = spec.rope;
+  if (!rope.factors.empty() &&
+      rope.factors.size() != static_cast<std::size_t>(latent.rope_dim / 2)) {
+    refuse(config.where(),
+           "longrope has " + std::to_string(rope.factors.size()) + " factors for " +
+               std::to_string(latent.rope_dim / 2) + " pairs",
+           "short_factor holds one for every pair of qk_rope_head_dim.");
+  }
+  const double mscale = yarn_mscale(rope.factor, rope.mscale_all_dim);
+  spec.softmax_scale = 1 / std::sqrt(static_cast<double>(spec.head_dim));
+  if (rope.mscale_all_dim != 0) spec.softmax_scale *= mscale * mscale;
+
+  refuse_option(config, "topk_method", "noaux_tc");
+  refuse_option(config, "scoring_func", "sigmoid");
+  refuse_option(config, "moe_layer_freq", 1);
+  check_quantisation(config);
+  spec.dense_width = size_of(config, "intermediate_size");
+  spec.expert_width = size_of(config, "moe_intermediate_size");
+  spec.shared_width = spec.expert_width * size_of(config, "n_shared_experts");
+  spec.experts = size_of(config, "n_routed_experts");
+  spec.experts_per_token = size_of(config, "num_experts_per_tok");
+  check_experts_per_token(config, spec);
+  RouterSpec& router = spec.router;
+  router.kind = RouterSpec::Kind::grouped_sigmoid;
+  router.groups = config.integer("n_group", 8);
+  router.groups_kept = config.integer("topk_group", 4);
+  router.normalise = config.boolean("norm_topk_prob", true);
+  router.scale = config.number("routed_scaling_factor", 2.5);
+  if (router.groups < 1 || spec.experts % router.groups != 0 || router.groups_kept < 1 ||
+      router.groups_kept > router.groups ||
+      spec.experts / router.groups * router.groups_kept < spec.experts_per_token) {
+    refuse(config.where(),
+           "n_group " + std::to_string(router.groups) + ", topk_group " +
+               std::to_string(router.groups_kept) + " and num_experts_per_tok " +
+               std::to_string(spec.experts_per_token) + " do not fit " +
+               std::to_string(spec.experts) + " experts",
+           "Groups divide the experts, and those kept hold num_experts_per_tok or more.");
+  }
+  const std::int64_t dense = config.integer("first_k_dense_replace", 3);
+  for (std::size_t l = 0; l < spec.layers.size(); ++l) {
+    spec.layers[l].moe = static_cast<std::int64_t>(l) >= dense;
+  }
+  if (dense < 0 || spec.moe_layer_count() == 0) {
+    refuse(config.where(), "first_k_dense_replace is " + std::to_string(dense),
+           "At least one layer has routed experts.");
+  }
+  spec.prediction_layers = config.integer("num_nextn_predict_layers", 0);
+}
+
+std::int64_t attention_parameters(const ModelSpec& spec) {
+  const std::int64_t D = spec.hidden;
+  std::int64_t total = D * spec.qkv_width() + D * spec.attention_width();
+  if (spec.qkv_bias) total += spec.qkv_width();
+  if (!spec.is_latent()) return total;
+  const LatentSpec& latent = spec.latent;
+  if (latent.q_rank > 0) total += latent.q_rank * (spec.query_width() + 1);
+  return total + latent.kv_rank * (spec.heads * (latent.nope_dim + latent.value_dim) + 1);
+}
+
 std::int64_t layer_parameters(const ModelSpec& spec, const LayerSpec& layer, std::int64_t experts) {
-  const std::int64_t attention = spec.hidden * (2 * spec.query_width() + 2 * spec.kv_width());
+  const std::int64_t attention = attention_parameters(spec);
   const std::int64_t norms = 2 * spec.hidden;
   if (!layer.moe) return attention + norms + 3 * spec.hidden * spec.dense_width;
   return attention + norms + spec.experts * spec.hidden +
-         (experts + 1) * 3 * spec.hidden * spec.expert_width;
+         3 * spec.hidden * (spec.shared_width + experts * spec.expert_width);
 }
 
 std::int64_t count_parameters(const ModelSpec& spec, std::int64_t experts) {
@@ -194,6 +358,20 @@ std::int64_t count_parameters(const ModelSpec& spec, std::int64_t experts) {
 }
 
 }  // namespace
+
+const char* family_name(Family family) {
+  switch (family) {
+    case Family::llama:
+      return "llama";
+    case Family::llama4:
+      return "llama4";
+    case Family::qwen2:
+      return "qwen2";
+    case Family::deepseek_v3:
+      return "deepseek_v3";
+  }
+  return "?";
+}
 
 std::int64_t ModelSpec::moe_layer_count() const {
   return std::count_if(layers.begin(), layers.end(),
@@ -224,17 +402,22 @@ ModelSpec model_spec_from_config(const Json& config, const std::string& where) {
     spec.family = Family::llama;
     read_common(reader, spec);
     read_llama(reader, spec);
+  } else if (type == "qwen2") {
+    spec.family = Family::qwen2;
+    read_common(reader, spec);
+    read_qwen2(reader, spec);
+  } else if (type == "deepseek_v3") {
+    spec.family = Family::deepseek_v3;
+    read_common(reader, spec);
+    read_deepseek_v3(reader, spec);
   } else {
     refuse(
         where,
         "model_type '" + type + "' is not supported" +
             (spec.architecture.empty() ? "" : " (architecture " + spec.architecture + ")"),
-        "Supported: llama (LlamaForCausalLM), llama4 (Llama4ForCausalLM and the language part of "
-        "Llama4ForConditionalGeneration).");
-  }
-  if (spec.family == Family::llama4 && spec.attention_bias) {
-    refuse(where, "attention_bias is true, which Tailor does not implement for llama4",
-           "Published Llama 4 models have none.");
+        "Supported: llama (LlamaForCausalLM), qwen2 (Qwen2ForCausalLM), llama4 (Llama4ForCausalLM "
+        "and the language part of Llama4ForConditionalGeneration), deepseek_v3 "
+        "(DeepseekV3ForCausalLM: V3, R1).");
   }
   if (wrapper && whole.has("tie_word_embeddings") && !reader.has("tie_word_embeddings")) {
     spec.tied_head = whole.boolean("tie_word_embeddings", false);

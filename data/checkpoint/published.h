@@ -19,31 +19,44 @@ enum class MatrixRole : std::uint32_t {
   k = 12,
   v = 13,
   o = 14,
+  q_bias = 15,
+  k_bias = 16,
+  v_bias = 17,
+  q_a = 30,  ///< latent attention: queries' latent, its norm, and what expands it
+  q_a_norm = 31,
+  q_b = 32,
+  kv_a = 33,  ///< latent of keys and values, and the rotary key
+  kv_a_norm = 34,
+  kv_b = 35,
   post_norm = 20,
   router = 21,
   gate = 22,
   up = 23,
   down = 24,
+  router_bias = 25,  ///< on the scores by which experts are chosen; always float32
 };
 const char* role_name(MatrixRole role);
+/// Of one dimension: a norm's weights, a bias. A router of one expert is a matrix all the same.
+bool is_vector_role(MatrixRole role);
 
 /// One matrix [rows, columns] of outputs by inputs, and the published tensor that holds it.
 struct PublishedMatrix {
   MatrixRole role;
   std::int64_t rows, columns;
   std::string name;  ///< of the tensor
-  /// How the matrix lies in it. plain: the tensor is the matrix. fused: the tensor is
-  /// [experts, columns, width], inputs first (Llama 4); the matrix is expert `expert`, columns
-  /// [first, first + rows) of the width.
+  /// How the matrix lies in it. plain: the tensor is the matrix. fused: the tensor holds all
+  /// experts, as [experts, columns, width], inputs first (Llama 4), and the matrix is columns
+  /// [first, first + rows) of the width; or, `outputs_first`, as [experts, width, columns]
+  /// (transformers' DeepSeek V3), and it is rows [first, first + rows).
   bool fused = false;
   std::int64_t expert = 0, first = 0, width = 0;
+  bool outputs_first = false;
 
-  /// A norm's weights, whose tensor has one dimension. A router of one expert is a matrix all the
-  /// same.
-  bool is_vector() const {
-    return role == MatrixRole::final_norm || role == MatrixRole::input_norm ||
-           role == MatrixRole::post_norm;
-  }
+  bool is_vector() const { return is_vector_role(role); }
+  /// The tensor's shape, of a fused one for `experts`.
+  std::vector<std::int64_t> tensor_shape(std::int64_t experts) const;
+  /// Rows of the tensor before the matrix's first, where rows lie one after the other.
+  std::int64_t first_row() const { return fused && outputs_first ? expert * width + first : 0; }
 };
 
 /// The published matrices of one part of a model, by the names of its family. `experts_fused`: the

@@ -81,9 +81,8 @@ class LayoutMaker {
 
 WeightFormat stored_format(const StoreFormats& formats, UnitKind kind, MatrixRole role,
                            std::int64_t columns, const WeightFormat& published) {
-  const bool kept = kind == UnitKind::embedding || kind == UnitKind::head ||
-                    role == MatrixRole::final_norm || role == MatrixRole::input_norm ||
-                    role == MatrixRole::post_norm || role == MatrixRole::router;
+  const bool kept = kind == UnitKind::embedding || kind == UnitKind::head || is_vector_role(role) ||
+                    role == MatrixRole::router;
   const FormatChoice& choice = kind == UnitKind::expert ? formats.experts : formats.others;
   if (kept || choice.as_is) return published;
   if (choice.kind == WeightKind::int4) {

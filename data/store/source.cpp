@@ -228,7 +228,11 @@ void SourceReader::read_rows(const PublishedMatrix& matrix, std::int64_t begin, 
                              float* out) {
   const SourceMatrix source = find_source(checkpoint_, matrix);
   const WeightFormat& format = source.format;
-  if (matrix.fused) return read_fused_rows(matrix, source, begin, end, out);
+  if (matrix.fused && !matrix.outputs_first) {
+    return read_fused_rows(matrix, source, begin, end, out);
+  }
+  begin += matrix.first_row();
+  end += matrix.first_row();
   if (format.kind == WeightKind::int4) return read_int4_rows(matrix, source, begin, end, out);
   const std::int64_t columns = matrix.columns;
   const Dtype dtype = source.codes->info.dtype;
@@ -295,11 +299,11 @@ bool SourceReader::copy_encoded(const PublishedMatrix& matrix, const WeightForma
       (source.scales != nullptr && !whole)) {
     return false;
   }
-  if (matrix.fused) {
+  if (matrix.fused && !matrix.outputs_first) {
     copy_fused(matrix, source, begin, end, codes, scales);
   } else {
     const std::int64_t row_bytes = code_bytes(format, 1, matrix.columns);
-    read(*source.codes, begin * row_bytes, (end - begin) * row_bytes, codes);
+    read(*source.codes, (matrix.first_row() + begin) * row_bytes, (end - begin) * row_bytes, codes);
     if (source.scales != nullptr) {
       copy_scales(source, 0, source.scales->info.elements(), scales);
     }

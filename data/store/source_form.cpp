@@ -25,18 +25,18 @@ const Checkpoint::Tensor& find_codes(const Checkpoint& checkpoint, const Publish
   if (matrix.fused) {
     const Checkpoint::Tensor& tensor = checkpoint.find(matrix.name);
     const auto& shape = tensor.info.shape;
-    if (shape.size() != 3 || matrix.expert >= shape[0] || shape[1] != matrix.columns ||
-        shape[2] != matrix.width) {
+    const auto wanted = matrix.tensor_shape(0);
+    if (shape.size() != 3 || matrix.expert >= shape[0] || shape[1] != wanted[1] ||
+        shape[2] != wanted[2]) {
       refuse(checkpoint, tensor,
              "shape of '" + matrix.name + "' is " + tensor.info.shape_text() +
-                 ", config.json asks for [experts, " + std::to_string(matrix.columns) + ", " +
-                 std::to_string(matrix.width) + "]",
+                 ", config.json asks for [experts, " + std::to_string(wanted[1]) + ", " +
+                 std::to_string(wanted[2]) + "]",
              "Check that config.json belongs to these weights.");
     }
     return tensor;
   }
-  if (matrix.rows == 1 && checkpoint.has(matrix.name) &&
-      checkpoint.find(matrix.name).info.shape.size() == 1) {
+  if (matrix.is_vector()) {
     const std::int64_t shape[] = {matrix.columns};
     return checkpoint.find(matrix.name, shape);
   }
@@ -129,6 +129,10 @@ SourceMatrix find_fp8(const Checkpoint& checkpoint, const PublishedMatrix& matri
   }
   check_scale_type(checkpoint, *scales, false);
   const auto& shape = scales->info.shape;
+  if (matrix.fused && matrix.outputs_first) {
+    refuse(checkpoint, codes, "fp8 weights of all experts in one tensor are not supported",
+           "Use the checkpoint as published, with a tensor for every expert.");
+  }
   if (matrix.fused) {
     if (fits_fused(scales->info, codes.info)) return {&codes, scales, WeightFormat::fp8_rows()};
   } else {

@@ -88,10 +88,12 @@ std::vector<Case> cases() {
   static const AttentionShape shape{kHeads,
                                     kKvHeads,
                                     kHeadDim,
+                                    kHeadDim,
                                     kHeads * kHeadDim,
                                     kKvHeads * kHeadDim,
                                     kKvHeads * kHeadDim,
                                     kHeads * kHeadDim,
+                                    kHeadDim,
                                     0.125};
   static std::vector<float> lse(static_cast<std::size_t>(T * kHeads));
   const std::int64_t tasks = T / kDocument * kKvHeads;

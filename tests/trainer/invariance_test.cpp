@@ -79,7 +79,8 @@ class EveryModel : public testing::TestWithParam<std::string> {
   fs::path folder() const { return golden(GetParam()) / "model"; }
 };
 INSTANTIATE_TEST_SUITE_P(Models, EveryModel,
-                         testing::Values("llama_tiny", "llama4_maverick_tiny", "llama4_scout_tiny"),
+                         testing::Values("llama_tiny", "qwen2_tiny", "llama4_maverick_tiny",
+                                         "llama4_scout_tiny", "deepseek_v3_tiny"),
                          [](const auto& parameter) { return parameter.param; });
 
 TEST_P(EveryModel, gradients_agree_with_finite_differences_in_float64) {

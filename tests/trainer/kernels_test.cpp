@@ -253,10 +253,12 @@ TYPED_TEST(KernelsOf, attention) {
       const AttentionShape shape{heads,
                                  kv_heads,
                                  dim,
+                                 dim,
                                  heads * dim + 5,
                                  kv_heads * dim + 3,
                                  kv_heads * dim + 9,
                                  heads * dim + 7,
+                                 dim,
                                  1 / std::sqrt(static_cast<double>(dim))};
       std::vector<AttentionSegment> segments;
       std::int64_t queries = 0, keys = 0;
@@ -302,10 +304,12 @@ TYPED_TEST(KernelsOf, attention_backward) {
       const AttentionShape shape{heads,
                                  kv_heads,
                                  dim,
+                                 dim,
                                  heads * dim + 5,
                                  kv_heads * dim + 3,
                                  kv_heads * dim + 9,
                                  heads * dim + 7,
+                                 dim,
                                  1 / std::sqrt(static_cast<double>(dim))};
       std::vector<AttentionSegment> segments;
       std::int64_t tokens = 0;

@@ -53,14 +53,23 @@ TEST_P(ForwardParity, hidden_states_routing_logits_and_loss_equal_transformers) 
     const bool index = name.starts_with("route_index.");
     const std::string layer_text = name.substr(name.find("layers.") + 7);
     const auto layer = static_cast<std::size_t>(std::stoi(layer_text));
+    const auto K = static_cast<std::size_t>(model.spec.experts_per_token);
     for (std::size_t t = 0; t < tokens.kept.size(); ++t) {
-      const at::Tensor value = tensor[tokens.kept[t]];
-      if (index) {
-        EXPECT_EQ(trace.expert[layer][t], value.flatten()[0].item<std::int64_t>())
-            << name << " " << t;
-      } else {
-        EXPECT_NEAR(trace.gate[layer][t], value.flatten()[0].item<double>(), 1e-5)
-            << name << " " << t;
+      // The fixture's choices are sorted by expert, ours by rank.
+      std::vector<std::pair<std::int32_t, double>> chosen;
+      for (std::size_t k = 0; k < K; ++k) {
+        chosen.emplace_back(trace.expert[layer][t * K + k], trace.gate[layer][t * K + k]);
+      }
+      std::sort(chosen.begin(), chosen.end());
+      const at::Tensor value = tensor[tokens.kept[t]].flatten();
+      ASSERT_EQ(value.numel(), model.spec.experts_per_token);
+      for (std::size_t k = 0; k < K; ++k) {
+        const auto at = static_cast<std::int64_t>(k);
+        if (index) {
+          EXPECT_EQ(chosen[k].first, value[at].item<std::int64_t>()) << name << " " << t;
+        } else {
+          EXPECT_NEAR(chosen[k].second, value[at].item<double>(), 1e-5) << name << " " << t;
+        }
       }
     }
     ++routed;
@@ -75,6 +84,8 @@ TEST_P(ForwardParity, hidden_states_routing_logits_and_loss_equal_transformers) 
 INSTANTIATE_TEST_SUITE_P(
     Models, ForwardParity,
     testing::Values(ForwardCase{"llama_tiny", "llama_tiny"},
+                    ForwardCase{"qwen2_tiny", "qwen2_tiny"},
+                    ForwardCase{"deepseek_v3_tiny", "deepseek_v3_tiny"},
                     ForwardCase{"llama4_maverick_tiny", "llama4_maverick_tiny"},
                     ForwardCase{"llama4_scout_tiny", "llama4_scout_tiny"},
                     ForwardCase{"llama4_conditional_tiny", "llama4_maverick_tiny"}),
@@ -83,9 +94,11 @@ INSTANTIATE_TEST_SUITE_P(
 class TrainingParity : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
-    model_folder_ =
-        golden(GetParam() == "llama4_router_tiny" ? "llama4_maverick_tiny" : GetParam());
-    lora_folder_ = golden(GetParam()) / "lora";
+    const bool all = GetParam() == "deepseek_v3_tiny_all";
+    model_folder_ = golden(GetParam() == "llama4_router_tiny" ? "llama4_maverick_tiny"
+                           : all                              ? "deepseek_v3_tiny"
+                                                              : GetParam());
+    lora_folder_ = all ? model_folder_ / "lora_all" : golden(GetParam()) / "lora";
     model_ = load_tiny(model_folder_ / "model", at::kFloat);
     adapter_ =
         std::make_unique<Adapter>(read_peft_adapter(lora_folder_ / "adapter_init", model_.spec));
@@ -181,8 +194,9 @@ TEST_P(TrainingParity, twelve_steps_follow_pefts_losses_norms_and_end_in_its_fac
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, TrainingParity,
-                         testing::Values("llama_tiny", "llama4_maverick_tiny",
-                                         "llama4_router_tiny"),
+                         testing::Values("llama_tiny", "qwen2_tiny", "llama4_maverick_tiny",
+                                         "llama4_router_tiny", "deepseek_v3_tiny",
+                                         "deepseek_v3_tiny_all"),
                          [](const auto& parameter) { return parameter.param; });
 
 }  // namespace

@@ -59,7 +59,7 @@ Json to_json(const Inspected& model) {
   }
   return {{"folder", model.folder.string()},
           {"architecture", spec.architecture},
-          {"family", spec.family == Family::llama4 ? "llama4" : "llama"},
+          {"family", family_name(spec.family)},
           {"parameters", spec.parameters()},
           {"active_parameters", spec.active_parameters()},
           {"bytes", model.bytes},

@@ -44,9 +44,12 @@ struct AttentionSegment {
 
 /// Where heads lie in memory. Strides are in elements between consecutive tokens.
 struct AttentionShape {
-  std::int64_t heads, kv_heads, head_dim;
+  std::int64_t heads, kv_heads;
+  std::int64_t head_dim;   ///< of queries and keys
+  std::int64_t value_dim;  ///< of values and results
   std::int64_t q_stride, k_stride, v_stride, o_stride;
-  double scale;  ///< on q k^T
+  std::int64_t v_head;  ///< elements between a token's value heads; the others lie close
+  double scale;         ///< on q k^T
 };
 
 /// What happens to q and k between projection and attention: rotary embedding, then the weight-less

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "trainer/models/latent_attention.h"
+
 namespace tailor {
 namespace {
 
@@ -13,21 +15,24 @@ at::Tensor rows_of(const at::Tensor& tensor, TokenRange range) {
 }  // namespace
 
 AttentionKept AttentionKept::rows(TokenRange range) const {
-  return {rows_of(qkv, range),  rows_of(o, range),      rows_of(lse, range),
-          rows_of(rstd, range), rows_of(xa_qkv, range), rows_of(xa_o, range)};
+  return {rows_of(qkv, range),      rows_of(o, range),         rows_of(lse, range),
+          rows_of(rstd, range),     rows_of(xa_qkv, range),    rows_of(xa_o, range),
+          rows_of(q_latent, range), rows_of(kv_latent, range), rows_of(k_rope, range),
+          rows_of(xa_q_b, range),   rows_of(xa_kv_b, range)};
 }
 
 std::int64_t AttentionKept::bytes() const {
   std::int64_t total = 0;
-  for (const at::Tensor* tensor : {&qkv, &o, &lse, &rstd, &xa_qkv, &xa_o}) {
+  for (const at::Tensor* tensor :
+       {&qkv, &o, &lse, &rstd, &xa_qkv, &xa_o, &q_latent, &kv_latent, &k_rope, &xa_q_b, &xa_kv_b}) {
     if (tensor->defined()) total += static_cast<std::int64_t>(tensor->nbytes());
   }
   return total;
 }
 
 template <class S>
-Attention<S>::Attention(const ModelSpec& spec, int layer, const LayerWeights& weights,
-                        const PassContext<S>& context)
+GroupedAttention<S>::GroupedAttention(const ModelSpec& spec, int layer, const LayerWeights& weights,
+                                      const PassContext<S>& context)
     : spec_(spec),
       layer_(spec.layers[static_cast<std::size_t>(layer)]),
       weights_(weights),
@@ -37,7 +42,7 @@ Attention<S>::Attention(const ModelSpec& spec, int layer, const LayerWeights& we
       lora_o_(context, layer, {Projection::o_proj}, {0}) {}
 
 template <class S>
-QkShape Attention<S>::qk_shape() const {
+QkShape GroupedAttention<S>::qk_shape() const {
   QkShape out{};
   out.heads = spec_.heads + spec_.kv_heads;
   out.query_heads = spec_.heads;
@@ -51,15 +56,20 @@ QkShape Attention<S>::qk_shape() const {
 }
 
 template <class S>
-AttentionShape Attention<S>::shape(std::int64_t q_stride, std::int64_t kv_stride) const {
-  return {spec_.heads,         spec_.kv_heads,
-          spec_.head_dim,      q_stride,
-          kv_stride,           kv_stride,
-          spec_.query_width(), 1 / std::sqrt(static_cast<double>(spec_.head_dim))};
+AttentionShape GroupedAttention<S>::shape(std::int64_t q_stride, std::int64_t kv_stride) const {
+  AttentionShape out{};
+  out.heads = spec_.heads;
+  out.kv_heads = spec_.kv_heads;
+  out.head_dim = out.value_dim = out.v_head = spec_.head_dim;
+  out.q_stride = q_stride;
+  out.k_stride = out.v_stride = kv_stride;
+  out.o_stride = spec_.query_width();
+  out.scale = 1 / std::sqrt(static_cast<double>(spec_.head_dim));
+  return out;
 }
 
 template <class S>
-AttentionKept Attention<S>::allocate(std::int64_t tokens, TensorStack& stack) const {
+AttentionKept GroupedAttention<S>::allocate(std::int64_t tokens, TensorStack& stack) const {
   const auto take = [&](std::int64_t columns, at::ScalarType dtype) {
     return stack.take({tokens, columns}, dtype);
   };
@@ -74,17 +84,28 @@ AttentionKept Attention<S>::allocate(std::int64_t tokens, TensorStack& stack) co
 }
 
 template <class S>
-void Attention<S>::forward(const TokenLayout<AccumOf<S>>& layout, std::size_t index,
-                           const at::Tensor& x_TD, const at::Tensor& h_TD,
-                           const AttentionKept& kept) const {
+void GroupedAttention<S>::project(const at::Tensor& n_TD, const AttentionKept& kept,
+                                  const std::uint64_t* token_id) const {
+  if (weights_.qkv_bias_O.defined()) {
+    at::Tensor qkv = kept.qkv;
+    at::addmm_out(qkv, weights_.qkv_bias_O, n_TD, weights_.qkv_OD.t());
+  } else {
+    ops::linear(n_TD, weights_.qkv_OD, kept.qkv);
+  }
+  if (!lora_qkv_.empty()) lora_qkv_.forward(n_TD, kept.qkv, kept.xa_qkv, 0, token_id);
+}
+
+template <class S>
+void GroupedAttention<S>::forward(const TokenLayout<AccumOf<S>>& layout, std::size_t index,
+                                  const at::Tensor& x_TD, const at::Tensor& h_TD,
+                                  const AttentionKept& kept) const {
   using A = AccumOf<S>;
   const TokenRange range = layout.micro_batches()[index];
   const std::int64_t T = range.size();
   const Frame frame(context_.scratch_stack());
   const at::Tensor n_TD = context_.scratch(x_TD.sizes());
   ops::rms_norm<S>(x_TD, weights_.input_norm_D, spec_.norm_eps, n_TD);
-  ops::linear(n_TD, weights_.qkv_OD, kept.qkv);
-  if (!lora_qkv_.empty()) lora_qkv_.forward(n_TD, kept.qkv, kept.xa_qkv, 0, token_ids(range.begin));
+  project(n_TD, kept, token_ids(range.begin));
 
   const QkShape qk = qk_shape();
   const A* temperature =
@@ -111,10 +132,10 @@ void Attention<S>::forward(const TokenLayout<AccumOf<S>>& layout, std::size_t in
 }
 
 template <class S>
-void Attention<S>::backward(const TokenLayout<AccumOf<S>>& layout, std::size_t index,
-                            const at::Tensor& x_TD, const at::Tensor& dh_TD,
-                            const AttentionKept& kept, const at::Tensor& dx_TD,
-                            bool wants_dx) const {
+void GroupedAttention<S>::backward(const TokenLayout<AccumOf<S>>& layout, std::size_t index,
+                                   const at::Tensor& x_TD, const at::Tensor& dh_TD,
+                                   const AttentionKept& kept, const at::Tensor& dx_TD,
+                                   bool wants_dx) const {
   using A = AccumOf<S>;
   const TokenRange range = layout.micro_batches()[index];
   const std::int64_t T = range.size();
@@ -160,16 +181,15 @@ void Attention<S>::backward(const TokenLayout<AccumOf<S>>& layout, std::size_t i
 }
 
 template <class S>
-void Attention<S>::forward_cached(std::int64_t first, const at::Tensor& x_TD,
-                                  const at::Tensor& h_TD, const KeyValueCache& cache) const {
+void GroupedAttention<S>::forward_cached(std::int64_t first, const at::Tensor& x_TD,
+                                         const at::Tensor& h_TD, const KeyValueCache& cache) const {
   using A = AccumOf<S>;
   const std::int64_t T = x_TD.size(0), Q = spec_.query_width(), KV = spec_.kv_width();
   const Frame frame(context_.scratch_stack());
   const AttentionKept kept = allocate(T, context_.scratch_stack());
   const at::Tensor n_TD = context_.scratch(x_TD.sizes());
   ops::rms_norm<S>(x_TD, weights_.input_norm_D, spec_.norm_eps, n_TD);
-  ops::linear(n_TD, weights_.qkv_OD, kept.qkv);
-  if (!lora_qkv_.empty()) lora_qkv_.forward(n_TD, kept.qkv, kept.xa_qkv, 0, nullptr);
+  project(n_TD, kept, nullptr);
   std::vector<std::int32_t> position;
   std::vector<A> cos, sin, temperature;
   rope_tables(spec_, first + T, cos, sin);
@@ -202,6 +222,19 @@ void Attention<S>::forward_cached(std::int64_t first, const at::Tensor& x_TD,
   if (!lora_o_.empty()) lora_o_.forward(kept.o, h_TD, kept.xa_o, 0, nullptr);
 }
 
+template <class S>
+std::unique_ptr<Attention<S>> Attention<S>::create(const ModelSpec& spec, int layer,
+                                                   const LayerWeights& weights,
+                                                   const PassContext<S>& context) {
+  if (spec.is_latent()) {
+    return std::make_unique<LatentAttention<S>>(spec, layer, weights, context);
+  }
+  return std::make_unique<GroupedAttention<S>>(spec, layer, weights, context);
+}
+
+template class GroupedAttention<double>;
+template class GroupedAttention<float>;
+template class GroupedAttention<Bf16>;
 template class Attention<double>;
 template class Attention<float>;
 template class Attention<Bf16>;

@@ -17,7 +17,8 @@ struct Layer {
   Layer(const ModelSpec& spec, std::size_t layer, const PassContext<S>& context)
       : index(static_cast<std::int64_t>(layer)),
         moe(spec.layers[layer].moe),
-        attention(spec, static_cast<int>(layer), weights, context),
+        attention_part(Attention<S>::create(spec, static_cast<int>(layer), weights, context)),
+        attention(*attention_part),
         mlp(moe ? Mlp<S>::Kind::shared_expert : Mlp<S>::Kind::dense, spec, static_cast<int>(layer),
             weights, context) {
     if (!moe) return;
@@ -30,7 +31,8 @@ struct Layer {
   std::int64_t index;
   LayerWeights weights;  ///< the parts that are leased now
   bool moe;
-  Attention<S> attention;
+  std::unique_ptr<Attention<S>> attention_part;
+  const Attention<S>& attention;
   Mlp<S> mlp;
   std::optional<Router<S>> router;
   std::optional<Experts<S>> experts;
@@ -134,7 +136,7 @@ class DecoderOf final : public Decoder {
     GenerationState state;
     for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
       state.kv.push_back(
-          at::empty({positions_max, 2 * spec_.kv_width()}, at::TensorOptions(kDtype<S>)));
+          at::empty({positions_max, spec_.cache_width()}, at::TensorOptions(kDtype<S>)));
     }
     return state;
   }

@@ -44,7 +44,7 @@ struct Trace {
 
 /// Keys, values and the position reached, of one sequence being generated.
 struct GenerationState {
-  std::vector<at::Tensor> kv;  ///< per layer [positions_max, 2KV]
+  std::vector<at::Tensor> kv;  ///< per layer [positions_max, cache_width]
   std::int64_t position = 0;
 };
 

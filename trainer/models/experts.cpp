@@ -40,6 +40,15 @@ void zero_past(const at::Tensor& tensor, std::int64_t rows) {
   if (rows < tensor.size(0)) tensor.narrow(0, rows, tensor.size(0) - rows).zero_();
 }
 
+/// 0, 1, 2, ...: for kernels that take rows by index, on rows as they lie.
+const std::int32_t* own_rows(std::int64_t count) {
+  static thread_local std::vector<std::int32_t> rows;
+  while (static_cast<std::int64_t>(rows.size()) < count) {
+    rows.push_back(static_cast<std::int32_t>(rows.size()));
+  }
+  return rows.data();
+}
+
 std::int64_t rows_max(const std::vector<std::int64_t>& expert_begin) {
   std::int64_t most = 0;
   for (std::size_t e = 0; e + 1 < expert_begin.size(); ++e) {
@@ -111,7 +120,8 @@ void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rout
     const at::Tensor m_p = slice(m_scratch, 0, p), m = slice(m_p, 0, n);
     const at::Tensor gate_up =
         kept.gate_up.defined() ? slice(kept.gate_up, begin, p) : slice(gate_up_scratch, 0, p);
-    gather<S>(n_TD, routing.token_of_row.data() + begin, routing.gate_of_row.data() + begin, x);
+    gather<S>(n_TD, routing.token_of_row.data() + begin,
+              scales_input() ? routing.gate_of_row.data() + begin : nullptr, x);
     zero_past(x_p, n);
     at::Tensor to = gate_up;
     at::mm_out(to, x_p, weights.gate_up_DO);
@@ -120,6 +130,9 @@ void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rout
                             row_ids(routing, begin));
     }
     ops::swiglu<S>(gate_up, m_p);
+    if (!scales_input()) {
+      gather<S>(m, own_rows(n), routing.gate_of_row.data() + begin, m);
+    }
     to = slice(y, begin, p);
     at::mm_out(to, m_p, weights.down_FD);
     if (!lora_down_.empty()) {
@@ -145,6 +158,7 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
   const at::Tensor gate_up_scratch =
       kept.gate_up.defined() ? at::Tensor() : context_.scratch({most, 2 * F});
   const at::Tensor dx = context_.scratch({rows + kRowMultiple, D});
+  d_gate.resize(static_cast<std::size_t>(rows));
   each_expert(routing, [&](std::int64_t e, std::int64_t begin, std::int64_t n,
                            const ExpertWeights& weights) {
     const std::int64_t p = padded(n);
@@ -159,7 +173,7 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     at::Tensor gate_up_p =
         kept.gate_up.defined() ? slice(kept.gate_up, begin, n) : slice(gate_up_scratch, 0, p);
     const at::Tensor gate_up = slice(gate_up_p, 0, n);
-    gather<S>(n_TD, token, routing.gate_of_row.data() + begin, x);
+    gather<S>(n_TD, token, scales_input() ? routing.gate_of_row.data() + begin : nullptr, x);
     gather<S>(dout_TD, token, nullptr, dy);
     zero_past(dy_p, n);
     if (!kept.gate_up.defined()) {
@@ -171,10 +185,16 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     at::mm_out(to, dy_p, weights.down_FD.t());
     if (!lora_down_.empty() && !kept.gate_up.defined()) {
       ops::swiglu<S>(gate_up, m);
+      if (!scales_input()) gather<S>(m, own_rows(n), routing.gate_of_row.data() + begin, m);
       lora_down_.down_only(m, slice(kept.xa_down, begin, n), e, ids);
     }
-    swiglu_and_down_backward(lora_down_, context_, gate_up, dy, slice(kept.xa_down, begin, n), dm,
-                             d_gate_up, e, ids);
+    if (scales_input()) {
+      swiglu_and_down_backward(lora_down_, context_, gate_up, dy, slice(kept.xa_down, begin, n), dm,
+                               d_gate_up, e, ids);
+    } else {
+      weighted_backward(routing, begin, gate_up, dy, slice(kept.xa_down, begin, n), dm, d_gate_up,
+                        e, d_gate);
+    }
     zero_past(d_gate_up_p, n);
     to = slice(dx, begin, p);
     at::mm_out(to, d_gate_up_p, weights.gate_up_DO.t());
@@ -182,12 +202,35 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
       lora_gate_up_.backward(x, d_gate_up, xa_gate_up, slice(dx, begin, n), e, ids);
     }
   });
-  d_gate.resize(static_cast<std::size_t>(rows));
+  if (!scales_input()) return combine<S>(dx, routing, nullptr, dn_TD);
   at::parallel_for(0, rows, kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
     kernels<S>().gate_gradient(begin, end, D, data<S>(dx), data<S>(n_TD),
                                routing.token_of_row.data(), d_gate.data());
   });
   combine<S>(dx, routing, routing.gate_of_row.data(), dn_TD);
+}
+
+template <class S>
+void Experts<S>::weighted_backward(const Routing<AccumOf<S>>& routing, std::int64_t begin,
+                                   const at::Tensor& gate_up, const at::Tensor& dy,
+                                   const at::Tensor& xa_down, const at::Tensor& dm,
+                                   const at::Tensor& d_gate_up, std::int64_t expert,
+                                   std::vector<AccumOf<S>>& d_gate) const {
+  const std::int64_t n = dm.size(0), F = spec_.expert_width;
+  const AccumOf<S>* gate = routing.gate_of_row.data() + begin;
+  const Frame frame(context_.scratch_stack());
+  const at::Tensor m = context_.scratch({n, F}), weighted = context_.scratch({n, F});
+  ops::swiglu<S>(gate_up, m);
+  if (!lora_down_.empty()) {
+    gather<S>(m, own_rows(n), gate, weighted);
+    lora_down_.backward(weighted, dy, xa_down, dm, expert, row_ids(routing, begin));
+  }
+  at::parallel_for(0, n, kRowsPerTask, [&](std::int64_t from, std::int64_t to) {
+    kernels<S>().gate_gradient(from, to, F, data<S>(dm), data<S>(m), own_rows(n),
+                               d_gate.data() + begin);
+  });
+  gather<S>(dm, own_rows(n), gate, dm);
+  ops::swiglu_backward<S>(gate_up, dm, d_gate_up);
 }
 
 template class Experts<double>;

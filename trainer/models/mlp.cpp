@@ -20,7 +20,7 @@ std::int64_t MlpKept::bytes() const {
 template <class S>
 Mlp<S>::Mlp(Kind kind, const ModelSpec& spec, int layer, const LayerWeights& weights,
             const PassContext<S>& context)
-    : width_(kind == Kind::dense ? spec.dense_width : spec.expert_width),
+    : width_(kind == Kind::dense ? spec.dense_width : spec.shared_width),
       weights_(weights),
       context_(context),
       lora_gate_up_(context, layer,

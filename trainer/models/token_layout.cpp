@@ -25,6 +25,32 @@ std::vector<AttentionSegment> cut(const TokenInput& input, TokenRange range, std
   return out;
 }
 
+/// Pairs that turn more than beta_fast times over the original length keep their frequency, those
+/// that turn less than beta_slow times get it divided by `factor`, a ramp lies between (Peng et
+/// al., arXiv 2309.00071, section 3.2; modeling_rope_utils.py, _compute_yarn_parameters).
+void slow_by_yarn(const RopeSpec& rope, std::int64_t dim, std::vector<float>& frequencies) {
+  const auto pair_turning = [&](double turns) {
+    return static_cast<double>(dim) *
+           std::log(rope.original_positions / (turns * 2 * std::numbers::pi)) /
+           (2 * std::log(rope.theta));
+  };
+  double low = pair_turning(rope.beta_fast), high = pair_turning(rope.beta_slow);
+  if (rope.truncate) {
+    low = std::floor(low);
+    high = std::ceil(high);
+  }
+  low = std::max(low, 0.0);
+  high = std::min(high, static_cast<double>(dim - 1));
+  if (low == high) high += 0.001;
+  for (std::size_t i = 0; i < frequencies.size(); ++i) {
+    const float ramp = std::clamp(
+        (static_cast<float>(i) - static_cast<float>(low)) / static_cast<float>(high - low), 0.0F,
+        1.0F);
+    const float kept = 1 - ramp, f = frequencies[i];
+    frequencies[i] = f / static_cast<float>(rope.factor) * (1 - kept) + f * kept;
+  }
+}
+
 }  // namespace
 
 std::vector<float> rope_frequencies(const RopeSpec& rope, std::int64_t head_dim) {
@@ -49,22 +75,28 @@ std::vector<float> rope_frequencies(const RopeSpec& rope, std::int64_t head_dim)
         f = slowed;
       }
     }
+    if (rope.kind == RopeSpec::Kind::longrope) {
+      f = 1.0F / (static_cast<float>(rope.factors[static_cast<std::size_t>(i)]) *
+                  std::pow(static_cast<float>(rope.theta), exponent));
+    }
     out[static_cast<std::size_t>(i)] = f;
   }
+  if (rope.kind == RopeSpec::Kind::yarn) slow_by_yarn(rope, head_dim, out);
   return out;
 }
 
 template <class A>
 void rope_tables(const ModelSpec& spec, std::int64_t positions, std::vector<A>& cos,
                  std::vector<A>& sin) {
-  const std::vector<float> frequencies = rope_frequencies(spec.rope, spec.head_dim);
+  const std::vector<float> frequencies = rope_frequencies(spec.rope, spec.rope_width());
+  const auto factor = static_cast<float>(spec.rope.attention_factor);
   cos.clear();
   sin.clear();
   for (std::int64_t p = 0; p < positions; ++p) {
     for (const float f : frequencies) {
       const float angle = static_cast<float>(p) * f;
-      cos.push_back(static_cast<A>(std::cos(angle)));
-      sin.push_back(static_cast<A>(std::sin(angle)));
+      cos.push_back(static_cast<A>(std::cos(angle) * factor));
+      sin.push_back(static_cast<A>(std::sin(angle) * factor));
     }
   }
 }

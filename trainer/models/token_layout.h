@@ -57,10 +57,10 @@ class TokenLayout {
 };
 
 /// Inverse frequencies of the rotary embedding, [head_dim / 2], computed in float32 as transformers
-/// does (modeling_rope_utils.py): 1 / theta^(2i/d), with Llama 3's smooth change for long waves.
+/// does (modeling_rope_utils.py): 1 / theta^(2i/d), changed as `rope` says.
 std::vector<float> rope_frequencies(const RopeSpec& rope, std::int64_t head_dim);
 
-/// cos and sin of positions [0, positions), [positions, head_dim / 2].
+/// cos and sin of positions [0, positions), [positions, rope_width / 2], times attention_factor.
 template <class A>
 void rope_tables(const ModelSpec& spec, std::int64_t positions, std::vector<A>& cos,
                  std::vector<A>& sin);

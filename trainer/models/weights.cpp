@@ -56,6 +56,7 @@ class Loader {
     return check_only_ ? at::Tensor() : whole.narrow(0, begin, count);
   }
   bool check_only() const { return check_only_; }
+  Loader as(at::ScalarType dtype) const { return {checkpoint_, dtype, check_only_}; }
   bool has(const std::string& name) const { return checkpoint_.has(name); }
 
  private:
@@ -65,17 +66,21 @@ class Loader {
 };
 
 /// Matrices of one input, stacked: rows of `whole` one after the other.
-void load_stacked(const Loader& loader, std::span<const PublishedMatrix> matrices,
-                  at::Tensor& whole) {
+at::Tensor load_stacked(const Loader& loader, std::span<const PublishedMatrix> matrices) {
   std::int64_t rows = 0;
   for (const PublishedMatrix& matrix : matrices) rows += matrix.rows;
-  whole = loader.allocate({rows, matrices[0].columns});
+  const at::Tensor whole = loader.allocate({rows, matrices[0].columns});
   std::int64_t at = 0;
   for (const PublishedMatrix& matrix : matrices) {
     loader.load_into(matrix.name, {matrix.rows, matrix.columns},
                      loader.rows(whole, at, matrix.rows));
     at += matrix.rows;
   }
+  return whole;
+}
+
+at::Tensor load_vector(const Loader& loader, const PublishedMatrix& matrix, bool wide) {
+  return (wide ? loader.as(at::kFloat) : loader).load(matrix.name, {matrix.columns});
 }
 
 at::Tensor load_one(const Loader& loader, const PublishedMatrix& matrix) {
@@ -88,8 +93,12 @@ void load_experts(const Loader& loader, const ModelSpec& spec, std::int64_t laye
   const std::int64_t E = spec.experts, D = spec.hidden, F = spec.expert_width;
   if (!loader.has(expert_matrices(spec, layer, 0, false)[0].name)) {
     const auto fused = expert_matrices(spec, layer, 0, true);
-    out.experts_gate_up_EDO = loader.load(fused[0].name, {E, D, 2 * F});
-    out.experts_down_EFD = loader.load(fused[2].name, {E, F, D});
+    const auto turned = [&](const PublishedMatrix& matrix) {
+      const at::Tensor whole = loader.load(matrix.name, matrix.tensor_shape(E));
+      return matrix.outputs_first && whole.defined() ? whole.transpose(1, 2) : whole;
+    };
+    out.experts_gate_up_EDO = turned(fused[0]);
+    out.experts_down_EFD = turned(fused[2]);
     return;
   }
   out.experts_gate_up_EDO = loader.allocate({E, D, 2 * F});
@@ -117,18 +126,17 @@ ModelWeights load_all(const Loader& loader, const ModelSpec& spec) {
   out.norm_D = load_one(loader, final_norm_matrix(spec));
   for (std::int64_t l = 0; l < spec.layer_count(); ++l) {
     LayerWeights layer;
-    const auto attention = attention_matrices(spec, l);  // norm, q, k, v, o
-    layer.input_norm_D = load_one(loader, attention[0]);
-    load_stacked(loader, std::span(attention).subspan(1, 3), layer.qkv_OD);
-    layer.o_DO = load_one(loader, attention[4]);
-    const auto rest = feed_forward_matrices(spec, l);  // norm, router where there is one, MLP
-    const bool moe = spec.layers[static_cast<std::size_t>(l)].moe;
-    const std::size_t gate = moe ? 2 : 1;
-    layer.post_norm_D = load_one(loader, rest[0]);
-    if (moe) layer.router_ED = load_one(loader, rest[1]);
-    load_stacked(loader, std::span(rest).subspan(gate, 2), layer.gate_up_OD);
-    layer.down_DF = load_one(loader, rest[gate + 2]);
-    if (moe) load_experts(loader, spec, l, layer);
+    const auto place = [&](const auto& matrices, const auto& place_part) {
+      place_part(
+          matrices.size(), [&](std::size_t i) { return matrices[i].role; },
+          [&](std::size_t i, std::size_t n) {
+            return load_stacked(loader, std::span(matrices).subspan(i, n));
+          },
+          [&](std::size_t i, bool wide) { return load_vector(loader, matrices[i], wide); }, layer);
+    };
+    place(attention_matrices(spec, l), [](auto&&... parts) { place_attention(parts...); });
+    place(feed_forward_matrices(spec, l), [](auto&&... parts) { place_feed_forward(parts...); });
+    if (spec.layers[static_cast<std::size_t>(l)].moe) load_experts(loader, spec, l, layer);
     out.layers.push_back(std::move(layer));
   }
   return out;
@@ -148,8 +156,9 @@ std::int64_t ModelWeights::bytes() const {
   for (const LayerWeights& layer : layers) {
     for (const at::Tensor* tensor :
          std::array{&layer.input_norm_D, &layer.post_norm_D, &layer.qkv_OD, &layer.o_DO,
-                    &layer.gate_up_OD, &layer.down_DF, &layer.router_ED, &layer.experts_gate_up_EDO,
-                    &layer.experts_down_EFD}) {
+                    &layer.q_a_norm, &layer.q_b_OR, &layer.kv_a_norm, &layer.kv_b_OR,
+                    &layer.qkv_bias_O, &layer.router_bias_E, &layer.gate_up_OD, &layer.down_DF,
+                    &layer.router_ED, &layer.experts_gate_up_EDO, &layer.experts_down_EFD}) {
       if (tensor->defined()) total += static_cast<std::int64_t>(tensor->nbytes());
     }
   }

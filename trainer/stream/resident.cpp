@@ -18,6 +18,11 @@ class ResidentWeights final : public FrozenWeights {
     const LayerWeights& from = of(layer);
     out.input_norm_D = from.input_norm_D;
     out.qkv_OD = from.qkv_OD;
+    out.qkv_bias_O = from.qkv_bias_O;
+    out.q_a_norm = from.q_a_norm;
+    out.q_b_OR = from.q_b_OR;
+    out.kv_a_norm = from.kv_a_norm;
+    out.kv_b_OR = from.kv_b_OR;
     out.o_DO = from.o_DO;
     return {};
   }
@@ -25,6 +30,7 @@ class ResidentWeights final : public FrozenWeights {
     const LayerWeights& from = of(layer);
     out.post_norm_D = from.post_norm_D;
     out.router_ED = from.router_ED;
+    out.router_bias_E = from.router_bias_E;
     out.gate_up_OD = from.gate_up_OD;
     out.down_DF = from.down_DF;
     return {};

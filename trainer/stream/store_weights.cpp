@@ -121,23 +121,16 @@ class StoreStream final : public StoreWeights {
   Lease attention(std::int64_t layer, LayerWeights& out, TensorStack& scratch) override {
     const int tile = map_.attention[static_cast<std::size_t>(layer)];
     Lease lease = acquire(tile);
-    const auto matrices = matrices_of(*unit_of(tile, 0), lease.bytes());
-    out.input_norm_D = stacked(std::span(&matrices[0], 1), dtype_, scratch)[0];
-    out.qkv_OD = stacked(std::span(&matrices[1], 3), dtype_, scratch);
-    out.o_DO = stacked(std::span(&matrices[4], 1), dtype_, scratch);
+    place(*unit_of(tile, 0), lease, scratch, out,
+          [](auto&&... parts) { place_attention(parts...); });
     return lease;
   }
 
   Lease feed_forward(std::int64_t layer, LayerWeights& out, TensorStack& scratch) override {
     const int tile = map_.feed_forward[static_cast<std::size_t>(layer)];
     Lease lease = acquire(tile);
-    const auto matrices = matrices_of(*unit_of(tile, 0), lease.bytes());
-    const bool moe = spec_.layers[static_cast<std::size_t>(layer)].moe;
-    const std::size_t gate = moe ? 2 : 1;
-    out.post_norm_D = stacked(std::span(&matrices[0], 1), dtype_, scratch)[0];
-    if (moe) out.router_ED = stacked(std::span(&matrices[1], 1), dtype_, scratch);
-    out.gate_up_OD = stacked(std::span(&matrices[gate], 2), dtype_, scratch);
-    out.down_DF = stacked(std::span(&matrices[gate + 2], 1), dtype_, scratch);
+    place(*unit_of(tile, 0), lease, scratch, out,
+          [](auto&&... parts) { place_feed_forward(parts...); });
     return lease;
   }
 
@@ -204,6 +197,21 @@ class StoreStream final : public StoreWeights {
   }
 
  private:
+  template <class Place>
+  void place(const StoredUnit& unit, const Lease& lease, TensorStack& scratch, LayerWeights& out,
+             const Place& place_part) const {
+    const auto matrices = matrices_of(unit, lease.bytes());
+    place_part(
+        matrices.size(), [&](std::size_t i) { return unit.matrices[i].role; },
+        [&](std::size_t i, std::size_t n) {
+          return stacked(std::span(matrices).subspan(i, n), dtype_, scratch);
+        },
+        [&](std::size_t i, bool wide) {
+          return stacked(std::span(matrices).subspan(i, 1), wide ? at::kFloat : dtype_, scratch)[0];
+        },
+        out);
+  }
+
   // ------------------------------------------------------------------ tiles
   void cut_tiles(const StreamOptions& options) {
     const StoreLayout& layout = store_->layout();

@@ -49,13 +49,15 @@ void attention(std::int64_t task_begin, std::int64_t task_end, const AttentionSe
                AccumOf<S>* lse) {
   using A = AccumOf<S>;
   const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
-  const std::int64_t width = pad_to_lanes<A>(dim);
+  const std::int64_t width = pad_to_lanes<A>(dim), value_dim = shape.value_dim;
+  const std::int64_t v_width = pad_to_lanes<A>(value_dim);
   const auto scale = static_cast<A>(shape.scale);
   for (std::int64_t task = task_begin; task < task_end; ++task) {
     const AttentionSegment& segment = segments[task / shape.kv_heads];
     const std::int64_t kv_head = task % shape.kv_heads, keys = segment.keys;
     const std::int64_t blocks = (keys + kBlock - 1) / kBlock;
-    const Scratch<A> k_rows(kBlock * width), k_blocks(blocks * dim * kBlock), v_rows(keys * width);
+    const Scratch<A> k_rows(kBlock * width), k_blocks(blocks * dim * kBlock),
+        v_rows(keys * v_width);
     std::memset(k_blocks.get(), 0, static_cast<std::size_t>(blocks * dim * kBlock) * sizeof(A));
     for (std::int64_t b = 0; b < blocks; ++b) {
       const std::int64_t J = smaller(kBlock, keys - b * kBlock);
@@ -63,9 +65,9 @@ void attention(std::int64_t task_begin, std::int64_t task_end, const AttentionSe
             shape.k_stride, k_rows.get(), width);
       transpose(J, dim, k_rows.get(), width, k_blocks.get() + b * dim * kBlock, kBlock);
     }
-    widen(keys, dim, v + segment.key_begin * shape.v_stride + kv_head * dim, shape.v_stride,
-          v_rows.get(), width);
-    const Scratch<A> q_block(kBlock * width), s(kBlock * kBlock), out(kBlock * width);
+    widen(keys, value_dim, v + segment.key_begin * shape.v_stride + kv_head * shape.v_head,
+          shape.v_stride, v_rows.get(), v_width);
+    const Scratch<A> q_block(kBlock * width), s(kBlock * kBlock), out(kBlock * v_width);
     A top[kBlock], total[kBlock];  // the largest q k^T, and the sum of exponentials, of a query
     const std::int64_t offset = keys - segment.queries;  // query i sees keys 0 .. i + offset
     for (std::int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
@@ -73,7 +75,7 @@ void attention(std::int64_t task_begin, std::int64_t task_end, const AttentionSe
         const std::int64_t I = smaller(kBlock, segment.queries - i0);
         const std::int64_t token = segment.query_begin + i0;
         widen(I, dim, q + token * shape.q_stride + h * dim, shape.q_stride, q_block.get(), width);
-        std::memset(out.get(), 0, static_cast<std::size_t>(I * width) * sizeof(A));
+        std::memset(out.get(), 0, static_cast<std::size_t>(I * v_width) * sizeof(A));
         for (std::int64_t i = 0; i < I; ++i) {
           top[i] = -INFINITY;
           total[i] = 0;
@@ -102,22 +104,22 @@ void attention(std::int64_t task_begin, std::int64_t task_end, const AttentionSe
               total[i] = total[i] * shrink + sum_lanes<A>(part);
               top[i] = now;
               if (shrink != A{1}) {
-                A* o_row = out.get() + i * width;
-                for (std::int64_t c = 0; c < width; c += kLanes<A>) {
+                A* o_row = out.get() + i * v_width;
+                for (std::int64_t c = 0; c < v_width; c += kLanes<A>) {
                   store(o_row + c, load(o_row + c) * shrink);
                 }
               }
             }
-            multiply<A>(stripe.rows, width, stripe.keys, s.get() + stripe.begin * kBlock, kBlock, 1,
-                        v_rows.get() + j0 * width, width, out.get() + stripe.begin * width, width,
-                        true);
+            multiply<A>(stripe.rows, v_width, stripe.keys, s.get() + stripe.begin * kBlock, kBlock,
+                        1, v_rows.get() + j0 * v_width, v_width, out.get() + stripe.begin * v_width,
+                        v_width, true);
           });
         }
         for (std::int64_t i = 0; i < I; ++i) {
-          S* to = o + (token + i) * shape.o_stride + h * dim;
+          S* to = o + (token + i) * shape.o_stride + h * value_dim;
           const A inverse = A{1} / total[i];
-          for (std::int64_t c = 0; c < dim; c += kLanes<A>) {
-            store_up_to(to + c, load(out.get() + i * width + c) * inverse, dim - c);
+          for (std::int64_t c = 0; c < value_dim; c += kLanes<A>) {
+            store_up_to(to + c, load(out.get() + i * v_width + c) * inverse, value_dim - c);
           }
           if (lse != nullptr)
             lse[(token + i) * shape.heads + h] = top[i] * scale + std::log(total[i]);
@@ -136,47 +138,52 @@ void attention_backward(std::int64_t task_begin, std::int64_t task_end,
                         S* dq, S* dk, S* dv) {
   using A = AccumOf<S>;
   const std::int64_t dim = shape.head_dim, group = shape.heads / shape.kv_heads;
-  const std::int64_t width = pad_to_lanes<A>(dim);
+  const std::int64_t width = pad_to_lanes<A>(dim), value_dim = shape.value_dim;
+  const std::int64_t v_width = pad_to_lanes<A>(value_dim);
   const auto scale = static_cast<A>(shape.scale);
   for (std::int64_t task = task_begin; task < task_end; ++task) {
     const AttentionSegment& segment = segments[task / shape.kv_heads];
     const std::int64_t kv_head = task % shape.kv_heads, n = segment.keys;
     const std::int64_t first = segment.key_begin;
-    const Scratch<A> q_rows(n * width), k_rows(n * width), v_rows(n * width), do_rows(n * width);
-    const Scratch<A> dq_rows(n * width), dk_rows(n * width), dv_rows(n * width), delta(n);
-    const Scratch<A> k_dJ(dim * kBlock), v_dJ(dim * kBlock), p(kBlock * kBlock),
+    const Scratch<A> q_rows(n * width), k_rows(n * width), v_rows(n * v_width),
+        do_rows(n * v_width);
+    const Scratch<A> dq_rows(n * width), dk_rows(n * width), dv_rows(n * v_width), delta(n);
+    const Scratch<A> k_dJ(dim * kBlock), v_dJ(value_dim * kBlock), p(kBlock * kBlock),
         ds(kBlock * kBlock);
     widen(n, dim, k + first * shape.k_stride + kv_head * dim, shape.k_stride, k_rows.get(), width);
-    widen(n, dim, v + first * shape.v_stride + kv_head * dim, shape.v_stride, v_rows.get(), width);
+    widen(n, value_dim, v + first * shape.v_stride + kv_head * shape.v_head, shape.v_stride,
+          v_rows.get(), v_width);
     std::memset(dk_rows.get(), 0, static_cast<std::size_t>(n * width) * sizeof(A));
-    std::memset(dv_rows.get(), 0, static_cast<std::size_t>(n * width) * sizeof(A));
+    std::memset(dv_rows.get(), 0, static_cast<std::size_t>(n * v_width) * sizeof(A));
     for (std::int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
       widen(n, dim, q + first * shape.q_stride + h * dim, shape.q_stride, q_rows.get(), width);
-      widen(n, dim, d_o + first * shape.o_stride + h * dim, shape.o_stride, do_rows.get(), width);
+      widen(n, value_dim, d_o + first * shape.o_stride + h * value_dim, shape.o_stride,
+            do_rows.get(), v_width);
       std::memset(dq_rows.get(), 0, static_cast<std::size_t>(n * width) * sizeof(A));
       for (std::int64_t i = 0; i < n; ++i) {
-        const S* o_row = o + (first + i) * shape.o_stride + h * dim;
+        const S* o_row = o + (first + i) * shape.o_stride + h * value_dim;
         Vec<A> product{};
-        for (std::int64_t c = 0; c < dim; c += kLanes<A>) {
-          product += load(do_rows.get() + i * width + c) * load_up_to(o_row + c, dim - c);
+        for (std::int64_t c = 0; c < value_dim; c += kLanes<A>) {
+          product += load(do_rows.get() + i * v_width + c) * load_up_to(o_row + c, value_dim - c);
         }
         delta.get()[i] = sum_lanes<A>(product);
       }
       for (std::int64_t j0 = 0; j0 < n; j0 += kBlock) {
         const std::int64_t J = smaller(kBlock, n - j0);
         std::memset(k_dJ.get(), 0, static_cast<std::size_t>(dim * kBlock) * sizeof(A));
-        std::memset(v_dJ.get(), 0, static_cast<std::size_t>(dim * kBlock) * sizeof(A));
+        std::memset(v_dJ.get(), 0, static_cast<std::size_t>(value_dim * kBlock) * sizeof(A));
         transpose(J, dim, k_rows.get() + j0 * width, width, k_dJ.get(), kBlock);
-        transpose(J, dim, v_rows.get() + j0 * width, width, v_dJ.get(), kBlock);
+        transpose(J, value_dim, v_rows.get() + j0 * v_width, v_width, v_dJ.get(), kBlock);
         for (std::int64_t i0 = j0; i0 < n; i0 += kBlock) {
           const std::int64_t I = smaller(kBlock, n - i0);
           const A* q_block = q_rows.get() + i0 * width;
-          const A* do_block = do_rows.get() + i0 * width;
+          const A* do_block = do_rows.get() + i0 * v_width;
           const std::int64_t visible = i0 + 1 - j0;
           in_stripes<A>(I, J, visible, [&](const Stripe& stripe) {
             scores<A>(stripe, dim, q_block, width, k_dJ.get(), visible, p.get());
-            multiply<A>(stripe.rows, stripe.padded, dim, do_block + stripe.begin * width, width, 1,
-                        v_dJ.get(), kBlock, ds.get() + stripe.begin * kBlock, kBlock, false);
+            multiply<A>(stripe.rows, stripe.padded, value_dim, do_block + stripe.begin * v_width,
+                        v_width, 1, v_dJ.get(), kBlock, ds.get() + stripe.begin * kBlock, kBlock,
+                        false);
             for (std::int64_t i = stripe.begin; i < stripe.begin + stripe.rows; ++i) {
               const A log_sum = lse[(first + i0 + i) * shape.heads + h];
               const A centre = delta.get()[i0 + i];
@@ -196,8 +203,8 @@ void attention_backward(std::int64_t task_begin, std::int64_t task_end,
           for (std::int64_t j = 0; j < J; j += step) {
             const std::int64_t from = i0 == j0 ? j : 0, rows = smaller(step, J - j);
             const std::int64_t at = from * kBlock + j, to = (j0 + j) * width;
-            multiply<A>(rows, width, I - from, p.get() + at, 1, kBlock, do_block + from * width,
-                        width, dv_rows.get() + to, width, true);
+            multiply<A>(rows, v_width, I - from, p.get() + at, 1, kBlock, do_block + from * v_width,
+                        v_width, dv_rows.get() + (j0 + j) * v_width, v_width, true);
             multiply<A>(rows, width, I - from, ds.get() + at, 1, kBlock, q_block + from * width,
                         width, dk_rows.get() + to, width, true);
           }
@@ -212,10 +219,12 @@ void attention_backward(std::int64_t task_begin, std::int64_t task_end,
     }
     for (std::int64_t i = 0; i < n; ++i) {
       S* to_k = dk + (first + i) * shape.k_stride + kv_head * dim;
-      S* to_v = dv + (first + i) * shape.v_stride + kv_head * dim;
+      S* to_v = dv + (first + i) * shape.v_stride + kv_head * shape.v_head;
       for (std::int64_t c = 0; c < dim; c += kLanes<A>) {
         store_up_to(to_k + c, load(dk_rows.get() + i * width + c), dim - c);
-        store_up_to(to_v + c, load(dv_rows.get() + i * width + c), dim - c);
+      }
+      for (std::int64_t c = 0; c < value_dim; c += kLanes<A>) {
+        store_up_to(to_v + c, load(dv_rows.get() + i * v_width + c), value_dim - c);
       }
     }
   }
