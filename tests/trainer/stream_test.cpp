@@ -181,6 +181,58 @@ struct Case {
 };
 
 class EveryHome : public testing::TestWithParam<Case> {};
+/// Of deepseek_v3_fp8_tiny's weights as published, in blocks of 128 x 128 with ragged edges.
+TEST(Fp8Blocks, are_read_as_transformers_dequantises_them) {
+  const Packed packed("deepseek_v3_fp8_tiny", formats_of(WeightKind::fp8, true));
+  const fs::path folder = golden("deepseek_v3_fp8_tiny");
+  const auto decoder = packed.decoder({}, at::kFloat);
+  const auto expected = load_tensors(folder / "expected_dequant.safetensors");
+  ASSERT_FALSE(expected.empty());
+  for (const auto& [name, want] : expected) {
+    bool found = false;
+    for (const StoredUnit& unit : packed.store->layout().units) {
+      const auto matrices = unit_matrices(packed.store->spec(), unit.id, false);
+      for (std::size_t i = 0; i < matrices.size(); ++i) {
+        if (matrices[i].name != name) continue;
+        found = true;
+        ASSERT_EQ(unit.matrices[i].format.kind, WeightKind::fp8) << name;
+        std::ifstream file(packed.store->path_of(unit), std::ios::binary);
+        std::vector<std::byte> bytes(static_cast<std::size_t>(unit.bytes));
+        file.seekg(unit.offset);
+        file.read(reinterpret_cast<char*>(bytes.data()), unit.bytes);
+        const EncodedMatrix matrix = unit.matrices[i].in(bytes.data());
+        const at::Tensor got = at::empty({matrix.rows, matrix.columns});
+        kernels<float>().dequantise(0, matrix.rows, matrix, got.data_ptr<float>(), matrix.columns);
+        EXPECT_TRUE(at::equal(got, want.to(at::kFloat))) << name;
+      }
+    }
+    EXPECT_TRUE(found) << name;
+  }
+}
+
+TEST(Fp8Blocks, forward_equals_transformers) {
+  const Packed packed("deepseek_v3_fp8_tiny", formats_of(WeightKind::fp8, true));
+  const fs::path folder = golden("deepseek_v3_fp8_tiny");
+  const Tokens tokens = fixture_tokens(folder, {0});
+  const auto expected = load_tensors(folder / "expected_forward.safetensors");
+  const at::Tensor kept = at::tensor(tokens.kept, at::kLong);
+  const auto rows = [&](const at::Tensor& tensor) {
+    return tensor.flatten(0, 1).index_select(0, kept);
+  };
+  for (const StreamOptions& home : {StreamOptions{}, homes(0, 0)}) {
+    const auto decoder = packed.decoder(home, at::kFloat);
+    const Trace trace = decoder->trace(tokens.input());
+    EXPECT_LE((trace.logits_TV - rows(expected.at("logits"))).abs().max().item<double>(), 2e-5);
+    for (std::size_t i = 0; i < trace.hidden_TD.size(); ++i) {
+      const at::Tensor want = rows(expected.at("hidden." + std::to_string(i)));
+      EXPECT_LE((trace.hidden_TD[i] - want).abs().max().item<double>(), 5e-5) << i;
+    }
+    const LossResult loss = decoder->evaluate(tokens.input());
+    EXPECT_NEAR(loss.loss_sum / static_cast<double>(loss.tokens) / expected.at("loss").item<double>(),
+                1, 1e-5);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Formats, EveryHome,
     testing::Values(Case{"llama4_maverick_tiny", WeightKind::int4, false, at::kBFloat16},
@@ -189,6 +241,12 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"llama4_maverick_tiny", WeightKind::bf16, false, at::kBFloat16},
                     Case{"llama4_maverick_tiny", WeightKind::bf16, true, at::kFloat},
                     Case{"llama4_scout_tiny", WeightKind::int4, false, at::kDouble},
+                    Case{"deepseek_v3_tiny", WeightKind::int4, false, at::kBFloat16},
+                    Case{"deepseek_v3_tiny", WeightKind::nf4, false, at::kFloat},
+                    Case{"deepseek_v3_tiny", WeightKind::bf16, true, at::kBFloat16},
+                    Case{"deepseek_v3_fp8_tiny", WeightKind::fp8, true, at::kBFloat16},
+                    Case{"deepseek_v3_fp8_tiny", WeightKind::int4, false, at::kFloat},
+                    Case{"qwen2_tiny", WeightKind::bf16, true, at::kFloat},
                     Case{"llama_tiny", WeightKind::int4, false, at::kBFloat16},
                     Case{"llama_tiny", WeightKind::bf16, true, at::kFloat}),
     [](const auto& parameter) { return parameter.param.name(); });

@@ -5,6 +5,9 @@
   llama4   the same knowledge as Llama4ForCausalLM, shaped as Maverick: every second layer a
            mixture of 8 experts, top-1, with a shared expert: 302 M parameters, 605 MB. It answers
            as the dense model does; see upcycle.py.
+  deepseek_v3
+           likewise as DeepseekV3ForCausalLM, shaped as R1: latent attention, all layers but the
+           first mixtures of 4 experts, 2 of them for a token: 330 M parameters
 
 The source is a package of 93 MB, downloaded once. The same machine always writes the same bytes.
 OUT_DIR appears complete or not at all; a finished one is left alone.
@@ -27,6 +30,7 @@ from demo_model import source
 SCRIPT_VERSION = 1  # raise it when the written bytes change: older outputs are then made anew
 STAMP_NAME = "demo_model.json"
 CALIBRATION_TOKENS = 4096
+DEFAULT_EXPERTS = {"llama4": 8, "deepseek_v3": 4}
 THREADS = 2  # fixed, since the order of sums, and so the last bits, may depend on it
 
 
@@ -138,10 +142,11 @@ def parse_arguments():
     )
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     parser.add_argument(
-        "--arch", choices=("llama4", "dense"), default="llama4", help="default: llama4"
+        "--arch", choices=("llama4", "deepseek_v3", "dense"), default="llama4", help="default: llama4"
     )
     parser.add_argument(
-        "--experts", type=int, default=8, help="routed experts of a layer, even (default 8)"
+        "--experts", type=int,
+        help="routed experts of a layer, even (default: 8 for llama4, 4 for deepseek_v3)",
     )
     parser.add_argument(
         "--cache", metavar="DIR", type=Path, default=source.default_cache(),
@@ -152,6 +157,8 @@ def parse_arguments():
         help="WordNet, whose definitions are the text routers are set up on (default: %(default)s)",
     )
     arguments = parser.parse_args()
+    if arguments.experts is None:
+        arguments.experts = DEFAULT_EXPERTS.get(arguments.arch, 8)
     if arguments.experts < 2 or arguments.experts % 2 or arguments.experts > 256:
         parser.error("--experts must be an even number from 2 to 256: experts come in pairs")
     return arguments
