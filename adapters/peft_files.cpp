@@ -152,11 +152,14 @@ class PeftReader {
     }
   }
 
-  /// PEFT's get_pattern_key: the first pattern that matches the end of the module's name.
+  /// PEFT's get_pattern_key: the first pattern that matches the end of the module's name, or of its
+  /// weight's where PEFT was told of the parameter.
   double alpha_of(const std::string& module) const {
     for (const auto& [pattern, alpha] : alpha_pattern_) {
       try {
-        if (std::regex_match(module, std::regex("(.*\\.)?(" + pattern + ")"))) return alpha;
+        const std::regex expression("(.*\\.)?(" + pattern + ")");
+        if (std::regex_match(module, expression)) return alpha;
+        if (std::regex_match(module + ".weight", expression)) return alpha;
       } catch (const std::regex_error&) {
         refuse("alpha_pattern '" + pattern + "' is not a regular expression", config_path_.string(),
                "Repair adapter_config.json.");
@@ -444,9 +447,24 @@ ExpertLayout written_layout(const ModelSpec& spec) {
   return spec.family == Family::llama4 ? ExpertLayout::swapped : ExpertLayout::straight;
 }
 
-/// A router that transformers keeps as a bare parameter: PEFT targets it by parameter.
-bool is_bare_router(const LoraSite& site, const ModelSpec& spec) {
-  return site.projection == Projection::router && spec.family == Family::deepseek_v3;
+/// Plain matrices that PEFT must be told of as parameters. DeepSeek's router is one. Its dense and
+/// shared MLPs are linear layers, but PEFT (0.21.2) takes gate_proj, up_proj and down_proj among an
+/// adapter's modules, in a list or an expression, to mean the routed experts of that architecture:
+/// it doubles their rank and gives the MLPs nothing.
+bool by_parameter(const LoraSite& site, const ModelSpec& spec) {
+  return spec.family == Family::deepseek_v3 && !site.is_experts() &&
+         site.module.find(".mlp.") != std::string::npos;
+}
+
+std::string parameter_name(const LoraSite& site) {
+  if (!site.is_experts()) return site.module + ".weight";
+  return site.module +
+         (site.projection == Projection::experts_gate_up ? ".gate_up_proj" : ".down_proj");
+}
+
+/// "model.layers.3.mlp.gate" -> "mlp.gate"
+std::string below_layer(const std::string& module) {
+  return module.substr(module.find('.', std::string_view("model.layers.").size()) + 1);
 }
 
 /// The file's tensors by name, each made when it is written: factors may be larger than memory.
@@ -508,13 +526,13 @@ void compare_written(const fs::path& path, const std::vector<TensorToWrite>& ten
 std::vector<std::string> target_modules(const Adapter& adapter, const ModelSpec& spec) {
   std::set<std::string> short_names, full_names;
   for (const LoraSite& site : adapter.sites()) {
-    if (site.is_experts() || is_bare_router(site, spec)) continue;
+    if (site.is_experts() || by_parameter(site, spec)) continue;
     full_names.insert(site.module);
     short_names.insert(site.module.substr(site.module.rfind('.') + 1));
   }
   bool exact = true;
   for (const LoraSite& site : all_sites(spec)) {
-    if (site.is_experts() || is_bare_router(site, spec)) continue;
+    if (site.is_experts() || by_parameter(site, spec)) continue;
     const bool matched = short_names.contains(site.module.substr(site.module.rfind('.') + 1));
     exact = exact && matched == full_names.contains(site.module);
   }
@@ -522,23 +540,23 @@ std::vector<std::string> target_modules(const Adapter& adapter, const ModelSpec&
   return {names.begin(), names.end()};
 }
 
-/// target_parameters for PEFT, by the same rule.
+/// target_parameters for PEFT: a name below the layer where all layers that have such a parameter
+/// adapt it, else names in full.
 std::vector<std::string> target_parameters(const Adapter& adapter, const ModelSpec& spec) {
+  std::map<std::string, std::size_t> in_model;
+  for (const LoraSite& site : all_sites(spec)) ++in_model[below_layer(parameter_name(site))];
+  std::map<std::string, std::vector<std::string>> adapted;
+  for (const LoraSite& site : adapter.sites()) {
+    if (!site.is_experts() && !by_parameter(site, spec)) continue;
+    adapted[below_layer(parameter_name(site))].push_back(parameter_name(site));
+  }
   std::vector<std::string> out;
-  for (const auto& [projection, name] : {std::pair(Projection::experts_down, ".down_proj"),
-                                         std::pair(Projection::experts_gate_up, ".gate_up_proj"),
-                                         std::pair(Projection::router, ".weight")}) {
-    std::vector<std::string> full_names;
-    for (const LoraSite& site : adapter.sites()) {
-      if (site.projection != projection) continue;
-      if (projection == Projection::router && !is_bare_router(site, spec)) continue;
-      full_names.push_back(site.module + name);
+  for (const auto& [name, full_names] : adapted) {
+    if (full_names.size() == in_model.at(name)) {
+      out.push_back(name);
+    } else {
+      out.insert(out.end(), full_names.begin(), full_names.end());
     }
-    if (static_cast<std::int64_t>(full_names.size()) == spec.moe_layer_count()) {
-      const std::string& module = full_names.front();  // "model.layers.N.mlp.experts.down_proj"
-      full_names = {module.substr(module.find('.', std::string_view("model.layers.").size()) + 1)};
-    }
-    out.insert(out.end(), full_names.begin(), full_names.end());
   }
   return out;
 }
@@ -546,10 +564,10 @@ std::vector<std::string> target_parameters(const Adapter& adapter, const ModelSp
 Json peft_config(const Adapter& adapter, const ModelSpec& spec, const PeftWriteOptions& options) {
   // The most common rank and alpha are the config's own; the rest are patterns.
   std::map<std::pair<std::int64_t, double>, int> counts;
-  bool has_experts = false;
+  bool parameters = false;
   for (const LoraSite& site : adapter.sites()) {
     ++counts[{site.rank, site.alpha}];
-    has_experts = has_experts || site.is_experts() || is_bare_router(site, spec);
+    parameters = parameters || site.is_experts() || by_parameter(site, spec);
   }
   const auto common =
       std::max_element(counts.begin(), counts.end(), [](const auto& a, const auto& b) {
@@ -557,10 +575,8 @@ Json peft_config(const Adapter& adapter, const ModelSpec& spec, const PeftWriteO
       })->first;
   Json rank_pattern = Json::object(), alpha_pattern = Json::object();
   for (const LoraSite& site : adapter.sites()) {
-    std::string name = site.module;
-    if (is_bare_router(site, spec)) name += ".weight";
-    if (site.is_experts())
-      name += site.projection == Projection::experts_gate_up ? ".gate_up_proj" : ".down_proj";
+    const bool parameter = site.is_experts() || by_parameter(site, spec);
+    const std::string name = parameter ? parameter_name(site) : site.module;
     if (site.rank != common.first) rank_pattern[name] = site.rank;
     if (site.alpha != common.second) alpha_pattern[name] = site.alpha;
   }
@@ -586,7 +602,7 @@ Json peft_config(const Adapter& adapter, const ModelSpec& spec, const PeftWriteO
   if (common.second == std::floor(common.second)) {
     config["lora_alpha"] = static_cast<std::int64_t>(common.second);
   }
-  if (has_experts) {
+  if (parameters) {
     config["target_parameters"] = target_parameters(adapter, spec);
   }
   return config;

@@ -550,5 +550,53 @@ TEST_F(PeftFiles, files_that_are_missing_or_cut_off) {
   EXPECT_THAT(refusal(), HasSubstr("key 'r' is missing"));
 }
 
+/// PEFT takes deepseek_v3's gate_proj, up_proj and down_proj as modules to mean its routed experts:
+/// the MLPs and the router are named as parameters, and their alphas come back.
+TEST_F(PeftFiles, deepseeks_mlps_and_router_are_parameters_and_return_with_their_alphas) {
+  const ModelSpec spec = spec_of("deepseek_v3_tiny");
+  LoraOptions options;
+  options.rank = 3;
+  options.alpha = 7;
+  options.expert_rank = 2;
+  options.expert_alpha = 5;
+  options.targets = {"experts", "router", "layers.1.mlp.shared_experts.up_proj", "q_a_proj"};
+  Adapter adapter = Adapter::create(spec, options, 1);
+  for (std::size_t i = 0; i < adapter.factors().size(); ++i) {
+    adapter.factors()[i] = static_cast<float>(i % 101) / 64.0F - 0.7F;
+  }
+  const fs::path folder = fs::path(testing::TempDir()) / ("deepseek_" + std::to_string(::getpid()));
+  write_peft_adapter(folder, adapter, spec, {"base", ""});
+  const Json config = read_json(folder / "adapter_config.json");
+  EXPECT_EQ(config.at("target_modules"), Json::array({"q_a_proj"}));
+  EXPECT_EQ(config.at("target_parameters"),
+            Json::array({"mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight",
+                         "model.layers.1.mlp.shared_experts.up_proj.weight"}));
+  const Adapter back = read_peft_adapter(folder, spec);
+  ASSERT_EQ(back.sites().size(), adapter.sites().size());
+  for (std::size_t i = 0; i < adapter.sites().size(); ++i) {
+    EXPECT_EQ(back.sites()[i].module, adapter.sites()[i].module);
+    EXPECT_EQ(back.sites()[i].alpha, adapter.sites()[i].alpha) << adapter.sites()[i].module;
+    EXPECT_EQ(back.sites()[i].rank, adapter.sites()[i].rank) << adapter.sites()[i].module;
+  }
+  EXPECT_TRUE(std::equal(back.factors().begin(), back.factors().end(), adapter.factors().begin()));
+  fs::remove_all(folder);
+}
+
+/// kv_b_proj carries factors only when it is named.
+TEST(DeepseekTargets, attention_leaves_kv_b_proj_out) {
+  const ModelSpec spec = spec_of("deepseek_v3_tiny");
+  LoraOptions options;
+  const auto count = [&](std::vector<std::string> targets) {
+    options.targets = std::move(targets);
+    const auto sites = choose_sites(spec, options);
+    return std::count_if(sites.begin(), sites.end(), [](const LoraSite& site) {
+      return site.projection == Projection::kv_b_proj;
+    });
+  };
+  EXPECT_EQ(count({"attention"}), 0);
+  EXPECT_EQ(count({"all"}), 0);
+  EXPECT_EQ(count({"attention", "kv_b_proj"}), spec.layer_count());
+}
+
 }  // namespace
 }  // namespace tailor

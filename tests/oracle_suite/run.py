@@ -39,6 +39,11 @@ OURS = {
     " targets: [layers.0.self_attn.q_proj, shared_expert.up_proj, experts.down_proj]}",
     "llama4_maverick_tiny.gate_up": "{rank: 4, alpha: 8, expert_rank: 2, expert_alpha: 8,"
     " targets: [model.layers.1.feed_forward.experts.down_proj, experts.gate_up_proj]}",
+    "deepseek_v3_tiny": "{rank: 6, alpha: 12, expert_rank: 2, expert_alpha: 5,"
+    " targets: [attention, kv_b_proj, dense_mlp, shared_expert, experts]}",
+    "deepseek_v3_tiny.router": "{rank: 3, alpha: 6, expert_rank: 3, expert_alpha: 6,"
+    " targets: [all]}",
+    "qwen2_tiny": "{rank: 5, alpha: 7, targets: [attention, dense_mlp]}",
     "llama_tiny": "{rank: 5, alpha: 7, targets: [attention, dense_mlp]}",
     "llama_tiny.rslora": "{rank: 9, alpha: 6, rslora: true, targets: [q_proj, down_proj]}",
 }
@@ -56,6 +61,12 @@ PEFT = {
                                      "feed_forward.experts.down_proj"],
     "llama4_maverick_tiny.gate_up": ["--rank", "2", "--alpha", "8", "--targets", "v_proj",
                                      "--target-params", "feed_forward.experts.gate_up_proj"],
+    "deepseek_v3_tiny": [
+        "--rank", "4", "--alpha", "10", "--targets",
+        r".*self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
+        r"|.*mlp\.(gate_proj|up_proj|down_proj)|.*shared_experts\.(gate_proj|up_proj|down_proj)",
+        "--target-params", "mlp.experts.gate_up_proj,mlp.experts.down_proj,mlp.gate.weight"],
+    "qwen2_tiny": ["--rank", "3", "--alpha", "8", "--targets", "q_proj,k_proj,v_proj,up_proj"],
     "llama_tiny": ["--rank", "3", "--alpha", "8", "--rslora", "--targets",
                    "q_proj,v_proj,gate_proj,down_proj", "--alpha-pattern", '{"v_proj": 24}'],
 }

@@ -228,8 +228,9 @@ TEST(Fp8Blocks, forward_equals_transformers) {
       EXPECT_LE((trace.hidden_TD[i] - want).abs().max().item<double>(), 5e-5) << i;
     }
     const LossResult loss = decoder->evaluate(tokens.input());
-    EXPECT_NEAR(loss.loss_sum / static_cast<double>(loss.tokens) / expected.at("loss").item<double>(),
-                1, 1e-5);
+    EXPECT_NEAR(
+        loss.loss_sum / static_cast<double>(loss.tokens) / expected.at("loss").item<double>(), 1,
+        1e-5);
   }
 }
 

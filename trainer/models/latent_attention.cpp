@@ -218,8 +218,8 @@ void LatentAttention<S>::backward(const TokenLayout<AccumOf<S>>& layout, std::si
     if (!lora_kv_b_.empty()) {
       lora_kv_b_.backward(keys.n_latent, d_kv, kept.xa_kv_b, d_kv_latent, 0, ids);
     }
-    ops::rms_norm_backward<S>(kept.kv_latent, weights_.kv_a_norm, d_kv_latent,
-                              zeros(d_kv_latent), kLatentEps, d_kv_latent);
+    ops::rms_norm_backward<S>(kept.kv_latent, weights_.kv_a_norm, d_kv_latent, zeros(d_kv_latent),
+                              kLatentEps, d_kv_latent);
     d_both.narrow(1, Q, R).copy_(d_kv_latent);
     if (latent_.q_rank == 0) {
       d_both.narrow(1, 0, Q).copy_(d_q);
@@ -272,9 +272,8 @@ void LatentAttention<S>::forward_cached(std::int64_t first, const at::Tensor& x_
   kv_latent.copy_(cache.kv.narrow(0, 0, seen).narrow(1, 0, R));
   const at::Tensor xa =
       lora_kv_b_.empty() ? at::Tensor() : context_.scratch({seen, lora_kv_b_.rank()});
-  const Keys keys =
-      expand_keys(kv_latent, cache.kv.narrow(0, 0, seen).narrow(1, R, latent_.rope_dim), xa,
-                  nullptr);
+  const Keys keys = expand_keys(
+      kv_latent, cache.kv.narrow(0, 0, seen).narrow(1, R, latent_.rope_dim), xa, nullptr);
   const AttentionSegment segment{0, T, 0, seen};
   at::parallel_for(0, spec_.heads, 1, [&](std::int64_t begin, std::int64_t end) {
     kernels<S>().attention(begin, end, &segment, shape(), data<S>(queries.q), data<S>(keys.k),
