@@ -17,11 +17,10 @@ constexpr double kGb = 1e9;
 
 /// What the backward pass wants back from every layer, beside its input.
 double Planner::kept_bytes(double value_bytes) const {
-  double attention = as_double(model_.heads * model_.qk_dim);
-  for (const MatrixShape& shape : model_.attention) attention += as_double(shape.out);
+  const double attention = as_double(model_.attention_kept);
   const double dense = attention + 2 * as_double(model_.dense_width);
   const double moe =
-      attention + 2 * as_double((model_.shared_experts + model_.top_k) * model_.expert_width);
+      attention + 2 * as_double(model_.shared_width() + model_.top_k * model_.expert_width);
   return tokens_ * value_bytes *
          (as_double(model_.dense_layers) * dense + as_double(model_.moe_layers) * moe);
 }
@@ -101,7 +100,8 @@ void Planner::add_cpu_state(bool keep, double value_bytes) {
          whole(tokens_) + " tokens x " + whole(layers) + " layers x D x " +
              short_text(value_bytes) + " B");
     item(Home::host, "kept activations", rest,
-         "q, k, v, attention's result, the stream after it, gate and up, all layers");
+         "q, k and v or their latents, attention's result, the stream after it, gate and up, all "
+         "layers");
     return;
   }
   kept_on_disk_ = inputs + rest;

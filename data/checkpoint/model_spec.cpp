@@ -347,7 +347,8 @@ std::int64_t layer_parameters(const ModelSpec& spec, const LayerSpec& layer, std
   const std::int64_t attention = attention_parameters(spec);
   const std::int64_t norms = 2 * spec.hidden;
   if (!layer.moe) return attention + norms + 3 * spec.hidden * spec.dense_width;
-  return attention + norms + spec.experts * spec.hidden +
+  const bool corrected = spec.router.kind == RouterSpec::Kind::grouped_sigmoid;
+  return attention + norms + spec.experts * (spec.hidden + (corrected ? 1 : 0)) +
          3 * spec.hidden * (spec.shared_width + experts * spec.expert_width);
 }
 

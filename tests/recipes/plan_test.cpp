@@ -49,7 +49,7 @@ ModelFacts demo() {
   spec.head_dim = 64;
   spec.vocab = 49152;
   spec.dense_width = 1536;
-  spec.expert_width = 768;
+  spec.expert_width = spec.shared_width = 768;
   spec.experts = 8;
   spec.experts_per_token = 1;
   spec.layers.resize(30);
