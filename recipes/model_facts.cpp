@@ -77,9 +77,8 @@ LoraCounts count_lora(const Recipe& recipe, const ModelFacts& model) {
   counts.dense_mlp = model.dense_layers *
                      mlp_lora(recipe, targets.dense_mlp, model.hidden, model.dense_width, rank);
   if (model.shared_experts > 0) {
-    counts.shared_expert =
-        model.moe_layers *
-        mlp_lora(recipe, targets.shared_expert, model.hidden, model.shared_width(), rank);
+    counts.shared_expert = model.moe_layers * mlp_lora(recipe, targets.shared_expert, model.hidden,
+                                                       model.shared_width(), rank);
   }
   if (targets.router || names_module(recipe, "router") || names_module(recipe, "gate")) {
     counts.router = model.moe_layers * rank * (model.hidden + model.experts);

@@ -18,8 +18,8 @@ struct MatrixShape {
   std::int64_t parameters() const { return out * in; }
 };
 
-/// What the plan knows of a model: counts and widths, no weights. Vectors (norms, biases of q, k and
-/// v, a router's correction) are left out; they are below a ten-thousandth of the whole.
+/// What the plan knows of a model: counts and widths, no weights. Vectors (norms, biases of q, k
+/// and v, a router's correction) are left out; they are below a ten-thousandth of the whole.
 struct ModelFacts {
   std::string name;
   std::int64_t layers = 0, hidden = 0, vocab = 0, heads = 0;

@@ -348,8 +348,9 @@ TEST(ModelSpec, what_deepseek_has_beside_v3_is_refused) {
             "  mend:  Supported: llama (LlamaForCausalLM), qwen2 (Qwen2ForCausalLM), llama4 "
             "(Llama4ForCausalLM and the language part of Llama4ForConditionalGeneration), "
             "deepseek_v3 (DeepseekV3ForCausalLM: V3, R1).\n");
-  EXPECT_THAT(refusal(with(r1(), "n_group", 7)),
-              HasSubstr("n_group 7, topk_group 4 and num_experts_per_tok 8 do not fit 256 experts"));
+  EXPECT_THAT(
+      refusal(with(r1(), "n_group", 7)),
+      HasSubstr("n_group 7, topk_group 4 and num_experts_per_tok 8 do not fit 256 experts"));
   EXPECT_THAT(refusal(with(r1(), "topk_group", 9)), HasSubstr("n_group 8, topk_group 9"));
   EXPECT_THAT(refusal(with(r1(), "num_experts_per_tok", 129)),
               HasSubstr("num_experts_per_tok 129 do not fit 256 experts"))
