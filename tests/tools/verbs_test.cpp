@@ -178,6 +178,18 @@ TEST(Data, a_model_of_several_layouts_is_inspected) {
   }
 }
 
+TEST(ModelInspect, of_fp8_uses_its_scales) {
+  const Sandbox box;
+  const fs::path folder = fs::path(TAILOR_SOURCE_DIR) / "tests/golden/deepseek_v3_fp8_tiny/model";
+  const Outcome outcome = run_tailor(box, {"model", "inspect", folder.string(), "--json"});
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const Json json = Json::parse(outcome.out);
+  EXPECT_GT(json["dtypes"]["F8_E4M3"].get<std::int64_t>(), 0);
+  for (const Json& name : json["tensors_not_used"]) {
+    EXPECT_THAT(name.get<std::string>(), testing::Not(HasSubstr("scale")));
+  }
+}
+
 constexpr const char* kR1 = "deepseek-ai/DeepSeek-R1";
 
 // The figures are those of the streaming model: tables B and D of its geometry.
