@@ -146,6 +146,7 @@ void add_attention(const ModelSpec& spec, ModelFacts& facts) {
   }
   add("o_proj", spec.hidden, spec.attention_width());
   facts.attention_kept = spec.qkv_width() + spec.attention_width() + spec.hidden;
+  if (spec.is_latent()) facts.attention_expanded = spec.query_width() + spec.attention_width();
 }
 
 }  // namespace

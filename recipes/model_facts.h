@@ -30,6 +30,9 @@ struct ModelFacts {
   /// attention the latents and the rotary key, which are expanded again; its result; the stream
   /// after it.
   std::int64_t attention_kept = 0;
+  /// With latent attention: what a token of a micro-batch expands to beside the projections'
+  /// outputs, every head's keys and the result that o_proj reads, which is wider than the stream.
+  std::int64_t attention_expanded = 0;
   std::int64_t moe_layers = 0, experts = 0, top_k = 0, expert_width = 0;
   std::int64_t shared_experts = 0;  ///< a MoE layer, each of expert_width; they act as one MLP
   std::int64_t dense_layers = 0, dense_width = 0;

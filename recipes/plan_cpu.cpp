@@ -126,7 +126,9 @@ void Planner::add_cpu_memory(bool keep, double value_bytes) {
              as_double(4 * model_.hidden + 4 * model_.expert_width) * value_bytes,
          "rows sorted by expert with gate, up and their product");
   }
-  item(Home::host, "micro-batch workspace", micro * workspace_width(model_) * 4 * ranks_,
+  const double expanded = 2 * as_double(model_.attention_expanded);  // and its gradient
+  item(Home::host, "micro-batch workspace",
+       micro * (workspace_width(model_) + expanded) * 4 * ranks_,
        whole(micro) + " tokens through one block");
   const double head_rows = std::min(
       as_double(head_chunk_rows(model_.vocab, static_cast<std::int64_t>(value_bytes))), tokens_);

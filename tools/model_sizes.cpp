@@ -1,11 +1,42 @@
 #include "tools/model_sizes.h"
 
 #include <algorithm>
+#include <cmath>
 
+#include "base/text.h"
 #include "recipes/choices.h"
 #include "recipes/step_cost.h"
+#include "tools/table.h"
+#include "tools/terminal.h"
 
 namespace tailor {
+namespace {
+
+std::string size_text(double bytes) {
+  if (bytes < 1e6) return bytes_text(std::llround(bytes));
+  return bytes < 1e9 ? number_text(bytes / 1e6, 4) + " MB" : number_text(bytes / 1e9, 5) + " GB";
+}
+
+std::string formats_text(const ModelFacts& facts) {
+  TextTable sizes(
+      facts.experts > 0
+          ? std::vector<std::string>{"format", ">one expert", ">a layer's", ">all experts",
+                                     ">the rest", ">embedding, head", ">in all"}
+          : std::vector<std::string>{"format", ">matrices", ">embedding, head", ">in all"});
+  for (const FormatSizes& size : format_sizes(facts)) {
+    std::vector<std::string> row = {size.format};
+    if (facts.experts > 0) {
+      for (const double bytes : {size.expert, size.layer, size.experts})
+        row.push_back(size_text(bytes));
+    }
+    for (const double bytes : {size.other, size.vocabulary, size.total()})
+      row.push_back(size_text(bytes));
+    sizes.add(row);
+  }
+  return sizes.text("  ");
+}
+
+}  // namespace
 
 std::vector<FormatSizes> format_sizes(const ModelFacts& model) {
   std::vector<FormatSizes> out;
@@ -55,6 +86,29 @@ std::vector<AdapterSize> adapter_sizes(const ModelFacts& model) {
 
 std::int64_t trained_expert_parameters(const ModelFacts& model) {
   return model.moe_layers * model.experts * (2 * model.hidden + 3 * model.expert_width);
+}
+
+std::string sizes_text(const ModelFacts& facts) {
+  std::string out = heading("bytes by format") + "\n" + formats_text(facts);
+  TextTable adapter({"lora.targets", ">parameters for each unit of rank"});
+  bool kv_b = false;
+  for (const AdapterSize& size : adapter_sizes(facts)) {
+    adapter.add({size.target, count_text(size.parameters)});
+    kv_b = kv_b || size.target == "kv_b_proj";
+  }
+  out += "\n" + heading("adapter") + "\n" + adapter.text("  ");
+  if (facts.experts > 0) {
+    out +=
+        "  Experts as servers hold them, gate and up with an A each; in training the two share "
+        "one: " +
+        count_text(trained_expert_parameters(facts)) + ".\n";
+  }
+  if (kv_b) {
+    out +=
+        "  kv_b_proj is in no group and has to be named: vLLM folds it into attention and "
+        "ignores factors on it.\n";
+  }
+  return out;
 }
 
 }  // namespace tailor

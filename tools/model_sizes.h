@@ -32,4 +32,7 @@ std::vector<AdapterSize> adapter_sizes(const ModelFacts& model);
 /// Of routed experts as they are trained: gate and up share their A (adapters/lora.h).
 std::int64_t trained_expert_parameters(const ModelFacts& model);
 
+/// Both as `tailor model inspect` prints them.
+std::string sizes_text(const ModelFacts& facts);
+
 }  // namespace tailor

@@ -210,20 +210,26 @@ TEST(Plan, of_r1_on_one_h200_reads_from_disk_what_ram_does_not_hold) {
 }
 
 TEST(Plan, of_r1_on_the_cpu_keeps_latents) {
-  const auto kept = [](const ModelFacts& model) {
+  const auto bytes_of = [](const ModelFacts& model, const std::string& name) {
     const Plan plan = plan_of("r1-1xh200.yaml",
                               {"compute.device=cpu", "compute.keep_activations=all",
                                "training.gradient_accumulation_steps=1"},
                               model, "cpu")
                           .plan;
     for (const MemoryItem& item : plan.items) {
-      if (item.name == "kept activations") return item.bytes;
+      if (item.name == name) return item.bytes;
     }
     return 0.0;
   };
   const double attention = 61.0 * (2112 + 128 * 128 + 7168);
   const double mlp = 3.0 * 2 * 18432 + 58.0 * 2 * (1 + 8) * 2048;
-  EXPECT_DOUBLE_EQ(kept(r1()), 4096 * 2 * (attention + mlp));
+  EXPECT_DOUBLE_EQ(bytes_of(r1(), "kept activations"), 4096 * 2 * (attention + mlp));
+  // A micro-batch expands them: keys of 192 and a result of 128 in each of 128 heads, twice.
+  ModelFacts grouped = r1();
+  grouped.attention_expanded = 0;
+  EXPECT_DOUBLE_EQ(
+      bytes_of(r1(), "micro-batch workspace") - bytes_of(grouped, "micro-batch workspace"),
+      4096 * 4 * 2.0 * 128 * (192 + 128));
 }
 
 // The analytic model of docs/planning.md at 512-token sequences, rank 16, expert rank 16,

@@ -179,10 +179,6 @@ Json to_json(const Inspected& model) {
   return out;
 }
 
-std::string size_text(double bytes) {
-  return bytes < 1e9 ? number_text(bytes / 1e6, 4) + " MB" : number_text(bytes / 1e9, 5) + " GB";
-}
-
 std::string attention_text(const ModelSpec& spec) {
   const std::string heads = count_text(spec.heads) + " heads of ";
   if (!spec.is_latent()) {
@@ -211,43 +207,6 @@ std::string experts_text(const Inspected& model) {
                                                : "; stored one by one";
   }
   return out;
-}
-
-void print_sizes(const ModelFacts& facts, std::ostream& out) {
-  out << "\n" << heading("bytes by format") << "\n";
-  TextTable sizes(
-      facts.experts > 0
-          ? std::vector<std::string>{"format", ">one expert", ">a layer's", ">all experts",
-                                     ">the rest", ">embedding, head", ">in all"}
-          : std::vector<std::string>{"format", ">matrices", ">embedding, head", ">in all"});
-  for (const FormatSizes& size : format_sizes(facts)) {
-    std::vector<std::string> row = {size.format};
-    if (facts.experts > 0) {
-      for (const double bytes : {size.expert, size.layer, size.experts})
-        row.push_back(size_text(bytes));
-    }
-    for (const double bytes : {size.other, size.vocabulary, size.total()})
-      row.push_back(size_text(bytes));
-    sizes.add(row);
-  }
-  out << sizes.text("  ");
-  out << "\n" << heading("adapter") << "\n";
-  TextTable adapter({"lora.targets", ">parameters for each unit of rank"});
-  bool kv_b = false;
-  for (const AdapterSize& size : adapter_sizes(facts)) {
-    adapter.add({size.target, count_text(size.parameters)});
-    kv_b = kv_b || size.target == "kv_b_proj";
-  }
-  out << adapter.text("  ");
-  if (facts.experts > 0) {
-    out << "  Experts as servers hold them, gate and up with an A each; in training the two share "
-           "one: "
-        << count_text(trained_expert_parameters(facts)) << ".\n";
-  }
-  if (kv_b) {
-    out << "  kv_b_proj is in no group and has to be named: vLLM folds it into attention and "
-           "ignores factors on it.\n";
-  }
 }
 
 /// What is known of the weights.
@@ -328,7 +287,7 @@ void print(const Inspected& model, std::ostream& out) {
                  count_text(target.layers), count_text(target.matrices)});
   }
   out << targets.text("  ");
-  print_sizes(model.facts, out);
+  out << "\n" << sizes_text(model.facts);
 }
 
 }  // namespace
