@@ -69,15 +69,18 @@ LoraCounts count_lora(const Recipe& recipe, const ModelFacts& model) {
   const std::int64_t rank = recipe.lora.rank;
   LoraCounts counts;
   for (std::size_t i = 0; i < model.attention.size(); ++i) {
-    if (!targets.attention && !names_module(recipe, model.attention_names[i])) continue;
+    const std::string& name = model.attention_names[i];
+    const bool by_group = targets.attention && name != "kv_b_proj";
+    if (!by_group && !names_module(recipe, name)) continue;
     counts.attention += model.layers * rank * (model.attention[i].in + model.attention[i].out);
   }
   counts.dense_mlp = model.dense_layers *
                      mlp_lora(recipe, targets.dense_mlp, model.hidden, model.dense_width, rank);
-  counts.shared_expert =
-      model.moe_layers * model.shared_experts *
-      mlp_lora(recipe, targets.shared_expert, model.hidden, model.expert_width, rank);
-  if (targets.router || names_module(recipe, "router")) {
+  if (model.shared_experts > 0) {
+    counts.shared_expert = model.moe_layers * mlp_lora(recipe, targets.shared_expert, model.hidden,
+                                                       model.shared_width(), rank);
+  }
+  if (targets.router || names_module(recipe, "router") || names_module(recipe, "gate")) {
     counts.router = model.moe_layers * rank * (model.hidden + model.experts);
   }
   if (model.experts > 0) {
@@ -119,6 +122,35 @@ double matrix_bytes(const ModelFacts& model, const MatrixShape& shape, BaseForma
                              (align_up(shape.in, 8) / 2 + 2 * div_ceil(shape.in, group)));
 }
 
+namespace {
+
+void add_attention(const ModelSpec& spec, ModelFacts& facts) {
+  const auto add = [&](const char* name, std::int64_t out, std::int64_t in) {
+    facts.attention.push_back({out, in});
+    facts.attention_names.emplace_back(name);
+  };
+  if (spec.is_latent()) {
+    const LatentSpec& latent = spec.latent;
+    if (latent.q_rank > 0) {
+      add("q_a_proj", latent.q_rank, spec.hidden);
+      add("q_b_proj", spec.query_width(), latent.q_rank);
+    } else {
+      add("q_proj", spec.query_width(), spec.hidden);
+    }
+    add("kv_a_proj_with_mqa", latent.kv_rank + latent.rope_dim, spec.hidden);
+    add("kv_b_proj", spec.heads * (latent.nope_dim + latent.value_dim), latent.kv_rank);
+  } else {
+    add("q_proj", spec.query_width(), spec.hidden);
+    add("k_proj", spec.kv_width(), spec.hidden);
+    add("v_proj", spec.kv_width(), spec.hidden);
+  }
+  add("o_proj", spec.hidden, spec.attention_width());
+  facts.attention_kept = spec.qkv_width() + spec.attention_width() + spec.hidden;
+  if (spec.is_latent()) facts.attention_expanded = spec.query_width() + spec.attention_width();
+}
+
+}  // namespace
+
 ModelFacts model_facts(const ModelSpec& spec, const std::string& name) {
   ModelFacts facts;
   facts.name = name;
@@ -126,12 +158,9 @@ ModelFacts model_facts(const ModelSpec& spec, const std::string& name) {
   facts.hidden = spec.hidden;
   facts.vocab = spec.vocab;
   facts.heads = spec.heads;
-  facts.qk_dim = facts.v_dim = spec.head_dim;
-  facts.attention = {{spec.query_width(), spec.hidden},
-                     {spec.kv_width(), spec.hidden},
-                     {spec.kv_width(), spec.hidden},
-                     {spec.hidden, spec.query_width()}};
-  facts.attention_names = {"q_proj", "k_proj", "v_proj", "o_proj"};
+  facts.qk_dim = spec.head_dim;
+  facts.v_dim = spec.is_latent() ? spec.latent.value_dim : spec.head_dim;
+  add_attention(spec, facts);
   facts.moe_layers = spec.moe_layer_count();
   facts.dense_layers = facts.layers - facts.moe_layers;
   facts.dense_width = spec.dense_width;
@@ -140,29 +169,41 @@ ModelFacts model_facts(const ModelSpec& spec, const std::string& name) {
     facts.experts = spec.experts;
     facts.top_k = spec.experts_per_token;
     facts.expert_width = spec.expert_width;
-    facts.shared_experts = 1;  // llama4: one, as wide as a routed expert
+    TAILOR_CHECK(spec.shared_width % spec.expert_width == 0,
+                 "shared experts are as wide as routed ones");
+    facts.shared_experts = spec.shared_width / spec.expert_width;
   }
   return facts;
 }
 
-ModelFacts read_model_facts(const std::string& base_model, const fs::path& models_folder) {
-  std::error_code error;
-  std::string file = base_model;
+ModelFacts model_facts(const Json& config, const std::string& where, const std::string& name) {
+  ModelFacts facts = model_facts(model_spec_from_config(config, where), name);
+  read_published_form(config, facts);
+  return facts;
+}
+
+std::optional<fs::path> shipped_config(const std::string& repository,
+                                       const fs::path& models_folder) {
+  std::string file = repository;
   for (std::size_t at = file.find('/'); at != std::string::npos; at = file.find('/', at + 2)) {
     file.replace(at, 1, "--");
   }
-  const fs::path published = models_folder / (file + ".json");
+  fs::path path = models_folder / (file + ".json");
+  std::error_code error;
+  if (!fs::is_regular_file(path, error)) return std::nullopt;
+  return path;
+}
+
+ModelFacts read_model_facts(const std::string& base_model, const fs::path& models_folder) {
   fs::path config_path;
   try {
     config_path = find_model_folder(base_model) / "config.json";
   } catch (const Error&) {
-    if (!fs::is_regular_file(published, error)) throw;
-    config_path = published;
+    const std::optional<fs::path> shipped = shipped_config(base_model, models_folder);
+    if (!shipped) throw;
+    config_path = *shipped;
   }
-  const Json config = read_json(config_path);
-  ModelFacts facts = model_facts(model_spec_from_config(config, config_path.string()), base_model);
-  read_published_form(config, facts);
-  return facts;
+  return model_facts(read_json(config_path), config_path.string(), base_model);
 }
 
 }  // namespace tailor

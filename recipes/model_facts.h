@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/file.h"
+#include "base/json.h"
 #include "data/checkpoint/model_spec.h"
 #include "recipes/recipe.h"
 
@@ -17,16 +18,23 @@ struct MatrixShape {
   std::int64_t parameters() const { return out * in; }
 };
 
-/// What the plan knows of a model: counts and widths, no weights. Norms are left out; they are
-/// below a millionth of the whole.
+/// What the plan knows of a model: counts and widths, no weights. Vectors (norms, biases of q, k
+/// and v, a router's correction) are left out; they are below a ten-thousandth of the whole.
 struct ModelFacts {
   std::string name;
   std::int64_t layers = 0, hidden = 0, vocab = 0, heads = 0;
   std::int64_t qk_dim = 0, v_dim = 0;        ///< a head's width in scores and in values
   std::vector<MatrixShape> attention;        ///< projections of one layer
   std::vector<std::string> attention_names;  ///< q_proj, ... as long as `attention`
+  /// Numbers that a layer's attention keeps of a token for its backward: q, k and v, or with latent
+  /// attention the latents and the rotary key, which are expanded again; its result; the stream
+  /// after it.
+  std::int64_t attention_kept = 0;
+  /// With latent attention: what a token of a micro-batch expands to beside the projections'
+  /// outputs, every head's keys and the result that o_proj reads, which is wider than the stream.
+  std::int64_t attention_expanded = 0;
   std::int64_t moe_layers = 0, experts = 0, top_k = 0, expert_width = 0;
-  std::int64_t shared_experts = 0;  ///< a MoE layer, each of expert_width
+  std::int64_t shared_experts = 0;  ///< a MoE layer, each of expert_width; they act as one MLP
   std::int64_t dense_layers = 0, dense_width = 0;
   bool tied_head = false;
   BaseFormat published =
@@ -36,6 +44,7 @@ struct ModelFacts {
   ModelTraits traits() const { return {static_cast<int>(experts), static_cast<int>(top_k)}; }
   std::int64_t attention_parameters() const;  ///< one layer
   std::int64_t expert_parameters() const { return 3 * hidden * expert_width; }
+  std::int64_t shared_width() const { return shared_experts * expert_width; }
   std::int64_t dense_mlp_parameters() const { return 3 * hidden * dense_width; }
   std::int64_t routed_parameters() const { return moe_layers * experts * expert_parameters(); }
   std::int64_t head_parameters() const { return vocab * hidden; }
@@ -47,6 +56,8 @@ struct ModelFacts {
 };
 
 /// Trainable parameters of a recipe's factors; by where they live. expert_rank must be resolved.
+/// Gate and up of an expert count an A each, as servers hold them. kv_b_proj carries factors only
+/// where it is named: no group has it.
 struct LoraCounts {
   std::int64_t attention = 0, dense_mlp = 0, shared_expert = 0, router = 0;
   std::int64_t per_expert = 0;  ///< one routed expert
@@ -62,7 +73,15 @@ LoraCounts count_lora(const Recipe& recipe, const ModelFacts& model);
 double matrix_bytes(const ModelFacts& model, const MatrixShape& shape, BaseFormat format,
                     std::optional<int> group_size);
 
+/// Facts of a spec; `published` is bf16, since a spec does not say how weights are stored.
 ModelFacts model_facts(const ModelSpec& spec, const std::string& name);
+/// Facts of a whole config.json, its stored form included.
+ModelFacts model_facts(const Json& config, const std::string& where, const std::string& name);
+
+/// The published config that comes with Tailor for a repository "a/b": a--b.json in
+/// `models_folder`. Nothing for others.
+std::optional<fs::path> shipped_config(const std::string& repository,
+                                       const fs::path& models_folder);
 
 /// Facts from the config.json of `base_model`: a folder or a repository in the local Hugging Face
 /// cache, else a published config shipped in `models_folder` (recipes/models), where "a/b" is

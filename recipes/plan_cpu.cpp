@@ -17,11 +17,10 @@ constexpr double kGb = 1e9;
 
 /// What the backward pass wants back from every layer, beside its input.
 double Planner::kept_bytes(double value_bytes) const {
-  double attention = as_double(model_.heads * model_.qk_dim);
-  for (const MatrixShape& shape : model_.attention) attention += as_double(shape.out);
+  const double attention = as_double(model_.attention_kept);
   const double dense = attention + 2 * as_double(model_.dense_width);
   const double moe =
-      attention + 2 * as_double((model_.shared_experts + model_.top_k) * model_.expert_width);
+      attention + 2 * as_double(model_.shared_width() + model_.top_k * model_.expert_width);
   return tokens_ * value_bytes *
          (as_double(model_.dense_layers) * dense + as_double(model_.moe_layers) * moe);
 }
@@ -101,7 +100,8 @@ void Planner::add_cpu_state(bool keep, double value_bytes) {
          whole(tokens_) + " tokens x " + whole(layers) + " layers x D x " +
              short_text(value_bytes) + " B");
     item(Home::host, "kept activations", rest,
-         "q, k, v, attention's result, the stream after it, gate and up, all layers");
+         "q, k and v or their latents, attention's result, the stream after it, gate and up, all "
+         "layers");
     return;
   }
   kept_on_disk_ = inputs + rest;
@@ -126,7 +126,9 @@ void Planner::add_cpu_memory(bool keep, double value_bytes) {
              as_double(4 * model_.hidden + 4 * model_.expert_width) * value_bytes,
          "rows sorted by expert with gate, up and their product");
   }
-  item(Home::host, "micro-batch workspace", micro * workspace_width(model_) * 4 * ranks_,
+  const double expanded = 2 * as_double(model_.attention_expanded);  // and its gradient
+  item(Home::host, "micro-batch workspace",
+       micro * (workspace_width(model_) + expanded) * 4 * ranks_,
        whole(micro) + " tokens through one block");
   const double head_rows = std::min(
       as_double(head_chunk_rows(model_.vocab, static_cast<std::int64_t>(value_bytes))), tokens_);

@@ -38,7 +38,7 @@ double workspace_width(const ModelFacts& model) {
   double width = 8 * as_double(model.hidden);
   for (const MatrixShape& shape : model.attention) width += as_double(shape.out) * 2;
   return width + 6 * as_double(std::max(model.dense_layers > 0 ? model.dense_width : 0,
-                                        model.shared_experts * model.expert_width));
+                                        model.shared_width()));
 }
 
 std::int64_t head_chunk_rows(std::int64_t vocab, std::int64_t element_bytes) {
@@ -57,7 +57,7 @@ BaseBytes base_bytes(const Recipe& recipe, const ModelFacts& model, RouterForm r
     bytes.expert = mlp(model.expert_width, recipe.base.format);
     bytes.routed = bytes.expert * as_double(model.moe_layers * model.experts);
     bytes.other += as_double(model.moe_layers) *
-                   (as_double(model.shared_experts) * mlp(model.expert_width, other) +
+                   ((model.shared_experts > 0 ? mlp(model.shared_width(), other) : 0.0) +
                     matrix_bytes(model, {model.experts, model.hidden},
                                  routers == RouterForm::packed ? other : BaseFormat::bf16,
                                  recipe.base.group_size));

@@ -331,7 +331,7 @@ class CommandLine {
         "tailor model inspect models/smollm2-maverick");
     inspect.app
         .add_option("MODEL", inspect.own.model,
-                    "Model folder, or a Hugging Face repository in the local cache")
+                    "Model folder, store, config.json, or repository: local or as Tailor knows it")
         ->required();
     with_json(inspect);
     const std::vector<std::string> formats = {"int4", "nf4", "fp8", "bf16", "as_is"};

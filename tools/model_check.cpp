@@ -60,6 +60,7 @@ std::vector<std::string> check_tensors(const ModelSpec& spec, const Checkpoint& 
       problems.push_back(error);
     }
     used.insert(tensor.name);
+    for (const std::string& scales : scale_names(tensor.name)) used.insert(scales);
   }
   if (problems.size() == 1) throw problems.front();
   if (!problems.empty()) {

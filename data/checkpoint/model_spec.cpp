@@ -285,13 +285,6 @@ void read_deepseek_v3(const JsonReader& config, ModelSpec& spec) {
   }
   spec.rope.pairs = config.boolean("rope_interleave", true);
   const RopeSpec& rope = spec.rope;
-  if (!rope.factors.empty() &&
-      rope.factors.size() != static_cast<std::size_t>(latent.rope_dim / 2)) {
-    refuse(config.where(),
-           "longrope has " + std::to_string(rope.factors.size()) + " factors for " +
-               std::to_string(latent.rope_dim / 2) + " pairs",
-           "short_factor holds one for every pair of qk_rope_head_dim.");
-  }
   const double mscale = yarn_mscale(rope.factor, rope.mscale_all_dim);
   spec.softmax_scale = 1 / std::sqrt(static_cast<double>(spec.head_dim));
   if (rope.mscale_all_dim != 0) spec.softmax_scale *= mscale * mscale;
@@ -333,6 +326,17 @@ void read_deepseek_v3(const JsonReader& config, ModelSpec& spec) {
   spec.prediction_layers = config.integer("num_nextn_predict_layers", 0);
 }
 
+void check_rope_factors(const JsonReader& config, const ModelSpec& spec) {
+  const std::size_t found = spec.rope.factors.size();
+  const std::int64_t pairs = spec.rope_width() / 2;
+  if (found == 0 || found == static_cast<std::size_t>(pairs)) return;
+  refuse(
+      config.where(),
+      "longrope has " + std::to_string(found) + " factors for " + std::to_string(pairs) + " pairs",
+      std::string("short_factor holds one for every pair of ") +
+          (spec.is_latent() ? "qk_rope_head_dim." : "a head's width."));
+}
+
 std::int64_t attention_parameters(const ModelSpec& spec) {
   const std::int64_t D = spec.hidden;
   std::int64_t total = D * spec.qkv_width() + D * spec.attention_width();
@@ -347,7 +351,8 @@ std::int64_t layer_parameters(const ModelSpec& spec, const LayerSpec& layer, std
   const std::int64_t attention = attention_parameters(spec);
   const std::int64_t norms = 2 * spec.hidden;
   if (!layer.moe) return attention + norms + 3 * spec.hidden * spec.dense_width;
-  return attention + norms + spec.experts * spec.hidden +
+  const bool corrected = spec.router.kind == RouterSpec::Kind::grouped_sigmoid;
+  return attention + norms + spec.experts * (spec.hidden + (corrected ? 1 : 0)) +
          3 * spec.hidden * (spec.shared_width + experts * spec.expert_width);
 }
 
@@ -419,6 +424,7 @@ ModelSpec model_spec_from_config(const Json& config, const std::string& where) {
         "and the language part of Llama4ForConditionalGeneration), deepseek_v3 "
         "(DeepseekV3ForCausalLM: V3, R1).");
   }
+  check_rope_factors(reader, spec);
   if (wrapper && whole.has("tie_word_embeddings") && !reader.has("tie_word_embeddings")) {
     spec.tied_head = whole.boolean("tie_word_embeddings", false);
   }

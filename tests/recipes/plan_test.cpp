@@ -20,6 +20,10 @@ const ModelFacts& maverick() {
       read_model_facts("meta-llama/Llama-4-Maverick-17B-128E-Instruct", kRecipes / "models");
   return facts;
 }
+const ModelFacts& r1() {
+  static const ModelFacts facts = read_model_facts("deepseek-ai/DeepSeek-R1", kRecipes / "models");
+  return facts;
+}
 const PriceBook& prices() {
   static const PriceBook book = PriceBook::read(kRecipes / "prices.yaml");
   return book;
@@ -49,7 +53,7 @@ ModelFacts demo() {
   spec.head_dim = 64;
   spec.vocab = 49152;
   spec.dense_width = 1536;
-  spec.expert_width = 768;
+  spec.expert_width = spec.shared_width = 768;
   spec.experts = 8;
   spec.experts_per_token = 1;
   spec.layers.resize(30);
@@ -75,6 +79,46 @@ TEST(ModelFacts, of_maverick_are_as_published) {
   EXPECT_NEAR(static_cast<double>(model.other_parameters()) / 1e9, 12.10, 0.005);
   EXPECT_NEAR(static_cast<double>(model.active_parameters()) / 1e9, 16.15, 0.005);
   EXPECT_EQ(model.expert_parameters(), 3 * 5120 * 8192);
+}
+
+// docs/models.md: 671.03 B parameters, 653.91 B of them in routed experts, 36.62 B a token.
+TEST(ModelFacts, of_r1_are_as_published) {
+  const ModelFacts& model = r1();
+  EXPECT_NEAR(static_cast<double>(model.total_parameters()) / 1e9, 671.03, 0.005);
+  EXPECT_NEAR(static_cast<double>(model.routed_parameters()) / 1e9, 653.91, 0.005);
+  EXPECT_NEAR(static_cast<double>(model.other_parameters()) / 1e9, 15.26, 0.005);
+  EXPECT_NEAR(static_cast<double>(model.active_parameters()) / 1e9, 36.62, 0.005);
+  EXPECT_EQ(model.attention_names,
+            (std::vector<std::string>{"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+                                      "o_proj"}));
+  EXPECT_EQ(model.attention_kept, 2112 + 128 * 128 + 7168);
+  EXPECT_EQ(model.published, BaseFormat::fp8);
+}
+
+TEST(ModelFacts, of_several_shared_experts_are_one_wide_mlp) {
+  Json config = read_json(kRecipes / "models/deepseek-ai--DeepSeek-R1.json");
+  config["n_shared_experts"] = 2;
+  const ModelFacts model = model_facts(config, "config.json", "two shared");
+  EXPECT_EQ(model.shared_experts, 2);
+  EXPECT_EQ(model.shared_width(), 4096);
+  EXPECT_EQ(model.total_parameters() - r1().total_parameters(), 58LL * 3 * 7168 * 2048);
+  Recipe recipe = plan_of("r1-4xh100.yaml", {}, r1(), "4xh100-80gb").file.recipe;
+  recipe.lora.targets = {false, false, true, false, false, {}};
+  EXPECT_EQ(count_lora(recipe, model).total(), 58LL * 3 * 16 * (7168 + 4096));
+  config["q_lora_rank"] = nullptr;
+  const ModelFacts direct = model_facts(config, "config.json", "no latent of queries");
+  EXPECT_EQ(direct.attention_names.front(), "q_proj");
+  EXPECT_EQ(direct.attention.front().out, 128 * 192);
+  EXPECT_EQ(direct.attention.front().in, 7168);
+}
+
+TEST(ModelFacts, of_a_dense_distill) {
+  const ModelFacts model =
+      read_model_facts("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", kRecipes / "models");
+  EXPECT_EQ(model.experts, 0);
+  EXPECT_EQ(model.dense_layers, 28);
+  // Vectors aside: a norm before each half of a layer and one at the end, and biases.
+  EXPECT_EQ(model.total_parameters(), 7'615'616'512 - 57 * 3584 - 28 * (3584 + 2 * 512));
 }
 
 TEST(ModelFacts, an_unknown_model_names_the_download_command) {
@@ -107,6 +151,85 @@ TEST(LoraCounts, of_maverick_follow_the_shapes) {
   EXPECT_EQ(counts.experts, 24LL * 128 * 3 * 8 * (5120 + 8192));
   EXPECT_EQ(counts.attention, 48LL * 16 * (2 * 10240 + 2 * 6144));
   EXPECT_EQ(counts.other(), 65'273'856);
+}
+
+// docs/models.md has these: a unit of rank on all routed experts of R1 is 410.5 M parameters.
+TEST(LoraCounts, of_r1_leave_kv_b_proj_to_those_who_name_it) {
+  Planned planned = plan_of("r1-4xh100.yaml", {}, r1(), "4xh100-80gb");
+  Recipe& recipe = planned.file.recipe;
+  const LoraCounts counts = count_lora(recipe, r1());
+  EXPECT_EQ(counts.experts, 410'517'504);
+  const std::int64_t attention = (7168 + 1536) + (1536 + 24576) + (7168 + 576) + (16384 + 7168);
+  EXPECT_EQ(counts.attention, 61 * 16 * attention);
+  EXPECT_EQ(counts.dense_mlp, 3LL * 3 * 16 * (7168 + 18432));
+  EXPECT_EQ(counts.shared_expert, 58LL * 3 * 16 * (7168 + 2048));
+  recipe.lora.targets.modules = {"kv_b_proj", "gate"};
+  const LoraCounts more = count_lora(recipe, r1());
+  EXPECT_EQ(more.attention - counts.attention, 61LL * 16 * (512 + 32768));
+  EXPECT_EQ(more.router, 58LL * 16 * (7168 + 256));
+  // With it the whole of attention is what the streaming model reckons: 126.4 M at rank 16.
+  EXPECT_NEAR(static_cast<double>(more.attention + more.dense_mlp + more.shared_expert) / 1e6,
+              126.4, 0.05);
+}
+
+struct ShippedPlan {
+  const char* recipe;
+  const char* model;
+  const char* profile;
+};
+class ShippedR1 : public testing::TestWithParam<ShippedPlan> {};
+
+TEST_P(ShippedR1, fits_its_machine) {
+  const auto& [recipe, name, profile] = GetParam();
+  const ModelFacts model = read_model_facts(name, kRecipes / "models");
+  const Planned planned =
+      plan_of(std::string(recipe) + ".yaml", {"training.max_steps=100"}, model, profile);
+  EXPECT_EQ(planned.file.recipe.machine.profile, profile);
+  EXPECT_EQ(planned.file.recipe.base_model, name);
+  EXPECT_TRUE(planned.plan.fits) << planned.plan.fits_working;
+  const Machine machine = find_machine(profile, kRecipes / "machines");
+  EXPECT_LT(*planned.plan.device_bytes_peak.value, machine.device_bytes);
+  EXPECT_LT(*planned.plan.host_bytes_peak.value, machine.host_bytes);
+  EXPECT_GT(*planned.plan.tokens_per_second.value, 0);
+}
+INSTANTIATE_TEST_SUITE_P(
+    Recipe, ShippedR1,
+    testing::Values(ShippedPlan{"r1-4xh100", "deepseek-ai/DeepSeek-R1", "4xh100-80gb"},
+                    ShippedPlan{"r1-1xh200", "deepseek-ai/DeepSeek-R1", "1xh200"},
+                    ShippedPlan{"r1-distill-qwen-7b", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+                                "a100-40gb"}),
+    [](const auto& entry) { return std::to_string(entry.index); });
+
+TEST(Plan, of_r1_on_one_h200_reads_from_disk_what_ram_does_not_hold) {
+  const Plan small = plan_of("r1-1xh200.yaml", {}, r1(), "1xh200").plan;
+  EXPECT_GT(small.resident_fraction, 0.25);
+  EXPECT_LT(small.resident_fraction, 0.5);
+  const double beyond =
+      337.17e9 * (1 - small.resident_fraction) - static_cast<double>(small.host_tile_bytes);
+  EXPECT_GT(beyond, 10e9) << "256 GB do not hold what the card does not";
+}
+
+TEST(Plan, of_r1_on_the_cpu_keeps_latents) {
+  const auto bytes_of = [](const ModelFacts& model, const std::string& name) {
+    const Plan plan = plan_of("r1-1xh200.yaml",
+                              {"compute.device=cpu", "compute.keep_activations=all",
+                               "training.gradient_accumulation_steps=1"},
+                              model, "cpu")
+                          .plan;
+    for (const MemoryItem& item : plan.items) {
+      if (item.name == name) return item.bytes;
+    }
+    return 0.0;
+  };
+  const double attention = 61.0 * (2112 + 128 * 128 + 7168);
+  const double mlp = 3.0 * 2 * 18432 + 58.0 * 2 * (1 + 8) * 2048;
+  EXPECT_DOUBLE_EQ(bytes_of(r1(), "kept activations"), 4096 * 2 * (attention + mlp));
+  // A micro-batch expands them: keys of 192 and a result of 128 in each of 128 heads, twice.
+  ModelFacts grouped = r1();
+  grouped.attention_expanded = 0;
+  EXPECT_DOUBLE_EQ(
+      bytes_of(r1(), "micro-batch workspace") - bytes_of(grouped, "micro-batch workspace"),
+      4096 * 4 * 2.0 * 128 * (192 + 128));
 }
 
 // The analytic model of docs/planning.md at 512-token sequences, rank 16, expert rank 16,

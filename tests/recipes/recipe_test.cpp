@@ -253,7 +253,8 @@ TEST(ShippedRecipes, are_valid_described_and_open_with_their_command) {
     EXPECT_THAT(read_text(recipe.path),
                 testing::HasSubstr("./tools/tailor train recipes/" + recipe.name + ".yaml"));
   }
-  EXPECT_THAT(names, testing::IsSupersetOf({"demo-dense", "demo-maverick", "maverick-a100"}));
+  EXPECT_THAT(names, testing::IsSupersetOf({"demo-dense", "demo-maverick", "maverick-a100",
+                                            "r1-4xh100", "r1-1xh200", "r1-distill-qwen-7b"}));
 }
 
 TEST(ShippedRecipes, are_found_by_name_and_copied_once) {

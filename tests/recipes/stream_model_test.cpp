@@ -61,6 +61,40 @@ const ModelFacts& facts(const std::string& name) {
   return known[name] = out;
 }
 
+// The published configs, read as a user's are, describe the models the oracle has by hand.
+TEST(ModelFacts, of_published_configs_are_the_oracles) {
+  const std::map<std::string, std::string> published = {
+      {"MAVERICK", "meta-llama/Llama-4-Maverick-17B-128E-Instruct"},
+      {"R1", "deepseek-ai/DeepSeek-R1"}};
+  for (const auto& [name, repository] : published) {
+    SCOPED_TRACE(name);
+    const ModelFacts& oracle = facts(name);
+    const ModelFacts ours = read_model_facts(repository, kRecipes / "models");
+    EXPECT_EQ(ours.layers, oracle.layers);
+    EXPECT_EQ(ours.hidden, oracle.hidden);
+    EXPECT_EQ(ours.vocab, oracle.vocab);
+    EXPECT_EQ(ours.heads, oracle.heads);
+    EXPECT_EQ(ours.qk_dim, oracle.qk_dim);
+    EXPECT_EQ(ours.v_dim, oracle.v_dim);
+    ASSERT_EQ(ours.attention.size(), oracle.attention.size());
+    ASSERT_EQ(ours.attention_names.size(), oracle.attention.size());
+    for (std::size_t i = 0; i < oracle.attention.size(); ++i) {
+      EXPECT_EQ(ours.attention[i].in, oracle.attention[i].in) << ours.attention_names[i];
+      EXPECT_EQ(ours.attention[i].out, oracle.attention[i].out) << ours.attention_names[i];
+    }
+    EXPECT_EQ(ours.moe_layers, oracle.moe_layers);
+    EXPECT_EQ(ours.experts, oracle.experts);
+    EXPECT_EQ(ours.top_k, oracle.top_k);
+    EXPECT_EQ(ours.expert_width, oracle.expert_width);
+    EXPECT_EQ(ours.shared_experts, oracle.shared_experts);
+    EXPECT_EQ(ours.dense_layers, oracle.dense_layers);
+    EXPECT_EQ(ours.dense_width, oracle.dense_width);
+    EXPECT_EQ(ours.tied_head, oracle.tied_head);
+    EXPECT_EQ(ours.total_parameters(), oracle.total_parameters());
+    EXPECT_EQ(ours.active_parameters(), oracle.active_parameters());
+  }
+}
+
 const std::map<std::string, BaseFormat> kFormats = {{"int4_g128", BaseFormat::int4},
                                                     {"nf4_dq64", BaseFormat::nf4},
                                                     {"fp8_b128x128", BaseFormat::fp8},

@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
+#include <map>
 #include <sstream>
 
 #include "base/text.h"
@@ -166,13 +168,121 @@ TEST(Data, tokenize_gives_what_hugging_face_gives) {
 
 TEST(Data, a_model_of_several_layouts_is_inspected) {
   const Sandbox box;
-  for (const char* name :
-       {"llama_tiny", "llama4_maverick_tiny", "llama4_scout_tiny", "llama4_conditional_tiny"}) {
+  for (const char* name : {"llama_tiny", "llama4_maverick_tiny", "llama4_scout_tiny",
+                           "llama4_conditional_tiny", "qwen2_tiny", "deepseek_v3_tiny"}) {
     const fs::path golden = fs::path(TAILOR_SOURCE_DIR) / "tests/golden" / name;
     const Outcome outcome =
         run_tailor(box, {"model", "inspect", (golden / "model").string(), "--json"});
     EXPECT_EQ(outcome.code, 0) << name << outcome.err;
     EXPECT_GT(Json::parse(outcome.out)["parameters"].get<std::int64_t>(), 0);
+  }
+}
+
+TEST(ModelInspect, of_fp8_uses_its_scales) {
+  const Sandbox box;
+  const fs::path folder = fs::path(TAILOR_SOURCE_DIR) / "tests/golden/deepseek_v3_fp8_tiny/model";
+  const Outcome outcome = run_tailor(box, {"model", "inspect", folder.string(), "--json"});
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const Json json = Json::parse(outcome.out);
+  EXPECT_GT(json["dtypes"]["F8_E4M3"].get<std::int64_t>(), 0);
+  for (const Json& name : json["tensors_not_used"]) {
+    EXPECT_THAT(name.get<std::string>(), testing::Not(HasSubstr("scale")));
+  }
+}
+
+constexpr const char* kR1 = "deepseek-ai/DeepSeek-R1";
+
+// The figures are those of the streaming model: tables B and D of its geometry.
+TEST(ModelInspect, of_a_config_alone_gives_sizes) {
+  const Sandbox box;
+  const Outcome named = run_tailor(box, {"model", "inspect", kR1, "--json"});
+  ASSERT_EQ(named.code, 0) << named.err;
+  const Json r1 = Json::parse(named.out);
+  EXPECT_EQ(r1["weights"], "none");
+  EXPECT_EQ(r1["parameters"], 671'026'419'200);
+  EXPECT_EQ(r1["prediction_layers"], 1);
+  const std::map<std::string, std::array<double, 3>> oracle = {{"bf16", {88.08, 22.55, 1307.82}},
+                                                               {"fp8", {44.05, 11.28, 654.07}},
+                                                               {"int4", {22.71, 5.81, 337.17}},
+                                                               {"nf4", {22.72, 5.82, 337.33}}};
+  ASSERT_EQ(r1["format_bytes"].size(), oracle.size());
+  for (const auto& [format, sizes] : oracle) {
+    const Json& bytes = r1["format_bytes"][format];
+    EXPECT_NEAR(bytes["expert"].get<double>() / 1e6, sizes[0], 0.006) << format;
+    EXPECT_NEAR(bytes["layer_experts"].get<double>() / 1e9, sizes[1], 0.006) << format;
+    EXPECT_NEAR(bytes["experts"].get<double>() / 1e9, sizes[2], 0.006) << format;
+    EXPECT_GT(bytes["total"], bytes["experts"]) << format;
+  }
+  const Json& adapter = r1["adapter_parameters_per_rank"];
+  EXPECT_EQ(adapter["experts"], 410'517'504);
+  EXPECT_EQ(adapter["attention"], 61 * 66'112);
+  EXPECT_EQ(adapter["kv_b_proj"], 61 * 33'280);
+  // All linear layers outside routed experts: 7.9 M a unit of rank.
+  EXPECT_NEAR((adapter["attention"].get<double>() + adapter["kv_b_proj"].get<double>() +
+               adapter["dense_mlp"].get<double>() + adapter["shared_expert"].get<double>()) /
+                  1e6,
+              7.9, 0.05);
+
+  const Json config =
+      read_json(fs::path(TAILOR_SOURCE_DIR) / "recipes/models/deepseek-ai--DeepSeek-R1.json");
+  box.write_text("r1/config.json", config.dump());
+  Json folder = Json::parse(run_tailor(box, {"model", "inspect", "r1", "--json"}).out);
+  Json file = Json::parse(run_tailor(box, {"model", "inspect", "r1/config.json", "--json"}).out);
+  for (Json* other : {&folder, &file}) {
+    (*other)["folder"] = r1["folder"];
+    EXPECT_EQ(*other, r1);
+  }
+}
+
+TEST(ModelInspect, of_a_config_alone_says_that_no_weights_are_there) {
+  const Sandbox box;
+  const Outcome outcome = run_tailor(box, {"model", "inspect", kR1});
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  for (const char* text :
+       {"671,026,419,200", "none: this is a config alone", "hf download deepseek-ai/DeepSeek-R1",
+        "128 heads of 128 + 64 rotary, values of 128; latents of 1,536 (queries) and 512",
+        "1 behind them (multi-token prediction): skipped", "410,517,504", "337.17 GB", "654.07 GB",
+        "in training the two share one: 304,087,040",
+        "vLLM folds it into attention and ignores factors on it"}) {
+    EXPECT_THAT(outcome.out, HasSubstr(text));
+  }
+  const Outcome dense =
+      run_tailor(box, {"model", "inspect", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"});
+  EXPECT_EQ(dense.code, 0) << dense.err;
+  EXPECT_THAT(dense.out, HasSubstr("biases on q, k and v"));
+  EXPECT_THAT(dense.out, testing::Not(HasSubstr("kv_b_proj")));
+  EXPECT_THAT(dense.out, testing::Not(HasSubstr("xperts")));
+}
+
+TEST(ModelInspect, of_a_store_describes_it) {
+  const Sandbox box;
+  box.copy_model("llama4_maverick_tiny", "model");
+  ASSERT_EQ(run_tailor(box, {"model", "pack", "model", "--to", "store"}).code, 0);
+  const Outcome outcome = run_tailor(box, {"model", "inspect", "store"});
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, HasSubstr("tailor model verify store"));
+  EXPECT_THAT(outcome.out, HasSubstr("experts int4"));
+  const Json json = Json::parse(run_tailor(box, {"model", "inspect", "store", "--json"}).out);
+  const Json model = Json::parse(run_tailor(box, {"model", "inspect", "model", "--json"}).out);
+  EXPECT_EQ(json["weights"], "store");
+  EXPECT_EQ(json["parameters"], model["parameters"]);
+  EXPECT_EQ(json["store"]["source"], "model");
+  EXPECT_GT(json["bytes"], 0);
+  // A store that is not finished is told as that, not as a config without weights.
+  fs::remove(box.root() / "store/store.json");
+  box.write_text("store/pack.journal", "");
+  const Outcome begun = run_tailor(box, {"model", "inspect", "store"});
+  EXPECT_EQ(begun.code, 65);
+  EXPECT_THAT(begun.err, HasSubstr("not finished"));
+}
+
+TEST(Plan, of_shipped_r1_recipes_needs_neither_weights_nor_data) {
+  const Sandbox box;
+  for (const char* name : {"r1-4xh100", "r1-1xh200", "r1-distill-qwen-7b"}) {
+    const std::string path = std::string(TAILOR_SOURCE_DIR) + "/recipes/" + name + ".yaml";
+    const Outcome outcome = run_tailor(box, {"plan", path, "training.max_steps=100", "--json"});
+    EXPECT_EQ(outcome.code, 0) << name << outcome.err;
+    EXPECT_TRUE(Json::parse(outcome.out)["fits"]["value"].get<bool>()) << name;
   }
 }
 

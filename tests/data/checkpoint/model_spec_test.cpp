@@ -2,6 +2,9 @@
 
 #include <gmock/gmock.h>
 
+#include <cmath>
+#include <tuple>
+
 #include "data/checkpoint/checkpoint.h"
 #include "tests/data/checkpoint/folder_fixture.h"
 
@@ -16,6 +19,12 @@ Json golden_config(const std::string& name) {
 }
 Json llama() { return golden_config("llama_tiny/model/config.json"); }
 Json llama4() { return golden_config("llama4_maverick_tiny/model/config.json"); }
+Json deepseek() { return golden_config("deepseek_v3_tiny/model/config.json"); }
+/// As it is published, of the configs that come with Tailor.
+Json shipped(const std::string& name) {
+  return read_json(fs::path(TAILOR_SOURCE_DIR) / "recipes/models" / (name + ".json"));
+}
+Json r1() { return shipped("deepseek-ai--DeepSeek-R1"); }
 ModelSpec spec_of(const Json& config) { return model_spec_from_config(config, "config.json"); }
 std::string refusal(const Json& config) {
   return error_of([&] { spec_of(config); });
@@ -139,8 +148,79 @@ TEST(ModelSpec, llama_as_published) {
   EXPECT_EQ(spec.active_parameters(), spec.parameters());
 }
 
+TEST(ModelSpec, r1_as_published) {
+  const ModelSpec spec = spec_of(r1());
+  EXPECT_EQ(spec.family, Family::deepseek_v3);
+  EXPECT_EQ(spec.layer_count(), 61);
+  EXPECT_EQ(spec.moe_layer_count(), 58);
+  for (std::size_t l = 0; l < 61; ++l) EXPECT_EQ(spec.layers[l].moe, l >= 3) << l;
+  EXPECT_EQ(spec.query_width(), 128 * 192);
+  EXPECT_EQ(spec.qkv_width(), 1536 + 512 + 64);
+  EXPECT_EQ(spec.attention_width(), 128 * 128);
+  EXPECT_EQ(spec.shared_width, 2048);
+  EXPECT_EQ(spec.prediction_layers, 1);
+  EXPECT_EQ(spec.rope.kind, RopeSpec::Kind::yarn);
+  EXPECT_EQ(spec.rope.original_positions, 4096);
+  EXPECT_DOUBLE_EQ(spec.rope.attention_factor, 1) << "mscale and mscale_all_dim are equal";
+  EXPECT_TRUE(spec.rope.pairs);
+  const double mscale = 0.1 * std::log(40.0) + 1;  // on the softmax instead
+  EXPECT_DOUBLE_EQ(spec.softmax_scale, mscale * mscale / std::sqrt(192.0));
+  EXPECT_EQ(spec.router.groups, 8);
+  EXPECT_EQ(spec.router.groups_kept, 4);
+  EXPECT_EQ(spec.router.scale, 2.5);
+  EXPECT_TRUE(spec.router.normalise);
+  // Without the prediction layer; DeepSeek-AI, arXiv 2412.19437: 671B in all, 37B active.
+  EXPECT_EQ(spec.parameters(), 671'026'419'200);
+  EXPECT_NEAR(static_cast<double>(spec.active_parameters()), 37.5e9, 0.1e9);
+}
+
+TEST(ModelSpec, distills_of_r1_as_published) {
+  const ModelSpec qwen = spec_of(shipped("deepseek-ai--DeepSeek-R1-Distill-Qwen-7B"));
+  EXPECT_EQ(qwen.family, Family::qwen2);
+  EXPECT_TRUE(qwen.qkv_bias);
+  EXPECT_EQ(qwen.rope.theta, 10000);
+  EXPECT_EQ(qwen.parameters(), 7'615'616'512) << "as the hub counts them";
+  const ModelSpec llama = spec_of(shipped("deepseek-ai--DeepSeek-R1-Distill-Llama-8B"));
+  EXPECT_EQ(llama.family, Family::llama);
+  EXPECT_EQ(llama.rope.kind, RopeSpec::Kind::llama3);
+  EXPECT_EQ(llama.parameters(), 8'030'261'248) << "as the hub counts them";
+}
+
+TEST(ModelSpec, r1_reads_the_same_in_both_spellings) {
+  Json v5 = without(without(r1(), "rope_scaling"), "rope_theta");
+  v5["rope_parameters"] = without(r1().at("rope_scaling"), "type");
+  v5["rope_parameters"]["rope_type"] = "yarn";
+  v5["rope_parameters"]["rope_theta"] = 10000.0;
+  v5["head_dim"] = 64;  // transformers 5 writes the rotary width here
+  v5["qk_head_dim"] = 192;
+  v5["rope_interleave"] = true;
+  for (const char* key : {"topk_method", "scoring_func", "moe_layer_freq"}) v5.erase(key);
+  const ModelSpec a = spec_of(r1()), b = spec_of(v5);
+  const auto rope = [](const RopeSpec& r) {
+    return std::tuple(r.kind, r.theta, r.factor, r.original_positions, r.beta_fast, r.beta_slow,
+                      r.truncate, r.attention_factor, r.mscale_all_dim, r.pairs, r.factors);
+  };
+  const auto sizes = [](const ModelSpec& s) {
+    return std::tuple(s.hidden, s.heads, s.kv_heads, s.head_dim, s.vocab, s.dense_width,
+                      s.expert_width, s.shared_width, s.experts, s.experts_per_token,
+                      s.positions_max, s.norm_eps, s.softmax_scale, s.parameters(),
+                      s.prediction_layers);
+  };
+  const auto latent = [](const LatentSpec& l) {
+    return std::tuple(l.q_rank, l.kv_rank, l.nope_dim, l.rope_dim, l.value_dim);
+  };
+  const auto router = [](const RouterSpec& r) {
+    return std::tuple(r.kind, r.groups, r.groups_kept, r.normalise, r.scale);
+  };
+  EXPECT_EQ(rope(a.rope), rope(b.rope));
+  EXPECT_EQ(sizes(a), sizes(b));
+  EXPECT_EQ(latent(a.latent), latent(b.latent));
+  EXPECT_EQ(router(a.router), router(b.router));
+}
+
 TEST(ModelSpec, parameters_are_the_checkpoint_s) {
-  for (const char* name : {"llama_tiny", "llama4_maverick_tiny", "llama4_scout_tiny"}) {
+  for (const char* name : {"llama_tiny", "llama4_maverick_tiny", "llama4_scout_tiny", "qwen2_tiny",
+                           "deepseek_v3_tiny"}) {
     const fs::path folder = fs::path(TAILOR_SOURCE_DIR) / "tests/golden" / name / "model";
     std::int64_t elements = 0;
     const Checkpoint checkpoint = Checkpoint::open(folder);
@@ -212,12 +292,13 @@ TEST(ModelSpec, each_option_that_is_not_implemented_is_refused_by_name) {
   EXPECT_THAT(refusal(with(llama(), "mlp_bias", true)), HasSubstr("mlp_bias is true"));
   EXPECT_THAT(refusal(with(llama(), "attention_bias", true)), HasSubstr("attention_bias is true"));
   EXPECT_THAT(refusal(with(llama4(), "attention_bias", true)), HasSubstr("attention_bias is true"));
+  EXPECT_THAT(refusal(with(r1(), "attention_bias", true)), HasSubstr("attention_bias is true"));
   Json rope = llama();
-  rope["rope_parameters"]["rope_type"] = "yarn";
+  rope["rope_parameters"]["rope_type"] = "dynamic";
   EXPECT_EQ(refusal(rope),
-            "error: rope type 'yarn' is not implemented\n"
+            "error: rope type 'dynamic' is not implemented\n"
             "  where: config.json, rope_parameters\n"
-            "  mend:  Rope types 'default' and 'llama3' can be trained.\n");
+            "  mend:  Rope types 'default', 'llama3', 'yarn' and 'longrope' can be trained.\n");
   rope["rope_parameters"] = {{"rope_type", "llama3"},
                              {"factor", 0.5},
                              {"low_freq_factor", 1},
@@ -231,8 +312,84 @@ TEST(ModelSpec, each_option_that_is_not_implemented_is_refused_by_name) {
                          Json::array({"Qwen3MoeForCausalLM"}))),
             "error: model_type 'qwen3_moe' is not supported (architecture Qwen3MoeForCausalLM)\n"
             "  where: config.json\n"
-            "  mend:  Supported: llama (LlamaForCausalLM), llama4 (Llama4ForCausalLM and the "
-            "language part of Llama4ForConditionalGeneration).\n");
+            "  mend:  Supported: llama (LlamaForCausalLM), qwen2 (Qwen2ForCausalLM), llama4 "
+            "(Llama4ForCausalLM and the language part of Llama4ForConditionalGeneration), "
+            "deepseek_v3 (DeepseekV3ForCausalLM: V3, R1).\n");
+}
+
+TEST(ModelSpec, what_deepseek_has_beside_v3_is_refused) {
+  EXPECT_EQ(refusal(with(r1(), "topk_method", "greedy")),
+            "error: topk_method is \"greedy\", which Tailor does not implement\n"
+            "  where: config.json\n"
+            "  mend:  Models with topk_method: \"noaux_tc\" can be trained.\n");
+  EXPECT_THAT(refusal(with(r1(), "scoring_func", "softmax")),
+              HasSubstr("scoring_func is \"softmax\", which Tailor does not implement"));
+  EXPECT_THAT(refusal(with(r1(), "moe_layer_freq", 2)), HasSubstr("moe_layer_freq is 2, which"));
+  Json quant = r1();
+  quant["quantization_config"]["weight_block_size"] = {64, 128};
+  EXPECT_EQ(refusal(quant),
+            "error: weight_block_size is [64,128], which Tailor does not implement\n"
+            "  where: config.json, quantization_config\n"
+            "  mend:  Models with weight_block_size: [128,128] can be trained.\n");
+  quant = r1();
+  quant["quantization_config"]["fmt"] = "e5m2";
+  EXPECT_THAT(refusal(quant), HasSubstr("fmt is \"e5m2\", which Tailor does not implement"));
+  Json rope = r1();
+  rope["rope_scaling"]["type"] = "dynamic";
+  EXPECT_THAT(refusal(rope), HasSubstr("rope type 'dynamic' is not implemented"));
+  rope["rope_scaling"] = r1().at("rope_scaling");
+  rope["rope_scaling"]["factor"] = 0.5;
+  EXPECT_THAT(refusal(rope), HasSubstr("yarn rope scaling has impossible factors"));
+  EXPECT_EQ(refusal(with(with(r1(), "model_type", "deepseek_v4"), "architectures",
+                         Json::array({"DeepseekV4ForCausalLM"}))),
+            "error: model_type 'deepseek_v4' is not supported (architecture "
+            "DeepseekV4ForCausalLM)\n"
+            "  where: config.json\n"
+            "  mend:  Supported: llama (LlamaForCausalLM), qwen2 (Qwen2ForCausalLM), llama4 "
+            "(Llama4ForCausalLM and the language part of Llama4ForConditionalGeneration), "
+            "deepseek_v3 (DeepseekV3ForCausalLM: V3, R1).\n");
+  EXPECT_THAT(
+      refusal(with(r1(), "n_group", 7)),
+      HasSubstr("n_group 7, topk_group 4 and num_experts_per_tok 8 do not fit 256 experts"));
+  EXPECT_THAT(refusal(with(r1(), "topk_group", 9)), HasSubstr("n_group 8, topk_group 9"));
+  EXPECT_THAT(refusal(with(r1(), "num_experts_per_tok", 129)),
+              HasSubstr("num_experts_per_tok 129 do not fit 256 experts"))
+      << "four groups hold 128";
+  EXPECT_THAT(refusal(with(r1(), "first_k_dense_replace", 61)),
+              HasSubstr("first_k_dense_replace is 61"));
+}
+
+/// deepseek() with longrope of `pairs` factors; qk_rope_head_dim is 8, so that 4 are needed.
+Json with_longrope(std::size_t pairs) {
+  Json config = deepseek();
+  const std::vector<double> factors(pairs, 1.25);
+  config["rope_parameters"] = {{"rope_type", "longrope"},
+                               {"rope_theta", 10000.0},
+                               {"original_max_position_embeddings", 160},
+                               {"short_factor", factors},
+                               {"long_factor", factors}};
+  return config;
+}
+
+TEST(ModelSpec, longrope_has_a_factor_for_every_pair) {
+  EXPECT_EQ(spec_of(with_longrope(4)).rope.factors, std::vector<double>(4, 1.25));
+  EXPECT_EQ(refusal(with_longrope(5)),
+            "error: longrope has 5 factors for 4 pairs\n"
+            "  where: config.json\n"
+            "  mend:  short_factor holds one for every pair of qk_rope_head_dim.\n");
+  Json plain = llama();
+  plain["rope_parameters"] = with_longrope(3).at("rope_parameters");
+  EXPECT_THAT(refusal(plain), HasSubstr("longrope has 3 factors for "));
+}
+
+TEST(ModelSpec, qwen2_without_sliding_windows) {
+  const Json config = shipped("deepseek-ai--DeepSeek-R1-Distill-Qwen-7B");
+  EXPECT_EQ(refusal(with(config, "use_sliding_window", true)),
+            "error: use_sliding_window is true, which Tailor does not implement\n"
+            "  where: config.json\n"
+            "  mend:  Models with use_sliding_window: false can be trained.\n");
+  EXPECT_THAT(refusal(with(config, "layer_types", Json::array({"sliding_attention"}))),
+              HasSubstr("layer_types holds \"sliding_attention\""));
 }
 
 TEST(ModelSpec, sizes_that_are_missing_or_impossible) {
