@@ -121,6 +121,18 @@ Json config_of_layers(const Json& config, const std::vector<std::int64_t>& layer
   text["num_hidden_layers"] = wanted.size();
   if (whole.family == Family::llama4) {
     set_llama4_layers(text, wanted);
+  } else if (whole.family == Family::deepseek_v3) {
+    const auto dense = std::count_if(wanted.begin(), wanted.end(),
+                                     [](const LayerSpec& layer) { return !layer.moe; });
+    const bool dense_first = std::is_partitioned(wanted.begin(), wanted.end(),
+                                                 [](const LayerSpec& layer) { return !layer.moe; });
+    if (!dense_first || dense == static_cast<std::ptrdiff_t>(wanted.size())) {
+      refuse("deepseek_v3 has its dense layers before its mixtures of experts, and one of those at "
+             "least",
+             whole.layer_count());
+    }
+    text["first_k_dense_replace"] = dense;
+    text["num_nextn_predict_layers"] = 0;
   } else if (text.contains("layer_types") &&
              text["layer_types"].size() == static_cast<std::size_t>(whole.layer_count())) {
     Json types = Json::array();

@@ -152,7 +152,8 @@ std::vector<double> scales_of_mean_square(double wanted) {
 
 bool is_norm(MatrixRole role) {
   return role == MatrixRole::input_norm || role == MatrixRole::post_norm ||
-         role == MatrixRole::final_norm;
+         role == MatrixRole::final_norm || role == MatrixRole::q_a_norm ||
+         role == MatrixRole::kv_a_norm;
 }
 
 }  // namespace
