@@ -438,6 +438,20 @@ std::vector<std::byte> folded(std::span<const float> x, std::int64_t E, std::int
   return bytes_of(out);
 }
 
+/// Factors of `each` elements an expert with a zero factor for every expert that has none: servers
+/// want all experts of a layer, at one rank. A is zero as well, so that who trains the file on
+/// leaves those experts as they are: with both factors zero neither gets a gradient.
+std::vector<float> with_zero_experts(const LoraSite& site, std::span<const float> x,
+                                     std::int64_t each) {
+  std::vector<float> out(static_cast<std::size_t>(site.experts * each), 0.0F);
+  for (std::int64_t e = 0; e < site.experts; ++e) {
+    const std::int64_t slot = site.slot(e);
+    if (slot < 0) continue;
+    std::copy_n(x.begin() + slot * each, each, out.begin() + e * each);
+  }
+  return out;
+}
+
 /// The file's tensors by name, each made when it is written: factors may be larger than memory.
 std::vector<TensorToWrite> peft_tensors(const Adapter& adapter, const std::string& prefix) {
   std::vector<TensorToWrite> out;
@@ -458,8 +472,16 @@ std::vector<TensorToWrite> peft_tensors(const Adapter& adapter, const std::strin
         adapter.find(site.layer, Projection::experts_down) != nullptr) {
       key += ".base_layer";  // see fused_key
     }
-    add(key + ".lora_A.weight", {E * rank, width}, [b] { return bytes_of(b); });
-    add(key + ".lora_B.weight", {in, rank * E}, [=] { return folded(a, E, rank, in); });
+    if (site.slot_of.empty()) {
+      add(key + ".lora_A.weight", {E * rank, width}, [b] { return bytes_of(b); });
+      add(key + ".lora_B.weight", {in, rank * E}, [=] { return folded(a, E, rank, in); });
+      continue;
+    }
+    const LoraSite* chosen = &site;
+    add(key + ".lora_A.weight", {E * rank, width},
+        [=] { return bytes_of(with_zero_experts(*chosen, b, rank * width)); });
+    add(key + ".lora_B.weight", {in, rank * E},
+        [=] { return folded(with_zero_experts(*chosen, a, rank * in), E, rank, in); });
   }
   std::sort(out.begin(), out.end(), [](const auto& x, const auto& y) { return x.name < y.name; });
   return out;

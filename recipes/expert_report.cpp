@@ -15,8 +15,8 @@ namespace {
 /// Fields are coloured by their share over an even one, 1 / experts: from each of these bounds on
 /// the next colour. Doublings, so that quiet experts differ from silent ones and from each other.
 constexpr std::array<double, 8> kBounds = {0.0625, 0.125, 0.25, 0.5, 1, 2, 4, 8};
-constexpr const char* kLegend[] = {"none",         "below 1/16", "from 1/16", "1/8", "1/4",
-                                   "1/2", "1", "2",  "4",   "8 times"};
+constexpr const char* kLegend[] = {"none", "below 1/16", "1/16", "1/8", "1/4",
+                                   "1/2",  "1",          "2",    "4",   "8 and more"};
 constexpr std::size_t kColours = kBounds.size() + 2;  ///< none, below the first, then one a bound
 
 // One letter a class and no closing tags: a page of 58 x 256 fields stays below 1 MB.
@@ -35,9 +35,10 @@ p { margin: .35rem 0; }
 .quiet { color: var(--quiet); }
 code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
-.heat { border-collapse: separate; border-spacing: 1px; }
-.heat th { font-weight: 400; font-size: .75rem; text-align: right; padding-right: .4rem;
+.heat { border-collapse: separate; border-spacing: 1px; table-layout: fixed; }
+.heat th { width: 56px; padding: 0 6px 0 0; font-weight: 400; font-size: .75rem; text-align: right;
   color: var(--quiet); }
+.heat .x { width: auto; padding: 0; text-align: left; }
 .heat td { padding: 0; height: .9rem; }
 td.a, b.a { background: var(--a) } td.b, b.b { background: var(--b) } td.c, b.c { background: var(--c) }
 td.d, b.d { background: var(--d) } td.e, b.e { background: var(--e) } td.f, b.f { background: var(--f) }
@@ -57,8 +58,8 @@ td.s, b.s { outline: 1.5px solid var(--mark); outline-offset: -1.5px }
 std::size_t colour_of(double share, std::int64_t tokens, std::size_t experts) {
   if (tokens == 0) return 0;
   const double times = share * static_cast<double>(experts);
-  return 1 + static_cast<std::size_t>(
-                 std::upper_bound(kBounds.begin(), kBounds.end(), times) - kBounds.begin());
+  return 1 + static_cast<std::size_t>(std::upper_bound(kBounds.begin(), kBounds.end(), times) -
+                                      kBounds.begin());
 }
 
 std::string letter(std::size_t colour) {
@@ -71,10 +72,11 @@ std::string percent(double share, int decimals = 1) {
 
 std::string heat_map(const ExpertLoad& load, const ExpertSelection& selection, ExpertScore by) {
   const std::size_t experts = load.layers.front().tokens.size();
-  // As wide as fits a page where experts are few, never so narrow that a field cannot be pointed at.
+  // As wide as fits a page where experts are few, never so narrow that a field cannot be pointed
+  // at.
   const auto width = std::clamp<std::size_t>(1200 / experts, 4, 28);
   std::string out = "<div class=\"wide\"><table class=\"heat\" style=\"width:" +
-                    std::to_string(70 + experts * (width + 1)) + "px\">\n";
+                    std::to_string(66 + experts * (width + 1)) + "px\">\n";
   for (std::size_t l = 0; l < load.layers.size(); ++l) {
     const LayerLoad& layer = load.layers[l];
     const std::vector<double> shares = expert_shares(layer, by);
@@ -91,6 +93,12 @@ std::string heat_map(const ExpertLoad& load, const ExpertSelection& selection, E
       out += "\">";
     }
     out += "\n";
+  }
+  out += "<tr><th>expert";
+  const std::size_t step = experts <= 32 ? 1 : 16;
+  for (std::size_t e = 0; e < experts; e += step) {
+    out += "<th class=x colspan=" + std::to_string(std::min(step, experts - e)) + ">" +
+           std::to_string(e);
   }
   return out + "</table></div>\n";
 }
@@ -168,14 +176,16 @@ std::string expert_report_html(const ExpertLoad& load, const ExpertSelection& se
   out += "<p class=\"quiet\">Data: " + join(data, ", ") + "</p>\n<p class=\"quiet\">" +
          count_text(selection.expert_count()) + " experts chosen by " +
          (by == ExpertScore::gate ? "gate weight" : "share of choices") + " (" +
-         escape_html(selection.rule) + " " + exact_text(selection.value) + "): " +
-         percent(selection.tokens_covered()) + " of all choices, " + bytes_text(selection.bytes) +
-         " of factors at rank " + std::to_string(selection.expert_rank) + ".</p>\n";
-  out += "<h2>Share of a layer's " + what + "</h2>\n<p class=\"quiet\">A field is an expert, from 0 "
-         "on the left; its colour is its share against an even one, 1/" +
+         escape_html(selection.rule) + " " + exact_text(selection.value) +
+         "): " + percent(selection.tokens_covered()) + " of all choices, " +
+         bytes_text(selection.bytes) + " of factors at rank " +
+         std::to_string(selection.expert_rank) + ".</p>\n";
+  out += "<h2>Share of a layer's " + what +
+         "</h2>\n<p class=\"quiet\">A field is an expert. Its "
+         "colour says how many times an even share, 1/" +
          std::to_string(selection.model.experts) +
-         ". Pointing at it shows its number, the choices counted, and its share of gate "
-         "weight.</p>\n" +
+         ", it has: from the number given up to the next. Pointing at it shows its number, the "
+         "choices counted, and its share of gate weight.</p>\n" +
          legend() + heat_map(load, selection, by);
   return out + "<h2>By layer</h2>\n" + layer_table(load, selection) + "</body>\n</html>\n";
 }

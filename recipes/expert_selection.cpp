@@ -16,9 +16,9 @@ constexpr std::int64_t kMost = std::int64_t{1} << 40;
 constexpr std::int64_t kExpertsMost = 1 << 16;
 
 const std::vector<std::string> kKeys = {"format", "model", "scan", "choice", "layers"};
-const std::vector<std::string> kModelKeys = {
-    "name",    "family",            "layers",       "hidden",
-    "experts", "experts_per_token", "expert_width", "fingerprint"};
+const std::vector<std::string> kModelKeys = {"name",         "family",     "layers",
+                                             "hidden",       "experts",    "experts_per_token",
+                                             "expert_width", "fingerprint"};
 const std::vector<std::string> kScanKeys = {"data", "counted", "tokens"};
 const std::vector<std::string> kChoiceKeys = {"by", "rule", "value", "expert_rank", "bytes"};
 const std::vector<std::string> kLayerKeys = {"layer", "experts", "tokens_covered", "gate_covered"};
@@ -30,9 +30,9 @@ class MapReader {
             Problems& problems)
       : map_(map), path_(std::move(path)), problems_(problems) {
     if (!map.is_map()) {
-      problems.add((path_.empty() ? "the file" : path_) + " is " + map.shown() +
-                       ", a section is needed",
-                   map.place, path_, "Write its keys below it: " + join(known, ", ") + ".");
+      problems.add(
+          (path_.empty() ? "the file" : path_) + " is " + map.shown() + ", a section is needed",
+          map.place, path_, "Write its keys below it: " + join(known, ", ") + ".");
       return;
     }
     refuse_unknown_keys(map, path_, known, problems);
@@ -97,8 +97,8 @@ void read_run(const YamlNode& node, const std::string& key, std::int64_t experts
   if (*last >= experts) {
     problems.add("expert " + std::to_string(*last) + " is out of range, the model has " +
                      std::to_string(experts) + " a layer",
-                 node.place, key, "Experts are numbered from 0 to " + std::to_string(experts - 1) +
-                                      ".");
+                 node.place, key,
+                 "Experts are numbered from 0 to " + std::to_string(experts - 1) + ".");
     return;
   }
   for (std::int64_t e = *first; e <= *last; ++e) {
@@ -251,9 +251,10 @@ std::string selection_text(const ExpertSelection& s) {
   line("bytes", std::to_string(s.bytes));
   out += "layers:\n";
   for (const ExpertSelection::Layer& layer : s.layers) {
-    out += "  - {layer: " + std::to_string(layer.layer) + ", tokens_covered: " +
-           share_text(layer.tokens_covered) + ", gate_covered: " + share_text(layer.gate_covered) +
-           ", experts: [" + runs_text(layer.experts) + "]}\n";
+    out += "  - {layer: " + std::to_string(layer.layer) +
+           ", tokens_covered: " + share_text(layer.tokens_covered) +
+           ", gate_covered: " + share_text(layer.gate_covered) + ", experts: [" +
+           runs_text(layer.experts) + "]}\n";
   }
   return out;
 }
@@ -284,8 +285,7 @@ ExpertSelection parse_selection(std::string_view text, const std::string& name) 
     out.model.experts_per_token = model.integer("experts_per_token", 1, kExpertsMost);
     out.model.expert_width = model.integer("expert_width", 1, kMost);
     if (const YamlNode* print = model.optional("fingerprint")) {
-      out.model.fingerprint =
-          read_string(*print, "model.fingerprint", problems).value_or("");
+      out.model.fingerprint = read_string(*print, "model.fingerprint", problems).value_or("");
     }
   }
   if (const YamlNode* node = file.find("scan")) {
@@ -314,7 +314,8 @@ ExpertSelection parse_selection(std::string_view text, const std::string& name) 
     read_layers(layers, out, problems);
   }
   problems.throw_if_any(Fault::bad_file, "expert selection " + name, kMend);
-  for (const ExpertSelection::Layer& layer : out.layers) out.model.moe_layers.push_back(layer.layer);
+  for (const ExpertSelection::Layer& layer : out.layers)
+    out.model.moe_layers.push_back(layer.layer);
   return out;
 }
 
@@ -358,20 +359,19 @@ void check_selection(const ExpertSelection& selection, const RoutedModel& model,
   }
   if (!missing.empty()) {
     throw Error(Fault::bad_file,
-                {"the expert selection leaves out " + layers_text(missing) +
-                     " with routed experts",
+                {"the expert selection leaves out " + layers_text(missing) + " with routed experts",
                  name + " (lora.experts)",
                  "A layer without a chosen expert is written as experts: []. " + mend});
   }
   if (of.fingerprint.empty() || model.fingerprint.empty() || of.fingerprint == model.fingerprint) {
     return;
   }
-  throw Error(Fault::bad_file,
-              {"the expert selection was made for another model of the same shape: " +
-                   selection.model_name,
-               name + " (lora.experts)",
-               "Scan this one: tailor experts scan. To use the selection all the same, remove "
-               "model.fingerprint from the file."});
+  throw Error(
+      Fault::bad_file,
+      {"the expert selection was made for another model of the same shape: " + selection.model_name,
+       name + " (lora.experts)",
+       "Scan this one: tailor experts scan. To use the selection all the same, remove "
+       "model.fingerprint from the file."});
 }
 
 }  // namespace tailor

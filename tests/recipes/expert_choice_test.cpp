@@ -27,7 +27,8 @@ ExpertLoad load_of_two() {
 
 TEST(ExpertShares, add_up_to_one_by_either_score) {
   const ExpertLoad load = load_of_two();
-  EXPECT_THAT(expert_shares(load.layers[0], ExpertScore::token), ElementsAre(0.4, 0.3, 0.2, 0.1, 0));
+  EXPECT_THAT(expert_shares(load.layers[0], ExpertScore::token),
+              ElementsAre(0.4, 0.3, 0.2, 0.1, 0));
   EXPECT_THAT(expert_shares(load.layers[0], ExpertScore::gate), ElementsAre(0.1, 0.2, 0.3, 0.4, 0));
   const LayerLoad nothing{0, {0, 0}, {0, 0}};
   EXPECT_THAT(expert_shares(nothing, ExpertScore::token), ElementsAre(0, 0));
@@ -80,8 +81,7 @@ TEST(Count, takes_the_best_of_every_layer_and_none_that_nobody_went_to) {
 TEST(Total, takes_the_largest_shares_of_the_whole_model) {
   const ExpertLoad load = load_of_two();
   // Shares: 0.4 0.3 0.2 0.1 and five times 0.2.
-  EXPECT_THAT(choose_total(load, ExpertScore::token, 2),
-              ElementsAre(ElementsAre(0, 1), IsEmpty()));
+  EXPECT_THAT(choose_total(load, ExpertScore::token, 2), ElementsAre(ElementsAre(0, 1), IsEmpty()));
   // Among equal shares the lower layer is first, then the lower expert.
   EXPECT_THAT(choose_total(load, ExpertScore::token, 5),
               ElementsAre(ElementsAre(0, 1, 2), ElementsAre(0, 1)));

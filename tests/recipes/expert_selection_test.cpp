@@ -111,7 +111,8 @@ TEST(SelectionFile, the_largest_model_s_fits) {
 }
 
 TEST(SelectionFile, one_mistake_is_named_with_its_place) {
-  EXPECT_THAT(refusal(replaced("experts_per_token", "experts_per_tokn")).where, HasSubstr("unknown key 'experts_per_tokn'"));
+  EXPECT_THAT(refusal(replaced("experts_per_token", "experts_per_tokn")).where,
+              HasSubstr("unknown key 'experts_per_tokn'"));
   EXPECT_EQ(refusal(replaced("  tokens: 12345\n", "  tokens: 12345\n  speed: 3\n")).what,
             "unknown key 'speed'");
   const Error::Parts range = refusal(replaced("9-10", "9-16"));
