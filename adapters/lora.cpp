@@ -85,6 +85,32 @@ bool matches(std::string_view target, const LoraSite& site) {
 
 std::string_view projection_name(Projection projection) { return row_of(projection).name; }
 
+std::int64_t LoraSite::slots() const {
+  if (slot_of.empty()) return experts;
+  return static_cast<std::int64_t>(slot_of.size()) -
+         std::count(slot_of.begin(), slot_of.end(), std::int32_t{-1});
+}
+
+std::vector<std::int32_t> LoraSite::chosen() const {
+  std::vector<std::int32_t> list;
+  for (std::int32_t e = 0; e < experts; ++e) {
+    if (slot(e) >= 0) list.push_back(e);
+  }
+  return list;
+}
+
+void LoraSite::keep_experts(const std::vector<std::int32_t>& chosen) {
+  if (static_cast<std::int64_t>(chosen.size()) == experts) {
+    slot_of.clear();
+    return;
+  }
+  slot_of.assign(static_cast<std::size_t>(experts), -1);
+  for (std::size_t i = 0; i < chosen.size(); ++i) {
+    TAILOR_CHECK(chosen[i] >= 0 && chosen[i] < experts && (i == 0 || chosen[i] > chosen[i - 1]));
+    slot_of[static_cast<std::size_t>(chosen[i])] = static_cast<std::int32_t>(i);
+  }
+}
+
 std::vector<LoraSite> all_sites(const ModelSpec& spec) {
   std::vector<LoraSite> sites;
   const std::int64_t D = spec.hidden;
@@ -134,6 +160,11 @@ std::vector<LoraSite> choose_sites(const ModelSpec& spec, const LoraOptions& opt
     if (!wanted) continue;
     site.rank = site.is_experts() ? options.expert_rank : options.rank;
     site.alpha = site.is_experts() ? options.expert_alpha : options.alpha;
+    if (site.is_experts() && options.chosen_experts) {
+      const auto found = options.chosen_experts->find(site.layer);
+      site.keep_experts(found == options.chosen_experts->end() ? std::vector<std::int32_t>()
+                                                               : found->second);
+    }
     const auto rank = static_cast<double>(site.rank);
     site.scale = site.alpha / (options.rslora ? std::sqrt(rank) : rank);
     chosen.push_back(std::move(site));
@@ -162,10 +193,15 @@ Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::
     const std::uint64_t name =
         name_hash((site.module + "/" + std::string(row_of(site.projection).name)).c_str());
     const double bound = 1 / std::sqrt(static_cast<double>(site.in));
-    std::span<float> a = adapter.a_of(site);
-    for (std::size_t i = 0; i < a.size(); ++i) {
-      a[i] =
-          static_cast<float>((2 * random_unit(seed, RandomStream::lora_init, i, name) - 1) * bound);
+    // Numbered over all experts: one's start does not depend on which others are chosen.
+    const auto each = static_cast<std::size_t>(site.rank * site.in);
+    float* a = adapter.a_of(site).data();
+    for (std::size_t e = 0; e < static_cast<std::size_t>(site.experts); ++e) {
+      if (site.slot(static_cast<std::int64_t>(e)) < 0) continue;
+      for (std::size_t i = e * each; i < (e + 1) * each; ++i) {
+        *a++ = static_cast<float>((2 * random_unit(seed, RandomStream::lora_init, i, name) - 1) *
+                                  bound);
+      }
     }
     constexpr auto kBytes = static_cast<std::int64_t>(sizeof(float));
     adapter.arena_.release(site.a_offset * kBytes, site.a_size() * kBytes);
@@ -247,7 +283,7 @@ FactorRange Adapter::experts_of(int layer) const {
 std::vector<int> Adapter::expert_layers() const {
   std::vector<int> layers;
   for (const LoraSite& site : sites_) {
-    if (site.is_experts() && (layers.empty() || layers.back() != site.layer))
+    if (site.is_experts() && site.slots() > 0 && (layers.empty() || layers.back() != site.layer))
       layers.push_back(site.layer);
   }
   return layers;
@@ -281,6 +317,7 @@ std::vector<std::string> describe_sites(std::span<const LoraSite> sites) {
     std::vector<std::string> names;
     std::set<int> layers;
     std::int64_t rank = 0, parameters = 0, experts = 1;
+    std::map<int, std::int64_t> slots;  ///< by layer
   };
   std::map<std::string, Group> groups;
   std::vector<std::string> order;
@@ -295,16 +332,26 @@ std::vector<std::string> describe_sites(std::span<const LoraSite> sites) {
     group.layers.insert(site.layer);
     group.rank = site.rank;
     group.experts = site.experts;
+    group.slots[site.layer] = site.slots();
     group.parameters += site.a_size() + site.b_size();
   }
   std::vector<std::string> lines;
   for (const std::string& key : order) {
     const Group& group = groups[key];
-    lines.push_back(key + ": " + join(group.names, ", ") + " in " +
-                    std::to_string(group.layers.size()) + " layers" +
-                    (group.experts > 1 ? " of " + std::to_string(group.experts) + " experts" : "") +
-                    ", rank " + std::to_string(group.rank) + ", " + count_text(group.parameters) +
-                    " parameters");
+    std::int64_t slots = 0;
+    for (const auto& [layer, count] : group.slots) slots += count;
+    const auto layers = static_cast<std::int64_t>(group.layers.size());
+    std::string experts;
+    if (slots < layers * group.experts) {
+      const double mean = static_cast<double>(slots) / static_cast<double>(layers);
+      experts = ", " + exact_text(std::round(10 * mean) / 10) + " of " +
+                std::to_string(group.experts) + " experts on average";
+    } else if (group.experts > 1) {
+      experts = " of " + std::to_string(group.experts) + " experts";
+    }
+    lines.push_back(key + ": " + join(group.names, ", ") + " in " + std::to_string(layers) +
+                    " layers" + experts + ", rank " + std::to_string(group.rank) + ", " +
+                    count_text(group.parameters) + " parameters");
   }
   return lines;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <span>
 #include <string>
@@ -36,27 +37,42 @@ constexpr int kProjectionCount = 17;
 
 /// One adapted matrix y = x W^T, or one for every expert of a layer:
 ///     y += scale * (x A^T) B^T        Hu et al., "LoRA", arXiv 2106.09685, eq. 3
-/// In memory every factor is 2-D per expert: A [experts, rank, in], and B transposed,
-/// B [experts, rank, out], so that both are read along their wide side. Gate and up of routed
-/// experts share one A, which is what every server's layout can express.
+/// In memory every factor is 2-D per expert: A [slots, rank, in], and B transposed,
+/// B [slots, rank, out], so that both are read along their wide side. Gate and up of routed
+/// experts share one A, which is what every server's layout can express. Experts that are not
+/// chosen have no slot: no factors, gradients or moments anywhere.
 struct LoraSite {
   std::string
       module;  ///< as in the model: "model.layers.0.self_attn.q_proj"; experts: "...experts"
   int layer = 0;
   Projection projection = Projection::q_proj;
-  std::int64_t experts = 1;
+  std::int64_t experts = 1;  ///< of the layer
+  /// [experts] where an expert's factors are, by ascending expert; -1: it has none. Empty: all
+  /// have, in order.
+  std::vector<std::int32_t> slot_of;
   std::int64_t rank = 0, in = 0, out = 0;
   double scale = 1;  ///< alpha / rank, or alpha / sqrt(rank) with rsLoRA
   double alpha = 1;
   std::int64_t a_offset = 0;  ///< of A in the flat arena, in elements
   std::int64_t b_offset = 0;
 
-  std::int64_t a_size() const { return experts * rank * in; }
-  std::int64_t b_size() const { return experts * rank * out; }
+  std::int64_t slots() const;  ///< experts with factors
+  std::int64_t slot(std::int64_t expert) const {
+    return slot_of.empty() ? expert : slot_of[static_cast<std::size_t>(expert)];
+  }
+  std::vector<std::int32_t> chosen() const;  ///< the experts with factors, ascending
+  /// Leaves factors to `chosen` alone: ascending, below `experts`.
+  void keep_experts(const std::vector<std::int32_t>& chosen);
+  std::int64_t a_size() const { return slots() * rank * in; }
+  std::int64_t b_size() const { return slots() * rank * out; }
   bool is_experts() const {
     return projection == Projection::experts_gate_up || projection == Projection::experts_down;
   }
 };
+
+/// The routed experts with factors, ascending, by layer; a layer that is not named has none. Null:
+/// all of every layer.
+using ChosenByLayer = std::optional<std::map<int, std::vector<std::int32_t>>>;
 
 struct LoraOptions {
   std::int64_t rank = 8;
@@ -68,6 +84,7 @@ struct LoraOptions {
   /// attention, dense_mlp, shared_expert, experts, router, all, or module names as PEFT writes
   /// them. kv_b_proj only by its own name: servers fold it into attention and ignore factors on it.
   std::vector<std::string> targets;
+  ChosenByLayer chosen_experts{};
 };
 
 /// Elements [begin, end) of the flat arenas.
@@ -98,7 +115,7 @@ class Adapter {
 
   /// Where the factors of a layer's routed experts lie, one after the other; empty for none.
   FactorRange experts_of(int layer) const;
-  /// The layers that have such a range, from the first.
+  /// The layers that have such a range, and anything in it, from the first.
   std::vector<int> expert_layers() const;
 
   std::span<float> factors() noexcept { return arena_.as<float>(); }

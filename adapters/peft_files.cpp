@@ -467,6 +467,20 @@ std::string below_layer(const std::string& module) {
   return module.substr(module.find('.', std::string_view("model.layers.").size()) + 1);
 }
 
+/// Factors of `each` elements an expert with a zero factor for every expert that has none: servers
+/// want all experts of a layer, at one rank. A is zero as well, so that who trains the file on
+/// leaves those experts as they are: with both factors zero neither gets a gradient.
+std::vector<float> with_zero_experts(const LoraSite& site, std::span<const float> x,
+                                     std::int64_t each) {
+  std::vector<float> out(static_cast<std::size_t>(site.experts * each), 0.0F);
+  for (std::int64_t e = 0; e < site.experts; ++e) {
+    const std::int64_t slot = site.slot(e);
+    if (slot < 0) continue;
+    std::copy_n(x.begin() + slot * each, each, out.begin() + e * each);
+  }
+  return out;
+}
+
 /// The file's tensors by name, each made when it is written: factors may be larger than memory.
 std::vector<TensorToWrite> peft_tensors(const Adapter& adapter, const ModelSpec& spec,
                                         const std::string& prefix) {
@@ -488,13 +502,20 @@ std::vector<TensorToWrite> peft_tensors(const Adapter& adapter, const ModelSpec&
         adapter.find(site.layer, Projection::experts_down) != nullptr) {
       key += ".base_layer";  // see fused_key
     }
-    if (written_layout(spec) == ExpertLayout::straight) {
-      add(key + ".lora_A.weight", {E * rank, in}, [a] { return bytes_of(a); });
-      add(key + ".lora_B.weight", {width, rank * E}, [=] { return folded(b, E, rank, width); });
+    const bool straight = written_layout(spec) == ExpertLayout::straight;
+    const std::span<const float> rows = straight ? a : b, columns = straight ? b : a;
+    const std::int64_t across = straight ? in : width, down = straight ? width : in;
+    if (site.slot_of.empty()) {
+      add(key + ".lora_A.weight", {E * rank, across}, [rows] { return bytes_of(rows); });
+      add(key + ".lora_B.weight", {down, rank * E}, [=] { return folded(columns, E, rank, down); });
       continue;
     }
-    add(key + ".lora_A.weight", {E * rank, width}, [b] { return bytes_of(b); });
-    add(key + ".lora_B.weight", {in, rank * E}, [=] { return folded(a, E, rank, in); });
+    const LoraSite* chosen = &site;
+    add(key + ".lora_A.weight", {E * rank, across},
+        [=] { return bytes_of(with_zero_experts(*chosen, rows, rank * across)); });
+    add(key + ".lora_B.weight", {down, rank * E}, [=] {
+      return folded(with_zero_experts(*chosen, columns, rank * down), E, rank, down);
+    });
   }
   std::sort(out.begin(), out.end(), [](const auto& x, const auto& y) { return x.name < y.name; });
   return out;

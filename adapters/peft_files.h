@@ -37,7 +37,8 @@ struct PeftWriteOptions {
 };
 
 /// Writes the folder's two files atomically, each re-read and compared afterwards. The tensors
-/// depend on the factors alone.
+/// depend on the factors alone. Routed experts without factors get zeros at their site's rank,
+/// since servers ask for every expert of a layer; read_peft_adapter() takes them for factors.
 void write_peft_adapter(const fs::path& folder, const Adapter& adapter, const ModelSpec& spec,
                         const PeftWriteOptions& options);
 

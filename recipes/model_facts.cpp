@@ -87,7 +87,9 @@ LoraCounts count_lora(const Recipe& recipe, const ModelFacts& model) {
     TAILOR_CHECK(recipe.lora.expert_rank.has_value(), "resolve() the recipe first");
     counts.per_expert = mlp_lora(recipe, targets.experts, model.hidden, model.expert_width,
                                  *recipe.lora.expert_rank);
-    counts.experts = model.moe_layers * model.experts * counts.per_expert;
+    counts.all_experts = model.moe_layers * model.experts * counts.per_expert;
+    const auto& chosen = recipe.lora.chosen_experts;
+    counts.experts = chosen ? chosen->experts * counts.per_expert : counts.all_experts;
   }
   return counts;
 }
@@ -165,6 +167,7 @@ ModelFacts model_facts(const ModelSpec& spec, const std::string& name) {
   facts.dense_layers = facts.layers - facts.moe_layers;
   facts.dense_width = spec.dense_width;
   facts.tied_head = spec.tied_head;
+  facts.routed = routed_model(spec);
   if (facts.moe_layers > 0) {
     facts.experts = spec.experts;
     facts.top_k = spec.experts_per_token;

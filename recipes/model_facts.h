@@ -8,6 +8,7 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "data/checkpoint/model_spec.h"
+#include "recipes/expert_selection.h"
 #include "recipes/recipe.h"
 
 namespace tailor {
@@ -40,6 +41,7 @@ struct ModelFacts {
   BaseFormat published =
       BaseFormat::bf16;        ///< what as_is means; float32 checkpoints count as bf16 x 2
   double published_bytes = 2;  ///< a parameter, when `published` is bf16: 2, or 4
+  RoutedModel routed;          ///< what an expert selection is held against
 
   ModelTraits traits() const { return {static_cast<int>(experts), static_cast<int>(top_k)}; }
   std::int64_t attention_parameters() const;  ///< one layer
@@ -60,8 +62,9 @@ struct ModelFacts {
 /// where it is named: no group has it.
 struct LoraCounts {
   std::int64_t attention = 0, dense_mlp = 0, shared_expert = 0, router = 0;
-  std::int64_t per_expert = 0;  ///< one routed expert
-  std::int64_t experts = 0;     ///< all routed experts
+  std::int64_t per_expert = 0;   ///< one routed expert
+  std::int64_t experts = 0;      ///< the routed experts that are trained
+  std::int64_t all_experts = 0;  ///< as many as an adapter's file has, zero for the others
   std::int64_t other() const { return attention + dense_mlp + shared_expert + router; }
   std::int64_t total() const { return other() + experts; }
 };

@@ -35,9 +35,14 @@ void Planner::run(const PriceBook& prices) {
   plan.tokens_per_step = {tokens_, "tokens",
                           whole(as_double(recipe_.global_batch_rows())) + " rows x " +
                               whole(as_double(recipe_.data.sequence_len)) + " tokens"};
-  plan.trainable_parameters = {as_double(lora_.total()), "parameters",
-                               whole(as_double(lora_.other())) + " outside and " +
-                                   whole(as_double(lora_.experts)) + " in routed experts"};
+  const auto& chosen = recipe_.lora.chosen_experts;
+  plan.trainable_parameters = {
+      as_double(lora_.total()), "parameters",
+      whole(as_double(lora_.other())) + " outside and " + whole(as_double(lora_.experts)) + " in " +
+          (chosen ? whole(as_double(chosen->experts)) + " of " +
+                        whole(as_double(model_.moe_layers * model_.experts)) + " "
+                  : "") +
+          "routed experts"};
   const bool has_gpu = machine_.kind == Machine::Kind::cuda;
   if (recipe_.compute.device == (has_gpu ? DeviceChoice::cpu : DeviceChoice::cuda)) {
     throw Error(Fault::usage,
@@ -145,7 +150,10 @@ void Planner::add_disk() {
   item(Home::disk, "checkpoints", kept * as_double(lora_.total()) * kCheckpointBytes,
        short_text(kept) + " of " + whole(as_double(lora_.total())) +
            " parameters x 12 B (keep, and one being written)");
-  item(Home::disk, "adapter", as_double(lora_.total()) * 4, "float32");
+  item(Home::disk, "adapter", as_double(lora_.other() + lora_.all_experts) * 4,
+       lora_.experts == lora_.all_experts
+           ? "float32"
+           : "float32; experts that are not chosen are zero, since servers want all of them");
   item(Home::disk, "kept layer inputs", kept_on_disk_, "all layers");
   if (extras_.data) item(Home::disk, "token store", as_double(extras_.data->store_bytes), "");
   plan.disk_bytes = {sum(Home::disk), "bytes",

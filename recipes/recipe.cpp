@@ -31,6 +31,7 @@ std::vector<std::string> resolve(Recipe& recipe, const ModelTraits& model) {
     if (lora.expert_state != StateHome::automatic)
       not_applied.push_back(std::string("lora.expert_state") + kWhy);
     if (lora.experts) not_applied.push_back(std::string("lora.experts") + kWhy);
+    lora.chosen_experts.reset();
   }
   if (!lora.expert_rank) {
     lora.expert_rank = std::max(1, lora.rank / std::max(1, model.experts_per_token));

@@ -39,6 +39,13 @@ struct LoraTargets {
   bool operator==(const LoraTargets&) const = default;
 };
 
+/// What a plan asks of the file that lora.experts names.
+struct ChosenExpertCounts {
+  std::int64_t experts = 0;  ///< of all layers together
+  double token_share = 1;    ///< of the routed rows that they get, mean over the layers
+  bool operator==(const ChosenExpertCounts&) const = default;
+};
+
 struct LoraRecipe {
   int rank = 8;         ///< columns of A of everything but routed experts; >= 1
   double alpha = 16;    ///< scale = alpha / rank; > 0
@@ -48,6 +55,8 @@ struct LoraRecipe {
   std::optional<int> expert_rank;      ///< null: max(1, rank / experts per token), set by resolve()
   std::optional<double> expert_alpha;  ///< null: alpha * expert_rank / rank, set by resolve()
   std::optional<std::string> experts;  ///< null: all; else a file of `tailor experts scan`
+  /// Of that file, set by who read it; null: all.
+  std::optional<ChosenExpertCounts> chosen_experts;
   StateHome expert_state = StateHome::automatic;  ///< automatic: memory where the plan fits so
   double learning_rate_ratio_b = 1;               ///< LoRA+: learning rate of B over that of A; > 0
   std::optional<std::string> init_from;  ///< adapter folder to go on from; null: fresh factors

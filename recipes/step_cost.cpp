@@ -19,7 +19,9 @@ TokenFlops token_flops(const Recipe& recipe, const ModelFacts& model, bool keep,
                     model.moe_layers * model.shared_experts * model.expert_parameters());
   const double expert = 2 * as_double(model.moe_layers * model.top_k * model.expert_parameters());
   const double lora_other = 2 * as_double(lora.other());
-  const double lora_expert = 2 * as_double(model.moe_layers * model.top_k * lora.per_expert);
+  const auto& chosen = recipe.lora.chosen_experts;
+  const double lora_expert = 2 * as_double(model.moe_layers * model.top_k * lora.per_expert) *
+                             (chosen ? chosen->token_share : 1);
   const double again = keep ? 0.0 : 1.0;          // attention computed again
   const double again_mlp = keep ? 0.0 : 2.0 / 3;  // gate and up only
   TokenFlops flops;

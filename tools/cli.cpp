@@ -69,6 +69,7 @@ class CommandLine {
     add_train();
     add_eval();
     add_generate();
+    add_experts();
     add_data();
     add_model();
     add_runs();
@@ -279,6 +280,67 @@ class CommandLine {
         ->type_name("N")
         ->capture_default_str();
     with_json(generate);
+  }
+
+  void add_experts() {
+    CLI::App& experts = group(
+        "experts", "Which routed experts data goes to, and which get factors",
+        "tailor experts scan --model models/smollm2-maverick --data data/wordnet.train.jsonl");
+    auto scan = verb<ExpertsScanArguments>(
+        experts, "scan",
+        "Count how tokens and gate weight fall on experts, and choose those to train",
+        "tailor experts scan --model models/smollm2-maverick --data data/wordnet.train.jsonl \\\n"
+        "      --top-p 0.5 --out experts.yaml --report experts.html\n"
+        "  tailor train demo-maverick lora.experts=experts.yaml");
+    CLI::App& app = scan.app;
+    ExpertsScanArguments& own = scan.own;
+    const auto text = [&](const char* flag, auto& to, const char* what, const char* type) {
+      return app.add_option(flag, to, what)->type_name(type);
+    };
+    const auto number = [&](const char* flag, auto& to, const char* what, double least) {
+      return app.add_option(flag, to, what)->check(not_below(flag, least))->type_name("N");
+    };
+    text("--model", own.model, "Model folder, store, or repository; the recipe's without it",
+         "DIR");
+    text("--data", own.data, "JSON lines file or glob; several are fine; the recipe's without it",
+         "FILE");
+    text("--recipe", own.recipe, "Recipe whose model, data and ranks are meant", "RECIPE");
+    app.add_option("key=value", own.overrides, kOverrides)->type_name("");
+    text("--by", own.by, "Score: gate (weight) or token (share of choices)", "NAME")
+        ->check(one_of("--by", {"gate", "token"}))
+        ->capture_default_str();
+    text("--top-p", own.top_p, "A layer's fewest experts that hold this share of its score; 0.2",
+         "P");
+    number("--count", own.count, "The best N experts of each layer", 1);
+    text("--max-bytes", own.max_bytes, "The best experts whose factors fit, float32, all layers",
+         "BYTES");
+    text("--max-usd", own.max_usd, "The best experts with which the recipe's plan costs no more",
+         "USD");
+    number("--expert-rank", own.expert_rank, "Rank of their factors; the recipe's without it", 1);
+    text("--out", own.out, "Selection file to write, for lora.experts", "FILE");
+    text("--report", own.report, "Page with a heat map to write", "FILE");
+    app.add_flag("--force", own.force, "Replace the two files");
+    text("--count-tokens", own.count_tokens, "all, or trained: those that the loss is taken of",
+         "NAME")
+        ->check(one_of("--count-tokens", {"all", "trained"}))
+        ->capture_default_str();
+    text("--dtype", own.dtype, "float32 or bfloat16", "TYPE")
+        ->check(one_of("--dtype", {"float32", "bfloat16"}))
+        ->capture_default_str();
+    text("--device", own.device, "auto, cpu or cuda", "DEVICE")
+        ->check(one_of("--device", {"auto", "cpu", "cuda"}))
+        ->capture_default_str();
+    number("--threads", own.threads, "CPU threads; 0: all cores", 0)->capture_default_str();
+    text("--format", own.format, "Shape of the rows, as data.format", "NAME")
+        ->check(one_of("--format", {"auto", "messages", "sharegpt", "prompt_completion", "alpaca",
+                                    "text", "tokenized"}));
+    text("--train-on", own.train_on, "Whose tokens carry loss, as data.train_on", "NAME");
+    text("--chat-template", own.chat_template, "As data.chat_template", "NAME");
+    number("--sequence-len", own.sequence_len, "Tokens a row; 2048 without a recipe", 2);
+    number("--batch-tokens", own.batch_tokens, "Tokens that pass together", 1)
+        ->capture_default_str();
+    number("--limit", own.limit, "Only the first N rows", 1);
+    with_json(scan);
   }
 
   void add_data() {

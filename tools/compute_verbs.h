@@ -55,6 +55,33 @@ struct GenerateArguments {
 };
 int run_generate(const GenerateArguments& arguments);
 
+struct ExpertsScanArguments {
+  std::string model;                   ///< empty: the recipe's
+  std::vector<std::string> data;       ///< JSONL files; empty: the recipe's training data
+  std::string recipe;                  ///< path or name; empty: none
+  std::vector<std::string> overrides;  ///< key=value, of the recipe
+  std::string by = "gate";             ///< gate | token
+  // At most one of these four; none: top_p 0.2.
+  std::optional<double> top_p;              ///< of each layer's score
+  std::optional<std::int64_t> count;        ///< experts a layer
+  std::optional<std::string> max_bytes;     ///< of all chosen experts' factors, float32
+  std::optional<std::string> max_usd;       ///< of the run that the recipe describes
+  std::optional<std::int64_t> expert_rank;  ///< null: the recipe's, or its default
+  std::string out, report;                  ///< files to write; empty: none
+  bool force = false;                       ///< replace them
+  std::string count_tokens = "all";         ///< all | trained
+  std::string dtype = "bfloat16";
+  std::string device = "auto";
+  // Null: as the recipe has it, else as `eval` does.
+  std::optional<std::string> format, train_on, chat_template;
+  std::optional<std::int64_t> sequence_len;
+  std::int64_t batch_tokens = 4096;   ///< about as many tokens pass together
+  std::optional<std::int64_t> limit;  ///< rows
+  int threads = 0;                    ///< 0: all cores
+  bool json = false;
+};
+int run_experts_scan(const ExpertsScanArguments& arguments);
+
 /// Measures training steps and bare matrix products for a few seconds and writes
 /// <cache>/machine-calibration.json, which `plan` reads.
 int run_calibrate(bool json);

@@ -172,6 +172,36 @@ void apply_store(RecipeFile& file) {
   }
 }
 
+RoutedModel read_routed_model(const fs::path& folder) {
+  if (Store::is_store(folder)) {
+    const Store store = Store::open(folder);
+    RoutedModel out = routed_model(store.spec());
+    out.fingerprint = store.fingerprint();
+    return out;
+  }
+  const ModelSpec spec = read_model_spec(folder);
+  RoutedModel out = routed_model(spec);
+  out.fingerprint = fingerprint(Checkpoint::open(folder), spec);
+  return out;
+}
+
+std::optional<ExpertSelection> apply_selection(Recipe& recipe, const RoutedModel& model,
+                                               std::vector<std::string>& notes) {
+  recipe.lora.chosen_experts.reset();
+  if (!recipe.lora.experts || model.experts == 0) return std::nullopt;
+  const std::string& path = *recipe.lora.experts;
+  ExpertSelection selection = read_selection(path);
+  check_selection(selection, model, path);
+  recipe.lora.chosen_experts = {selection.expert_count(), selection.tokens_covered()};
+  const int rank = recipe.lora.expert_rank.value_or(0);
+  if (selection.expert_rank != rank) {
+    notes.push_back("lora.expert_rank is " + std::to_string(rank) + ", " + path +
+                    " was reckoned with " + std::to_string(selection.expert_rank) +
+                    ": its factors are not of the size given there");
+  }
+  return selection;
+}
+
 StoreFormats store_formats(const BaseRecipe& base) {
   const auto choice = [&](BaseFormat format) -> FormatChoice {
     switch (format) {
@@ -196,6 +226,7 @@ ResolvedRecipe resolve_recipe(RecipeFile file) {
   ModelFacts facts = find_facts(file.recipe.base_model);
   check_targets(file, facts);
   std::vector<std::string> notes = resolve(file, facts.traits());
+  apply_selection(file.recipe, facts.routed, notes);
   return {std::move(file), std::move(facts), std::move(notes)};
 }
 

@@ -10,6 +10,7 @@
 #include "data/text/tokenizer.h"
 #include "data/tokens/data_options.h"
 #include "data/tokens/prepare.h"
+#include "recipes/expert_selection.h"
 #include "recipes/model_facts.h"
 #include "recipes/read.h"
 
@@ -26,7 +27,8 @@ struct ResolvedRecipe {
 RecipeFile open_recipe(const std::string& asked, std::span<const std::string> overrides);
 
 /// open_recipe, then what depends on the model. Throws Error{usage} for a LoRA target given in the
-/// recipe that matches nothing of the model, and when the model is neither here nor published.
+/// recipe that matches nothing of the model, and when the model is neither here nor published; for
+/// lora.experts as apply_selection().
 ResolvedRecipe resolve_recipe(const std::string& asked, std::span<const std::string> overrides);
 ResolvedRecipe resolve_recipe(RecipeFile file);
 
@@ -38,6 +40,15 @@ fs::path recipe_store(const Recipe& recipe);
 /// what it holds. Throws Error{usage} when the recipe asks for something else, Error{bad_file} when
 /// the store is not whole or of another model than base_model.
 void apply_store(RecipeFile& file);
+
+/// The shape and fingerprint of a model's folder or a store.
+RoutedModel read_routed_model(const fs::path& folder);
+
+/// The selection that lora.experts names, held against the model the recipe was resolved for;
+/// nothing where all experts have factors. Sets lora.chosen_experts, and adds to `notes` where the
+/// selection was reckoned with another rank. Throws as read_selection() and check_selection() do.
+std::optional<ExpertSelection> apply_selection(Recipe& recipe, const RoutedModel& model,
+                                               std::vector<std::string>& notes);
 
 /// The formats `tailor model pack` is asked for by a recipe's base.format and its neighbours.
 StoreFormats store_formats(const BaseRecipe& base);

@@ -9,7 +9,9 @@
 
 #include "base/error.h"
 #include "base/json.h"
+#include "base/text.h"
 #include "data/checkpoint/safetensors.h"
+#include "recipes/expert_selection.h"
 
 namespace tailor {
 namespace {
@@ -43,9 +45,15 @@ std::vector<std::pair<std::int64_t, fs::path>> list_checkpoints(const fs::path& 
 std::string layout_digest(const Adapter& adapter) {
   std::string text;
   for (const LoraSite& site : adapter.sites()) {
-    text += site.module + ":" + std::string(projection_name(site.projection)) + ":" +
-            std::to_string(site.experts) + ":" + std::to_string(site.rank) + ":" +
-            std::to_string(site.in) + ":" + std::to_string(site.out) + "\n";
+    std::vector<std::string> parts = {site.module,
+                                      std::string(projection_name(site.projection)),
+                                      std::to_string(site.experts),
+                                      std::to_string(site.rank),
+                                      std::to_string(site.in),
+                                      std::to_string(site.out)};
+    if (!site.slot_of.empty()) parts.push_back(runs_text(site.chosen()));
+    text += join(parts, ":");
+    text += '\n';
   }
   return sha256_hex(text);
 }
@@ -53,11 +61,12 @@ std::string layout_digest(const Adapter& adapter) {
 void require_same(const Json& manifest, const std::string& key, const Json& now,
                   const fs::path& folder) {
   if (manifest.contains(key) && manifest.at(key) == now) return;
-  const std::map<std::string, std::string> words = {{"layout", "LoRA targets or ranks"},
-                                                    {"dataset", "training data"},
-                                                    {"seed", "seed"},
-                                                    {"rows_per_step", "number of rows a step"},
-                                                    {"shuffle", "setting of training.shuffle"}};
+  const std::map<std::string, std::string> words = {
+      {"layout", "LoRA targets, ranks or choice of experts"},
+      {"dataset", "training data"},
+      {"seed", "seed"},
+      {"rows_per_step", "number of rows a step"},
+      {"shuffle", "setting of training.shuffle"}};
   throw Error(
       Fault::usage,
       {"the checkpoint was made with another " + words.at(key), folder.string(),

@@ -212,6 +212,69 @@ TEST(LoraStart, a_site_s_start_depends_on_seed_and_name_alone) {
   EXPECT_NE(all.factors()[0], other.factors()[0]);
 }
 
+Adapter create_chosen(const ModelSpec& spec, const ChosenByLayer& chosen) {
+  LoraOptions options;
+  options.rank = 4;
+  options.expert_rank = 3;
+  options.targets = {"q_proj", "experts"};
+  options.chosen_experts = chosen;
+  return Adapter::create(spec, options, 7);
+}
+
+TEST(ChosenExperts, have_slots_and_the_others_have_nothing) {
+  const ModelSpec spec = spec_of("llama4_maverick_tiny");
+  const Adapter some = create_chosen(spec, {{{1, {1, 4, 7}}}});  // layer 3 is not named
+  const LoraSite* down = some.find(1, Projection::experts_down);
+  ASSERT_NE(down, nullptr);
+  EXPECT_EQ(down->experts, 8);
+  EXPECT_EQ(down->slots(), 3);
+  EXPECT_THAT(down->chosen(), ElementsAre(1, 4, 7));
+  EXPECT_EQ(down->slot(4), 1);
+  EXPECT_EQ(down->slot(5), -1);
+  EXPECT_EQ(down->a_size(), 3 * 3 * spec.expert_width);
+  const LoraSite* none = some.find(3, Projection::experts_gate_up);
+  ASSERT_NE(none, nullptr) << "its zeros are written for servers";
+  EXPECT_EQ(none->slots(), 0);
+  EXPECT_EQ(none->a_size() + none->b_size(), 0);
+  EXPECT_TRUE(some.experts_of(3).empty());
+  EXPECT_THAT(some.expert_layers(), ElementsAre(1));
+  // Every element of the arena belongs to one site, as among all experts.
+  std::int64_t sum = 0;
+  for (const LoraSite& site : some.sites()) sum += site.a_size() + site.b_size();
+  EXPECT_EQ(sum, some.parameter_count());
+}
+
+TEST(ChosenExperts, start_as_they_do_among_all) {
+  const ModelSpec spec = spec_of("llama4_maverick_tiny");
+  const Adapter all = create_chosen(spec, {}),
+                some = create_chosen(spec, {{{1, {2}}, {3, {0, 6}}}});
+  for (const LoraSite& site : some.sites()) {
+    const LoraSite* whole = all.find(site.layer, site.projection);
+    const auto each = static_cast<std::size_t>(site.rank * site.in);
+    for (const std::int32_t e : site.chosen()) {
+      const auto got = some.a_of(site).subspan(static_cast<std::size_t>(site.slot(e)) * each, each);
+      const auto want = all.a_of(*whole).subspan(static_cast<std::size_t>(e) * each, each);
+      EXPECT_TRUE(std::ranges::equal(got, want)) << site.module << " expert " << e;
+    }
+  }
+}
+
+TEST(ChosenExperts, all_of_them_are_not_a_choice) {
+  const ModelSpec spec = spec_of("llama4_maverick_tiny");
+  const std::vector<std::int32_t> every = {0, 1, 2, 3, 4, 5, 6, 7};
+  const Adapter chosen = create_chosen(spec, {{{1, every}, {3, every}}});
+  EXPECT_TRUE(std::ranges::equal(chosen.factors(), create_chosen(spec, {}).factors()));
+  EXPECT_TRUE(chosen.find(1, Projection::experts_down)->slot_of.empty());
+}
+
+TEST(DescribeSites, says_how_many_experts_are_chosen) {
+  const ModelSpec spec = spec_of("llama4_maverick_tiny");
+  EXPECT_THAT(describe_sites(create_chosen(spec, {{{1, {1, 4, 7}}, {3, {0, 5}}}})),
+              ElementsAre("attention: q_proj in 4 layers, rank 4, 2,048 parameters",
+                          "experts: experts.gate_up_proj, experts.down_proj in 2 layers, 2.5 of 8 "
+                          "experts on average, rank 3, 4,080 parameters"));
+}
+
 TEST(DescribeSites, a_line_a_group) {
   EXPECT_THAT(describe_sites(create(spec_of("llama4_maverick_tiny"), {"q_proj", "experts"})),
               ElementsAre("attention: q_proj in 4 layers, rank 4, 2,048 parameters",

@@ -44,6 +44,9 @@ OURS = {
     "deepseek_v3_tiny.router": "{rank: 3, alpha: 6, expert_rank: 3, expert_alpha: 6,"
     " targets: [all]}",
     "qwen2_tiny": "{rank: 5, alpha: 7, targets: [attention, dense_mlp]}",
+    # Two of eight experts a layer, chosen by a scan of the training rows.
+    "llama4_maverick_tiny.chosen": "{rank: 4, alpha: 8, expert_rank: 3, expert_alpha: 6,"
+    " targets: [attention, experts], experts: CHOSEN}",
     "llama_tiny": "{rank: 5, alpha: 7, targets: [attention, dense_mlp]}",
     "llama_tiny.rslora": "{rank: 9, alpha: 6, rslora: true, targets: [q_proj, down_proj]}",
 }
@@ -108,6 +111,11 @@ class Case:
     def train(self, lora):
         write_rows(self.work / "train.jsonl", 60, "train")
         recipe = self.work / "recipe.yaml"
+        if "CHOSEN" in lora:
+            chosen = self.work / "chosen.yaml"
+            self.run([self.program, "experts", "scan", "--model", self.model, "--data",
+                      self.work / "train.jsonl", "--count", "2", "--out", chosen])
+            lora = lora.replace("CHOSEN", str(chosen))
         recipe.write_text(
             f"name: oracle\nbase_model: {self.model}\noutput_dir: {self.work / 'run'}\n"
             f"lora: {lora}\n"

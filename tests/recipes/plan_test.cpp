@@ -412,6 +412,30 @@ TEST(Plan, expert_state_on_disk_moves_its_bytes_and_lists_its_traffic) {
             std::llround(experts * (36 + 2 * value_bytes)));
 }
 
+TEST(Plan, chosen_experts_are_what_is_counted_and_an_adapter_holds_all) {
+  RecipeFile file = plan_of("demo-maverick.yaml", {}, demo(), "cpu").file;
+  const Machine machine = find_machine("cpu", kRecipes / "machines");
+  PlanExtras extras;
+  extras.at_unix_ms = kDay;
+  const auto plan = [&] { return make_plan(file.recipe, demo(), machine, prices(), extras); };
+  const Plan all = plan();
+  const LoraCounts before = count_lora(file.recipe, demo());
+  EXPECT_EQ(before.experts, before.all_experts);
+  file.recipe.lora.chosen_experts = {30, 0.6};  // of 15 layers of 8
+  const LoraCounts after = count_lora(file.recipe, demo());
+  EXPECT_EQ(after.experts, 30 * before.per_expert);
+  EXPECT_EQ(after.all_experts, before.all_experts);
+  const Plan some = plan();
+  EXPECT_DOUBLE_EQ(*all.trainable_parameters.value - *some.trainable_parameters.value,
+                   static_cast<double>(90 * before.per_expert));
+  EXPECT_THAT(some.trainable_parameters.working, testing::HasSubstr("in 30 of 120 routed experts"));
+  EXPECT_LT(host_item(some, "factors"), host_item(all, "factors"));
+  EXPECT_LT(disk_item(some, "checkpoints"), disk_item(all, "checkpoints"));
+  EXPECT_EQ(disk_item(some, "adapter"), disk_item(all, "adapter")) << "zeros for the others";
+  EXPECT_LE(*some.seconds_per_step.value, *all.seconds_per_step.value);
+  EXPECT_LT(*some.flops_per_token.value, *all.flops_per_token.value);
+}
+
 TEST(Plan, expert_state_by_itself_goes_to_disk_where_memory_is_short) {
   const RecipeFile file =
       plan_of("demo-maverick.yaml", {"lora.expert_rank=4096"}, demo(), "cpu").file;

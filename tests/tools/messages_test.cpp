@@ -57,6 +57,12 @@ INSTANTIATE_TEST_SUITE_P(
                         {"eval", "--model", "m", "--data", "d", "--limit", "many"}},
         CommandLineCase{"flag_value_negative",
                         {"eval", "--model", "m", "--data", "d", "--limit", "-3"}},
+        CommandLineCase{"scan_rule_misspelt",
+                        {"experts", "scan", "--model", "m", "--data", "d", "--topp", "0.5"}},
+        CommandLineCase{"scan_no_score",
+                        {"experts", "scan", "--model", "m", "--data", "d", "--by", "weight"}},
+        CommandLineCase{"scan_no_experts",
+                        {"experts", "scan", "--model", "m", "--data", "d", "--count", "0"}},
         CommandLineCase{"pack_no_model", {"model", "pack", "--to", "store"}},
         CommandLineCase{"pack_model_and_follow",
                         {"model", "pack", "m", "--follow", "m", "--to", "store"}},
@@ -185,6 +191,48 @@ TEST(ModelMessage, no_config) {
   const Sandbox box;
   make_folders(box.root() / "model");
   expect_message("no_config", run_tailor(box, {"model", "inspect", "model"}));
+}
+
+class SelectionMessage : public testing::Test {
+ protected:
+  void SetUp() override {
+    box_.copy_model("llama4_maverick_tiny", "model");
+    box_.write_text("r.yaml", recipe_text("lora:\n  experts: chosen.yaml\n"));
+  }
+  /// What the plan says of a selection that is good but for `from`.
+  Outcome plan(const std::string& from, const std::string& to) {
+    std::string text =
+        "format: 1\nmodel:\n  name: tiny\n  family: llama4\n  layers: 4\n  hidden: 64\n"
+        "  experts: 8\n  experts_per_token: 1\n  expert_width: 48\nscan:\n  data: [rows.jsonl]\n"
+        "  counted: all\n  tokens: 100\nchoice:\n  by: gate\n  rule: top_p\n  value: 0.5\n"
+        "  expert_rank: 8\n  bytes: 26112\nlayers:\n"
+        "  - {layer: 1, tokens_covered: 0.5, gate_covered: 0.5, experts: [0-1, 5]}\n"
+        "  - {layer: 3, tokens_covered: 0, gate_covered: 0, experts: []}\n";
+    const std::size_t at = text.find(from);
+    if (at == std::string::npos) throw std::runtime_error(from);
+    box_.write_text("chosen.yaml", text.replace(at, from.size(), to));
+    return run_tailor(box_, {"plan", "r.yaml", "training.max_steps=3", "--json"});
+  }
+  Sandbox box_;
+};
+
+TEST_F(SelectionMessage, a_good_one_is_taken) {
+  const Outcome done = plan("[]", "[]");
+  ASSERT_EQ(done.code, 0) << done.err;
+  EXPECT_NE(done.out.find("in 3 of 16 routed experts"), std::string::npos) << done.out;
+}
+TEST_F(SelectionMessage, missing) {
+  expect_message("selection_missing", run_tailor(box_, {"plan", "r.yaml"}));
+}
+TEST_F(SelectionMessage, of_another_model) {
+  expect_message("selection_of_another_model", plan("experts: 8", "experts: 16"));
+  expect_message("selection_of_other_layers", plan("layer: 3", "layer: 2"));
+}
+TEST_F(SelectionMessage, wrong_keys_and_experts) {
+  expect_message("selection_unknown_key", plan("rule: top_p", "rulle: top_p"));
+  expect_message("selection_expert_out_of_range", plan("[0-1, 5]", "[0-1, 8]"));
+  expect_message("selection_expert_twice", plan("[0-1, 5]", "[0-1, 1]"));
+  expect_message("selection_of_nothing", plan("[0-1, 5]", "[]"));
 }
 
 class DataMessage : public testing::Test {

@@ -27,9 +27,6 @@ void refuse_unsupported(const Recipe& recipe) {
     refuse("training on " + std::to_string(recipe.machine.ranks) + " ranks is not possible yet",
            "machine.ranks", "Set machine.ranks: 1; `tailor plan` answers for more.");
   }
-  if (recipe.lora.experts) {
-    refuse("expert selections are not possible yet", "lora.experts", "Set lora.experts: all.");
-  }
   if (recipe.logging.mlflow) {
     refuse("logging to MLflow is not possible yet", "logging.mlflow",
            "Set logging.mlflow: null; metrics.jsonl and TensorBoard files are written.");

@@ -15,7 +15,7 @@ namespace tailor {
 /// What train, eval and generate all begin with.
 
 /// Throws for what this version knows but cannot do yet, each by its key: CUDA (Error{device}),
-/// several ranks, expert selections, MLflow.
+/// several ranks, MLflow.
 void refuse_unsupported(const Recipe& recipe);
 
 /// "auto" and "cpu" pass; "cuda" is an Error{device}.

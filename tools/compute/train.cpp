@@ -23,6 +23,7 @@
 #include "recipes/model_facts.h"
 #include "recipes/plan.h"
 #include "recipes/write.h"
+#include "tools/compute/make_adapter.h"
 #include "tools/compute/progress.h"
 #include "tools/compute/setup.h"
 #include "tools/compute_verbs.h"
@@ -36,51 +37,6 @@ namespace {
 
 /// Why a run's loop ended.
 enum class Ending { finished, interrupted, budget };
-
-LoraOptions lora_options(const LoraRecipe& recipe) {
-  LoraOptions out;
-  out.rank = recipe.rank;
-  out.alpha = recipe.alpha;
-  out.dropout = recipe.dropout;
-  out.rslora = recipe.rslora;
-  out.expert_rank = recipe.expert_rank.value_or(recipe.rank);
-  out.expert_alpha = recipe.expert_alpha.value_or(recipe.alpha);
-  const std::array<std::pair<bool, const char*>, 5> groups = {
-      {{recipe.targets.attention, "attention"},
-       {recipe.targets.dense_mlp, "dense_mlp"},
-       {recipe.targets.shared_expert, "shared_expert"},
-       {recipe.targets.experts, "experts"},
-       {recipe.targets.router, "router"}}};
-  for (const auto& [wanted, name] : groups) {
-    if (wanted) out.targets.emplace_back(name);
-  }
-  for (const std::string& module : recipe.targets.modules) out.targets.push_back(module);
-  return out;
-}
-
-/// Fresh factors, or those of lora.init_from, which must sit where the recipe's would.
-Adapter make_adapter(const Recipe& recipe, const ModelSpec& spec, const ArenaHome& home) {
-  Adapter adapter = Adapter::create(spec, lora_options(recipe.lora),
-                                    static_cast<std::uint64_t>(recipe.seed), home);
-  if (!recipe.lora.init_from) return adapter;
-  const Adapter given = read_peft_adapter(*recipe.lora.init_from, spec);
-  for (std::size_t i = 0; i < std::max(adapter.sites().size(), given.sites().size()); ++i) {
-    const LoraSite* want = i < adapter.sites().size() ? &adapter.sites()[i] : nullptr;
-    const LoraSite* have = i < given.sites().size() ? &given.sites()[i] : nullptr;
-    const bool same = want != nullptr && have != nullptr && want->module == have->module &&
-                      want->projection == have->projection && want->rank == have->rank &&
-                      std::abs(want->scale - have->scale) < 1e-9;
-    if (same) continue;
-    const LoraSite& odd = have != nullptr ? *have : *want;
-    throw Error(Fault::usage, {"lora.init_from differs from the recipe at " + odd.module + " (" +
-                                   std::string(projection_name(odd.projection)) + ")",
-                               *recipe.lora.init_from,
-                               "Give the recipe the adapter's own targets, rank, alpha and rslora; "
-                               "adapter_config.json has them."});
-  }
-  std::copy(given.factors().begin(), given.factors().end(), adapter.factors().begin());
-  return adapter;
-}
 
 Schedule make_schedule(const TrainingRecipe& recipe, std::int64_t steps) {
   Schedule out;
@@ -149,8 +105,9 @@ class Run {
              file_, {static_cast<int>(spec_.experts), static_cast<int>(spec_.experts_per_token)})) {
       log_info("does not apply to this model: " + note);
     }
+    choose_experts();
     drop_targets_that_do_not_apply();
-    for (const std::string& line : describe_sites(choose_sites(spec_, lora_options(recipe().lora))))
+    for (const std::string& line : describe_sites(choose_sites(spec_, lora())))
       log_info("LoRA on " + line);
     data_ = prepare_data(data_options(recipe()), model_tokenizer(model_folder_, spec_.vocab),
                          spec_.vocab);
@@ -174,6 +131,18 @@ class Run {
     identity_ = {data_.digest, recipe().seed, sampler.rows_per_step, sampler.shuffle};
     make_the_plan();
   }
+
+  /// What lora.experts names, before anything large is read.
+  void choose_experts() {
+    if (!recipe().lora.experts || spec_.experts == 0) return;
+    const fs::path store = recipe_store(recipe());
+    std::vector<std::string> notes;
+    const auto selection = apply_selection(
+        file_.recipe, read_routed_model(store.empty() ? model_folder_ : store), notes);
+    for (const std::string& note : notes) log_info(note);
+    chosen_experts_ = selection->by_layer();
+  }
+  LoraOptions lora() const { return lora_options(recipe().lora, chosen_experts_); }
 
   /// Groups of lora.targets that the recipe did not set itself stand for "what there is": a default
   /// that names experts must not fail on a dense model. What the user wrote is held to.
@@ -217,7 +186,7 @@ class Run {
       make_folders(scratch());
     }
     if (plan_.expert_state == StateHome::disk) experts_.folder = scratch();
-    adapter_ = std::make_unique<Adapter>(make_adapter(recipe(), spec_, experts_));
+    adapter_ = std::make_unique<Adapter>(make_adapter(recipe(), lora(), spec_, experts_));
     optimizer_ = std::make_unique<AdamW>(*adapter_, adamw, experts_);
     if (!folder_->resumed()) return;
     const auto found =
@@ -520,6 +489,7 @@ class Run {
   RecipeFile file_;
   fs::path model_folder_;
   ModelSpec spec_;
+  ChosenByLayer chosen_experts_;
   ArenaHome experts_;  ///< of the routed experts' state
   std::unique_ptr<Adapter> adapter_;
   PrepareReport data_;

@@ -42,6 +42,10 @@ class LoraGroup {
             std::initializer_list<std::int64_t> columns);
 
   bool empty() const { return parts_.empty(); }
+  /// Whether `expert` (0 for plain matrices) has factors: if not, it may not be asked of below.
+  bool has(std::int64_t expert) const {
+    return !parts_.empty() && parts_.front().site->slot(expert) >= 0;
+  }
   std::int64_t rank() const { return rank_; }  ///< of all sites together
 
   /// y += scale (x A^T) B^T for expert `expert` (0 for plain matrices); the thin products x A^T are
@@ -86,7 +90,7 @@ void swiglu_and_down_backward(const LoraGroup<S>& down, const PassContext<S>& co
                               const at::Tensor& xa_down, const at::Tensor& dm,
                               const at::Tensor& d_gate_up, std::int64_t expert,
                               const std::uint64_t* token_id) {
-  if (down.empty()) {
+  if (!down.has(expert)) {
     ops::swiglu_backward<S>(gate_up, dm, d_gate_up);
     return;
   }

@@ -112,7 +112,7 @@ class DecoderOf final : public Decoder {
   LossResult evaluate(const TokenInput& input, bool another_follows) override {
     const Frame kept(workspace_.kept), scratch(workspace_.scratch);
     weights_->begin(Pass::forward, another_follows);
-    const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, nullptr);
+    const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, nullptr, nullptr);
     return head_loss<S>(*weights_, x_TD, input.target, 0, at::Tensor(), workspace_.scratch);
   }
 
@@ -120,12 +120,19 @@ class DecoderOf final : public Decoder {
     Trace out;
     const Frame kept_frame(workspace_.kept), scratch_frame(workspace_.scratch);
     weights_->begin(Pass::forward, false);
-    const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, &out);
+    const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, &out, nullptr);
     const at::Tensor n_TD = at::empty_like(x_TD);
     ops::rms_norm<S>(x_TD, weights_->final_norm_D(), spec_.norm_eps, n_TD);
     out.hidden_TD.push_back(n_TD);
     out.logits_TV = head_logits<S>(*weights_, x_TD, workspace_.scratch);
     return out;
+  }
+
+  void observe_routing(const TokenInput& input, const RoutingObserver& observer,
+                       bool another_follows) override {
+    const Frame kept(workspace_.kept), scratch(workspace_.scratch);
+    weights_->begin(Pass::layers, another_follows);
+    run_forward(Layout(spec_, input), input.ids, nullptr, &observer);
   }
 
   std::int64_t pass_bytes_peak() const override {
@@ -239,7 +246,8 @@ class DecoderOf final : public Decoder {
   }
 
   /// Forward through all layers keeping nothing but, if asked, a trace.
-  at::Tensor run_forward(const Layout& layout, std::span<const std::int32_t> ids, Trace* trace) {
+  at::Tensor run_forward(const Layout& layout, std::span<const std::int32_t> ids, Trace* trace,
+                         const RoutingObserver* observer) {
     LayerKept<S> kept;
     kept.x_TD = embed(ids);
     kept.h_TD = take_kept(kept.x_TD.sizes());
@@ -251,6 +259,10 @@ class DecoderOf final : public Decoder {
       if (trace != nullptr) trace->hidden_TD.push_back(kept.x_TD.clone());
       attention_forward(layer, layout, kept);
       feed_forward(layer, layout.micro_batches(), kept, kept.x_TD, false);
+      if (observer != nullptr && layer.moe) {
+        const std::vector<double> gate(kept.routing.gate.begin(), kept.routing.gate.end());
+        (*observer)(static_cast<int>(l), kept.routing.expert, gate);
+      }
       if (trace != nullptr) {
         trace->expert.push_back(layer.moe ? kept.routing.expert : std::vector<std::int32_t>());
         trace->gate.emplace_back();

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -41,6 +42,11 @@ struct Trace {
   std::vector<std::vector<std::int32_t>> expert;  ///< per layer [T * K]; empty for dense layers
   std::vector<std::vector<double>> gate;
 };
+
+/// Told how a layer's tokens were routed: experts and the router's weights, both [T * K], of token
+/// t's slot k at t * K + k. Valid during the call.
+using RoutingObserver = std::function<void(int layer, std::span<const std::int32_t> expert,
+                                           std::span<const double> gate)>;
 
 /// Keys, values and the position reached, of one sequence being generated.
 struct GenerationState {
@@ -84,6 +90,10 @@ class Decoder {
   /// `another_follows`: so does another evaluation, and weights may be read ahead for it.
   virtual LossResult evaluate(const TokenInput& input, bool another_follows = false) = 0;
   virtual Trace trace(const TokenInput& input) = 0;
+  /// A forward pass for the sake of its routing: every layer with routed experts is told to
+  /// `observer`, the head is left out, and no layer's activations outlive it.
+  virtual void observe_routing(const TokenInput& input, const RoutingObserver& observer,
+                               bool another_follows = false) = 0;
 
   /// Most bytes of activations and scratch that were alive at once in any pass so far, paged out or
   /// not.

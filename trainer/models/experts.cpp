@@ -125,7 +125,7 @@ void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rout
     zero_past(x_p, n);
     at::Tensor to = gate_up;
     at::mm_out(to, x_p, weights.gate_up_DO);
-    if (!lora_gate_up_.empty()) {
+    if (lora_gate_up_.has(e)) {
       lora_gate_up_.forward(x, slice(gate_up, 0, n), slice(kept.xa_gate_up, begin, n), e,
                             row_ids(routing, begin));
     }
@@ -135,7 +135,7 @@ void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rout
     }
     to = slice(y, begin, p);
     at::mm_out(to, m_p, weights.down_FD);
-    if (!lora_down_.empty()) {
+    if (lora_down_.has(e)) {
       lora_down_.forward(m, slice(y, begin, n), slice(kept.xa_down, begin, n), e,
                          row_ids(routing, begin));
     }
@@ -179,11 +179,11 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     if (!kept.gate_up.defined()) {
       zero_past(x_p, n);
       at::mm_out(gate_up_p, x_p, weights.gate_up_DO);
-      if (!lora_gate_up_.empty()) lora_gate_up_.forward(x, gate_up, xa_gate_up, e, ids);
+      if (lora_gate_up_.has(e)) lora_gate_up_.forward(x, gate_up, xa_gate_up, e, ids);
     }
     at::Tensor to = dm_p;
     at::mm_out(to, dy_p, weights.down_FD.t());
-    if (!lora_down_.empty() && !kept.gate_up.defined()) {
+    if (lora_down_.has(e) && !kept.gate_up.defined()) {
       ops::swiglu<S>(gate_up, m);
       if (!scales_input()) gather<S>(m, own_rows(n), routing.gate_of_row.data() + begin, m);
       lora_down_.down_only(m, slice(kept.xa_down, begin, n), e, ids);
@@ -198,7 +198,7 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     zero_past(d_gate_up_p, n);
     to = slice(dx, begin, p);
     at::mm_out(to, d_gate_up_p, weights.gate_up_DO.t());
-    if (!lora_gate_up_.empty()) {
+    if (lora_gate_up_.has(e)) {
       lora_gate_up_.backward(x, d_gate_up, xa_gate_up, slice(dx, begin, n), e, ids);
     }
   });

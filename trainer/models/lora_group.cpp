@@ -44,7 +44,7 @@ template <class S>
 void LoraGroup<S>::down_only(const at::Tensor& x, const at::Tensor& xa, std::int64_t expert,
                              const std::uint64_t* token_id) const {
   const auto a_of = [&](const LoraSite& site) {
-    return context_.factors + site.a_offset + expert * site.rank * site.in;
+    return context_.factors + site.a_offset + site.slot(expert) * site.rank * site.in;
   };
   // The A of sites that share an input lie side by side: one product serves all, if their scales
   // agree and dropout does not give each its own input.
@@ -74,8 +74,8 @@ void LoraGroup<S>::forward(const at::Tensor& x, const at::Tensor& y, const at::T
   for (const Part& part : parts_) {
     const LoraSite& site = *part.site;
     ops::lora_up<S>(data<S>(xa) + part.rank_begin, rank_,
-                    context_.factors + site.b_offset + expert * site.rank * site.out, site.rank,
-                    site.out, T, data<S>(y) + part.column, y.stride(0));
+                    context_.factors + site.b_offset + site.slot(expert) * site.rank * site.out,
+                    site.rank, site.out, T, data<S>(y) + part.column, y.stride(0));
   }
 }
 
@@ -94,7 +94,7 @@ void LoraGroup<S>::backward(const at::Tensor& x, const at::Tensor& dy, const at:
   for (const Part& part : parts_) {  // dropout gives each site its own input
     const LoraSite& site = *part.site;
     const Frame of_part(context_.scratch_stack());
-    const std::int64_t a_at = site.a_offset + expert * site.rank * site.in;
+    const std::int64_t a_at = site.a_offset + site.slot(expert) * site.rank * site.in;
     const std::uint64_t key = dropout_key(site, expert);
     const at::Tensor kept = context_.scratch(x.sizes());
     S* d_part = data<S>(d) + part.rank_begin;
@@ -117,7 +117,7 @@ at::Tensor LoraGroup<S>::backward_of_b(const at::Tensor& dy, const at::Tensor& x
   const at::Tensor d = context_.scratch({T, rank_});
   for (const Part& part : parts_) {
     const LoraSite& site = *part.site;
-    const std::int64_t b_at = site.b_offset + expert * site.rank * site.out;
+    const std::int64_t b_at = site.b_offset + site.slot(expert) * site.rank * site.out;
     const at::Tensor dy_part = dy.narrow(1, part.column, site.out);
     ops::lora_down<S>(dy_part, context_.factors + b_at, site.rank, site.scale,
                       data<S>(d) + part.rank_begin, rank_);
@@ -132,7 +132,7 @@ template <class S>
 std::int64_t LoraGroup<S>::offset_of_a(std::int64_t expert) const {
   const LoraSite& first = *parts_.front().site;
   TAILOR_CHECK(parts_.size() == 1 || first.experts == 1);
-  return first.a_offset + expert * first.rank * first.in;
+  return first.a_offset + first.slot(expert) * first.rank * first.in;
 }
 
 template <class S>

@@ -32,6 +32,7 @@ class FrozenWeights {
     train_kept,       ///< and the head again, then per layer down: feed-forward, experts, attention
     train_recompute,  ///< as train_kept, but attention first
     generate,         ///< as forward; the head may be left out
+    layers,           ///< layers up, and no head
   };
   using Lease = TileRing::Lease;
 

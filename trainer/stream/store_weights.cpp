@@ -342,6 +342,7 @@ class StoreStream final : public StoreWeights {
       order.push_back(map_.feed_forward[l]);
       add_experts(l);
     }
+    if (pass == Pass::layers) return order;
     order.insert(order.end(), map_.head.begin(), map_.head.end());
     if (pass == Pass::forward || pass == Pass::generate) return order;
     order.insert(order.end(), map_.head.begin(), map_.head.end());
