@@ -113,15 +113,13 @@ void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rout
         kept.gate_up.defined() ? slice(kept.gate_up, begin, p) : slice(gate_up_scratch, 0, p);
     gather<S>(n_TD, routing.token_of_row.data() + begin, routing.gate_of_row.data() + begin, x);
     zero_past(x_p, n);
-    at::Tensor to = gate_up;
-    at::mm_out(to, x_p, weights.gate_up_DO);
+    ops::multiply(x_p, weights.gate_up_DO, gate_up);
     if (!lora_gate_up_.empty()) {
       lora_gate_up_.forward(x, slice(gate_up, 0, n), slice(kept.xa_gate_up, begin, n), e,
                             row_ids(routing, begin));
     }
     ops::swiglu<S>(gate_up, m_p);
-    to = slice(y, begin, p);
-    at::mm_out(to, m_p, weights.down_FD);
+    ops::multiply(m_p, weights.down_FD, slice(y, begin, p));
     if (!lora_down_.empty()) {
       lora_down_.forward(m, slice(y, begin, n), slice(kept.xa_down, begin, n), e,
                          row_ids(routing, begin));
@@ -156,7 +154,7 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     const at::Tensor xa_gate_up = slice(kept.xa_gate_up, begin, n);
     const std::uint64_t* ids = row_ids(routing, begin);
     const std::int32_t* token = routing.token_of_row.data() + begin;
-    at::Tensor gate_up_p =
+    const at::Tensor gate_up_p =
         kept.gate_up.defined() ? slice(kept.gate_up, begin, n) : slice(gate_up_scratch, 0, p);
     const at::Tensor gate_up = slice(gate_up_p, 0, n);
     gather<S>(n_TD, token, routing.gate_of_row.data() + begin, x);
@@ -164,11 +162,10 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     zero_past(dy_p, n);
     if (!kept.gate_up.defined()) {
       zero_past(x_p, n);
-      at::mm_out(gate_up_p, x_p, weights.gate_up_DO);
+      ops::multiply(x_p, weights.gate_up_DO, gate_up_p);
       if (!lora_gate_up_.empty()) lora_gate_up_.forward(x, gate_up, xa_gate_up, e, ids);
     }
-    at::Tensor to = dm_p;
-    at::mm_out(to, dy_p, weights.down_FD.t());
+    ops::multiply(dy_p, weights.down_FD.t(), dm_p);
     if (!lora_down_.empty() && !kept.gate_up.defined()) {
       ops::swiglu<S>(gate_up, m);
       lora_down_.down_only(m, slice(kept.xa_down, begin, n), e, ids);
@@ -176,8 +173,7 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     swiglu_and_down_backward(lora_down_, context_, gate_up, dy, slice(kept.xa_down, begin, n), dm,
                              d_gate_up, e, ids);
     zero_past(d_gate_up_p, n);
-    to = slice(dx, begin, p);
-    at::mm_out(to, d_gate_up_p, weights.gate_up_DO.t());
+    ops::multiply(d_gate_up_p, weights.gate_up_DO.t(), slice(dx, begin, p));
     if (!lora_gate_up_.empty()) {
       lora_gate_up_.backward(x, d_gate_up, xa_gate_up, slice(dx, begin, n), e, ids);
     }
