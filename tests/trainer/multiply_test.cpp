@@ -21,7 +21,9 @@ at::Tensor random_bf16(at::IntArrayRef shape) { return at::randn(shape).to(at::k
 TEST(Multiply, either_orientation_and_side_of_the_threshold) {
   at::manual_seed(1);
   constexpr std::int64_t K = 150, N = 330;
-  for (const std::int64_t M : {std::int64_t{3}, ops::kFewRows, ops::kFewRows + 1}) {
+  ASSERT_TRUE(ops::few_enough_rows(128, K * N));
+  ASSERT_FALSE(ops::few_enough_rows(129, K * N));
+  for (const std::int64_t M : {3, 128, 129}) {
     SCOPED_TRACE(M);
     const at::Tensor x = random_bf16({M, K}), w = random_bf16({K, N});
     const at::Tensor as_stored = at::empty({M, N}, at::kBFloat16);
