@@ -513,9 +513,8 @@ std::vector<TensorToWrite> peft_tensors(const Adapter& adapter, const ModelSpec&
     const LoraSite* chosen = &site;
     add(key + ".lora_A.weight", {E * rank, across},
         [=] { return bytes_of(with_zero_experts(*chosen, rows, rank * across)); });
-    add(key + ".lora_B.weight", {down, rank * E}, [=] {
-      return folded(with_zero_experts(*chosen, columns, rank * down), E, rank, down);
-    });
+    add(key + ".lora_B.weight", {down, rank * E},
+        [=] { return folded(with_zero_experts(*chosen, columns, rank * down), E, rank, down); });
   }
   std::sort(out.begin(), out.end(), [](const auto& x, const auto& y) { return x.name < y.name; });
   return out;

@@ -79,7 +79,12 @@ CpuFacts cpu_facts() {
   const bool v3 = all({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"});
   const bool v4 = v3 && all({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"});
   const bool bf16 = v4 && flags.contains("avx512_bf16");
-  out.level = bf16 ? "x86-64-v4+bf16" : v4 ? "x86-64-v4" : v3 ? "x86-64-v3" : "x86-64";
+  const bool amx = bf16 && all({"amx_tile", "amx_bf16"});
+  out.level = amx    ? "x86-64-v4+amx"
+              : bf16 ? "x86-64-v4+bf16"
+              : v4   ? "x86-64-v4"
+              : v3   ? "x86-64-v3"
+                     : "x86-64";
   return out;
 }
 

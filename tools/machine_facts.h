@@ -13,7 +13,7 @@ namespace tailor {
 /// instruction-set levels Tailor's kernels are built for.
 struct CpuFacts {
   std::string name;
-  std::string level;                  ///< x86-64-v4+bf16, x86-64-v4, x86-64-v3, x86-64
+  std::string level;  ///< x86-64-v4+amx, x86-64-v4+bf16, x86-64-v4, x86-64-v3, x86-64
   std::vector<std::string> features;  ///< those that matter for speed: avx2, avx512f, amx_bf16, ...
 };
 CpuFacts cpu_facts();

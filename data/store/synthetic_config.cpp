@@ -127,9 +127,10 @@ Json config_of_layers(const Json& config, const std::vector<std::int64_t>& layer
     const bool dense_first = std::is_partitioned(wanted.begin(), wanted.end(),
                                                  [](const LayerSpec& layer) { return !layer.moe; });
     if (!dense_first || dense == static_cast<std::ptrdiff_t>(wanted.size())) {
-      refuse("deepseek_v3 has its dense layers before its mixtures of experts, and one of those at "
-             "least",
-             whole.layer_count());
+      refuse(
+          "deepseek_v3 has its dense layers before its mixtures of experts, and one of those at "
+          "least",
+          whole.layer_count());
     }
     text["first_k_dense_replace"] = dense;
     text["num_nextn_predict_layers"] = 0;

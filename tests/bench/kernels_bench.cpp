@@ -2,7 +2,8 @@
 // level of this machine: the best of several repetitions, so that other work on the machine
 // disturbs little. The levels of a kernel run next to each other and the ratio is of one run.
 // Then dequantisation into a bfloat16 buffer that no cache holds, on one and two threads, beside
-// filling that buffer in the same run; and encoding on one thread.
+// filling that buffer in the same run; and encoding on one thread. Last, products of few rows
+// beside LibTorch's (few_rows_bench.cpp).
 //
 //   build/release/bin/bench_kernels [--benchmark_filter=lora] [--benchmark_repetitions=9]
 
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "data/quant/codec.h"
+#include "tests/bench/few_rows_bench.h"
 #include "trainer/kernels/levels.h"
 
 namespace tailor {
@@ -323,6 +325,7 @@ int run(int argc, char** argv) {
     }
   }
   report_frozen_weights(levels, best.seconds);
+  report_few_rows();
   return 0;
 }
 

@@ -15,8 +15,9 @@ struct EncodedMatrix;
 /// double, else float, and a result is rounded to S once, when it is written.
 ///
 /// The files in cpu/ are compiled four times, for x86-64-v4 (AVX-512) with and without AVX512-BF16,
-/// v3 (AVX2) and plain x86-64; kernels<S>() picks the best this machine has. Plain loops that serve
-/// as the truth stand in tests/support/reference_kernels.h.
+/// v3 (AVX2) and plain x86-64; a fifth level, AMX, is the first with another few_rows.
+/// kernels<S>() picks the best this machine has. Plain loops that serve as the truth stand in
+/// tests/support/reference_kernels.h.
 struct Bf16 {
   std::uint16_t bits;
 };
@@ -116,6 +117,13 @@ struct Kernels {
   void (*swiglu_backward)(std::int64_t begin, std::int64_t end, std::int64_t F, const S* gate_up,
                           const S* dm, S* d_gate_up, S* m);
 
+  /// y[M, N] = x[M, K] w[K, N] for columns [begin, end) of N and few rows M: w, row-major, is read
+  /// as it lies, once. Sums are float, in one order over k, and do not depend on `begin` and `end`;
+  /// denormals count as zero. Null where the level cannot multiply S.
+  void (*few_rows)(std::int64_t begin, std::int64_t end, std::int64_t M, std::int64_t K, const S* x,
+                   std::int64_t x_stride, const S* w, std::int64_t w_stride, S* y,
+                   std::int64_t y_stride);
+
   /// LoRA's three thin products, r small. xa[T, R] = x[T, D] a[R, D]^T.
   void (*lora_down)(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_t D,
                     const S* x, std::int64_t x_stride, const S* a, S* xa, std::int64_t xa_stride,
@@ -165,7 +173,7 @@ struct Kernels {
 template <class S>
 const Kernels<S>& kernels();
 
-/// "x86-64-v4+bf16", "x86-64-v4", "x86-64-v3" or "x86-64": what kernels() chose.
+/// "x86-64-v4+amx", "x86-64-v4+bf16", "x86-64-v4", "x86-64-v3" or "x86-64": what kernels() chose.
 const char* kernel_level();
 
 }  // namespace tailor

@@ -11,17 +11,18 @@ struct LevelTables {
   const Kernels<Bf16>* bf16;
 };
 
-extern const LevelTables kLevelV4Bf16, kLevelV4, kLevelV3, kLevelBase;
+/// kLevelV4Amx is of the file of kLevelV4Bf16.
+extern const LevelTables kLevelV4Amx, kLevelV4Bf16, kLevelV4, kLevelV3, kLevelBase;
 
-/// For tests: every level this machine can run, best first.
 struct NamedLevel {
   const char* name;
   const LevelTables* tables;
 };
 struct LevelList {
-  NamedLevel levels[4];
+  NamedLevel levels[5];
   int count;
 };
+/// Every level this machine can run, best first. Asks Linux for the AMX registers.
 LevelList runnable_levels();
 
 }  // namespace tailor

@@ -123,8 +123,7 @@ void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rout
     gather<S>(n_TD, routing.token_of_row.data() + begin,
               scales_input() ? routing.gate_of_row.data() + begin : nullptr, x);
     zero_past(x_p, n);
-    at::Tensor to = gate_up;
-    at::mm_out(to, x_p, weights.gate_up_DO);
+    ops::multiply(x_p, weights.gate_up_DO, gate_up);
     if (lora_gate_up_.has(e)) {
       lora_gate_up_.forward(x, slice(gate_up, 0, n), slice(kept.xa_gate_up, begin, n), e,
                             row_ids(routing, begin));
@@ -133,8 +132,7 @@ void Experts<S>::forward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rout
     if (!scales_input()) {
       gather<S>(m, own_rows(n), routing.gate_of_row.data() + begin, m);
     }
-    to = slice(y, begin, p);
-    at::mm_out(to, m_p, weights.down_FD);
+    ops::multiply(m_p, weights.down_FD, slice(y, begin, p));
     if (lora_down_.has(e)) {
       lora_down_.forward(m, slice(y, begin, n), slice(kept.xa_down, begin, n), e,
                          row_ids(routing, begin));
@@ -170,7 +168,7 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     const at::Tensor xa_gate_up = slice(kept.xa_gate_up, begin, n);
     const std::uint64_t* ids = row_ids(routing, begin);
     const std::int32_t* token = routing.token_of_row.data() + begin;
-    at::Tensor gate_up_p =
+    const at::Tensor gate_up_p =
         kept.gate_up.defined() ? slice(kept.gate_up, begin, n) : slice(gate_up_scratch, 0, p);
     const at::Tensor gate_up = slice(gate_up_p, 0, n);
     gather<S>(n_TD, token, scales_input() ? routing.gate_of_row.data() + begin : nullptr, x);
@@ -178,11 +176,10 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
     zero_past(dy_p, n);
     if (!kept.gate_up.defined()) {
       zero_past(x_p, n);
-      at::mm_out(gate_up_p, x_p, weights.gate_up_DO);
+      ops::multiply(x_p, weights.gate_up_DO, gate_up_p);
       if (lora_gate_up_.has(e)) lora_gate_up_.forward(x, gate_up, xa_gate_up, e, ids);
     }
-    at::Tensor to = dm_p;
-    at::mm_out(to, dy_p, weights.down_FD.t());
+    ops::multiply(dy_p, weights.down_FD.t(), dm_p);
     if (lora_down_.has(e) && !kept.gate_up.defined()) {
       ops::swiglu<S>(gate_up, m);
       if (!scales_input()) gather<S>(m, own_rows(n), routing.gate_of_row.data() + begin, m);
@@ -196,8 +193,7 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
                         e, d_gate);
     }
     zero_past(d_gate_up_p, n);
-    to = slice(dx, begin, p);
-    at::mm_out(to, d_gate_up_p, weights.gate_up_DO.t());
+    ops::multiply(d_gate_up_p, weights.gate_up_DO.t(), slice(dx, begin, p));
     if (lora_gate_up_.has(e)) {
       lora_gate_up_.backward(x, d_gate_up, xa_gate_up, slice(dx, begin, n), e, ids);
     }
@@ -221,7 +217,7 @@ void Experts<S>::weighted_backward(const Routing<AccumOf<S>>& routing, std::int6
   const Frame frame(context_.scratch_stack());
   const at::Tensor m = context_.scratch({n, F}), weighted = context_.scratch({n, F});
   ops::swiglu<S>(gate_up, m);
-  if (!lora_down_.empty()) {
+  if (lora_down_.has(expert)) {
     gather<S>(m, own_rows(n), gate, weighted);
     lora_down_.backward(weighted, dy, xa_down, dm, expert, row_ids(routing, begin));
   }

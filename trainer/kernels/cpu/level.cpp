@@ -3,6 +3,7 @@
 #pragma GCC diagnostic ignored "-Wsign-conversion"
 #include "trainer/kernels/cpu/attention.h"
 #include "trainer/kernels/cpu/dequantise.h"
+#include "trainer/kernels/cpu/few_rows.h"
 #include "trainer/kernels/cpu/lora.h"
 #include "trainer/kernels/cpu/rows.h"
 #include "trainer/kernels/levels.h"
@@ -20,6 +21,7 @@ constexpr Kernels<S> kTable = {
     .attention_backward = attention_backward<S>,
     .swiglu = swiglu<S>,
     .swiglu_backward = swiglu_backward<S>,
+    .few_rows = few_rows_of<S>(),
     .lora_down = lora_down<S>,
     .lora_up = lora_up<S>,
     .lora_gradient = lora_gradient<S>,
@@ -33,8 +35,20 @@ constexpr Kernels<S> kTable = {
     .dequantise = dequantise<S>,
 };
 
+#if defined(__AMX_BF16__)
+constexpr Kernels<Bf16> with_amx() {
+  Kernels<Bf16> all = kTable<Bf16>;
+  all.few_rows = few_rows<AmxBlock>;
+  return all;
+}
+constexpr Kernels<Bf16> kAmxTable = with_amx();
+#endif
+
 }  // namespace
 
 const LevelTables TAILOR_LEVEL = {&kTable<double>, &kTable<float>, &kTable<Bf16>};
+#if defined(__AMX_BF16__)
+const LevelTables kLevelV4Amx = {&kTable<double>, &kTable<float>, &kAmxTable};
+#endif
 
 }  // namespace tailor
