@@ -10,6 +10,7 @@
 #include "base/random.h"
 #include "base/text.h"
 #include "base/units.h"
+#include "data/checkpoint/published.h"
 
 namespace tailor {
 namespace {
@@ -17,54 +18,62 @@ namespace {
 struct ProjectionRow {
   Projection projection;
   std::string_view group;  ///< the name a recipe uses
-  std::string_view path;   ///< below "model.layers.N.", for llama4; see module_path
   std::string_view name;
 };
 constexpr std::array<ProjectionRow, kProjectionCount> kProjections = {{
-    {Projection::q_proj, "attention", "self_attn.q_proj", "q_proj"},
-    {Projection::k_proj, "attention", "self_attn.k_proj", "k_proj"},
-    {Projection::v_proj, "attention", "self_attn.v_proj", "v_proj"},
-    {Projection::q_a_proj, "attention", "self_attn.q_a_proj", "q_a_proj"},
-    {Projection::kv_a_proj, "attention", "self_attn.kv_a_proj_with_mqa", "kv_a_proj_with_mqa"},
-    {Projection::q_b_proj, "attention", "self_attn.q_b_proj", "q_b_proj"},
-    {Projection::kv_b_proj, "kv_b_proj", "self_attn.kv_b_proj", "kv_b_proj"},
-    {Projection::o_proj, "attention", "self_attn.o_proj", "o_proj"},
-    {Projection::gate_proj, "dense_mlp", "gate_proj", "gate_proj"},
-    {Projection::up_proj, "dense_mlp", "up_proj", "up_proj"},
-    {Projection::down_proj, "dense_mlp", "down_proj", "down_proj"},
-    {Projection::shared_gate_proj, "shared_expert", "shared_expert.gate_proj", "gate_proj"},
-    {Projection::shared_up_proj, "shared_expert", "shared_expert.up_proj", "up_proj"},
-    {Projection::shared_down_proj, "shared_expert", "shared_expert.down_proj", "down_proj"},
-    {Projection::router, "router", "router", "router"},
-    {Projection::experts_gate_up, "experts", "experts", "experts.gate_up_proj"},
-    {Projection::experts_down, "experts", "experts", "experts.down_proj"},
+    {Projection::q_proj, "attention", "q_proj"},
+    {Projection::k_proj, "attention", "k_proj"},
+    {Projection::v_proj, "attention", "v_proj"},
+    {Projection::q_a_proj, "attention", "q_a_proj"},
+    {Projection::kv_a_proj, "attention", "kv_a_proj_with_mqa"},
+    {Projection::q_b_proj, "attention", "q_b_proj"},
+    {Projection::kv_b_proj, "kv_b_proj", "kv_b_proj"},
+    {Projection::o_proj, "attention", "o_proj"},
+    {Projection::gate_proj, "dense_mlp", "gate_proj"},
+    {Projection::up_proj, "dense_mlp", "up_proj"},
+    {Projection::down_proj, "dense_mlp", "down_proj"},
+    {Projection::shared_gate_proj, "shared_expert", "gate_proj"},
+    {Projection::shared_up_proj, "shared_expert", "up_proj"},
+    {Projection::shared_down_proj, "shared_expert", "down_proj"},
+    {Projection::router, "router", "router"},
+    {Projection::experts_gate_up, "experts", "experts.gate_up_proj"},
+    {Projection::experts_down, "experts", "experts.down_proj"},
 }};
 
 const ProjectionRow& row_of(Projection projection) {
   return kProjections[static_cast<std::size_t>(projection)];
 }
 
-std::string module_path(const ModelSpec& spec, std::int64_t layer, Projection projection) {
-  const ProjectionRow& row = row_of(projection);
-  std::string out = "model.layers." + std::to_string(layer) + ".";
-  if (row.path.starts_with("self_attn.")) return out + std::string(row.path);
-  if (spec.family == Family::llama4) return out + "feed_forward." + std::string(row.path);
-  out += "mlp.";
-  if (projection == Projection::router) return out + "gate";
-  if (row.group == "shared_expert") return out + "shared_experts." + std::string(row.name);
-  return out + std::string(row.path);
-}
-
-LoraSite make_site(const ModelSpec& spec, std::int64_t layer, Projection projection,
-                   std::int64_t in, std::int64_t out) {
-  LoraSite site;
-  site.module = module_path(spec, layer, projection);
-  site.layer = static_cast<int>(layer);
-  site.projection = projection;
-  site.in = in;
-  site.out = out;
-  if (site.is_experts()) site.experts = spec.experts;
-  return site;
+/// What a published matrix outside the routed experts is to an adapter; nothing for vectors.
+std::optional<Projection> projection_of(MatrixRole role, bool moe) {
+  switch (role) {
+    case MatrixRole::q:
+      return Projection::q_proj;
+    case MatrixRole::k:
+      return Projection::k_proj;
+    case MatrixRole::v:
+      return Projection::v_proj;
+    case MatrixRole::q_a:
+      return Projection::q_a_proj;
+    case MatrixRole::kv_a:
+      return Projection::kv_a_proj;
+    case MatrixRole::q_b:
+      return Projection::q_b_proj;
+    case MatrixRole::kv_b:
+      return Projection::kv_b_proj;
+    case MatrixRole::o:
+      return Projection::o_proj;
+    case MatrixRole::router:
+      return Projection::router;
+    case MatrixRole::gate:
+      return moe ? Projection::shared_gate_proj : Projection::gate_proj;
+    case MatrixRole::up:
+      return moe ? Projection::shared_up_proj : Projection::up_proj;
+    case MatrixRole::down:
+      return moe ? Projection::shared_down_proj : Projection::down_proj;
+    default:
+      return std::nullopt;
+  }
 }
 
 /// True when a target of the recipe names this site: a group, "all", or a module name or suffix of
@@ -113,37 +122,35 @@ void LoraSite::keep_experts(const std::vector<std::int32_t>& chosen) {
 
 std::vector<LoraSite> all_sites(const ModelSpec& spec) {
   std::vector<LoraSite> sites;
-  const std::int64_t D = spec.hidden;
   for (std::int64_t l = 0; l < spec.layer_count(); ++l) {
-    const auto add = [&](Projection projection, std::int64_t in, std::int64_t out) {
-      sites.push_back(make_site(spec, l, projection, in, out));
+    const bool moe = spec.layers[static_cast<std::size_t>(l)].moe;
+    const auto add = [&](std::string module, Projection projection, std::int64_t in,
+                         std::int64_t out) {
+      LoraSite site;
+      site.module = std::move(module);
+      site.layer = static_cast<int>(l);
+      site.projection = projection;
+      site.in = in;
+      site.out = out;
+      if (site.is_experts()) site.experts = spec.experts;
+      sites.push_back(std::move(site));
     };
-    if (spec.is_latent()) {
-      const LatentSpec& latent = spec.latent;
-      if (latent.q_rank == 0) add(Projection::q_proj, D, spec.query_width());
-      if (latent.q_rank > 0) add(Projection::q_a_proj, D, latent.q_rank);
-      add(Projection::kv_a_proj, D, latent.kv_rank + latent.rope_dim);
-      if (latent.q_rank > 0) add(Projection::q_b_proj, latent.q_rank, spec.query_width());
-      add(Projection::kv_b_proj, latent.kv_rank, spec.heads * (latent.nope_dim + latent.value_dim));
-    } else {
-      add(Projection::q_proj, D, spec.query_width());
-      add(Projection::k_proj, D, spec.kv_width());
-      add(Projection::v_proj, D, spec.kv_width());
+    for (const auto& matrices : {attention_matrices(spec, l), feed_forward_matrices(spec, l)}) {
+      for (const PublishedMatrix& matrix : matrices) {
+        const auto projection = projection_of(matrix.role, moe);
+        if (projection) add(module_of(matrix.name), *projection, matrix.columns, matrix.rows);
+      }
     }
-    add(Projection::o_proj, spec.attention_width(), D);
-    if (!spec.layers[static_cast<std::size_t>(l)].moe) {
-      add(Projection::gate_proj, D, spec.dense_width);
-      add(Projection::up_proj, D, spec.dense_width);
-      add(Projection::down_proj, spec.dense_width, D);
-      continue;
-    }
-    add(Projection::shared_gate_proj, D, spec.shared_width);
-    add(Projection::shared_up_proj, D, spec.shared_width);
-    add(Projection::shared_down_proj, spec.shared_width, D);
-    add(Projection::router, D, spec.experts);
-    add(Projection::experts_gate_up, D, 2 * spec.expert_width);
-    add(Projection::experts_down, spec.expert_width, D);
+    if (!moe) continue;
+    const auto expert = expert_matrices(spec, l, 0, true);  // gate, up, down
+    const std::string& fused = expert[0].name;              // "...experts.gate_up_proj"
+    const std::string module = fused.substr(0, fused.rfind('.'));
+    add(module, Projection::experts_gate_up, expert[0].columns, expert[0].width);
+    add(module, Projection::experts_down, expert[2].columns, expert[2].width);
   }
+  std::stable_sort(sites.begin(), sites.end(), [](const LoraSite& a, const LoraSite& b) {
+    return std::pair(a.layer, a.projection) < std::pair(b.layer, b.projection);
+  });
   return sites;
 }
 

@@ -7,6 +7,7 @@
 #include "base/text.h"
 #include "base/units.h"
 #include "data/checkpoint/checkpoint.h"
+#include "data/checkpoint/published.h"
 
 namespace tailor {
 namespace {
@@ -127,26 +128,10 @@ double matrix_bytes(const ModelFacts& model, const MatrixShape& shape, BaseForma
 namespace {
 
 void add_attention(const ModelSpec& spec, ModelFacts& facts) {
-  const auto add = [&](const char* name, std::int64_t out, std::int64_t in) {
-    facts.attention.push_back({out, in});
-    facts.attention_names.emplace_back(name);
-  };
-  if (spec.is_latent()) {
-    const LatentSpec& latent = spec.latent;
-    if (latent.q_rank > 0) {
-      add("q_a_proj", latent.q_rank, spec.hidden);
-      add("q_b_proj", spec.query_width(), latent.q_rank);
-    } else {
-      add("q_proj", spec.query_width(), spec.hidden);
-    }
-    add("kv_a_proj_with_mqa", latent.kv_rank + latent.rope_dim, spec.hidden);
-    add("kv_b_proj", spec.heads * (latent.nope_dim + latent.value_dim), latent.kv_rank);
-  } else {
-    add("q_proj", spec.query_width(), spec.hidden);
-    add("k_proj", spec.kv_width(), spec.hidden);
-    add("v_proj", spec.kv_width(), spec.hidden);
+  for (const PublishedMatrix& matrix : attention_projections(spec, 0)) {
+    facts.attention.push_back({matrix.rows, matrix.columns});
+    facts.attention_names.push_back(matrix.module_name());
   }
-  add("o_proj", spec.hidden, spec.attention_width());
   facts.attention_kept = spec.qkv_width() + spec.attention_width() + spec.hidden;
   if (spec.is_latent()) facts.attention_expanded = spec.query_width() + spec.attention_width();
 }

@@ -88,26 +88,16 @@ std::vector<std::string> check_tensors(const ModelSpec& spec, const Checkpoint& 
 
 std::vector<LoraTarget> lora_targets(const ModelSpec& spec) {
   const std::int64_t moe = spec.moe_layer_count(), all = spec.layer_count(), dense = all - moe;
-  const std::int64_t D = spec.hidden, Q = spec.query_width(), KV = spec.kv_width();
+  const std::int64_t D = spec.hidden;
   std::vector<LoraTarget> out;
-  const auto add = [&](const char* group, const char* module, std::int64_t in, std::int64_t width,
-                       std::int64_t layers, std::int64_t each = 1) {
+  const auto add = [&](const char* group, const std::string& module, std::int64_t in,
+                       std::int64_t width, std::int64_t layers, std::int64_t each = 1) {
     if (layers > 0) out.push_back({group, module, in, width, layers, layers * each});
   };
-  if (spec.is_latent()) {
-    const LatentSpec& latent = spec.latent;
-    if (latent.q_rank == 0) add("attention", "q_proj", D, Q, all);
-    if (latent.q_rank > 0) add("attention", "q_a_proj", D, latent.q_rank, all);
-    if (latent.q_rank > 0) add("attention", "q_b_proj", latent.q_rank, Q, all);
-    add("attention", "kv_a_proj_with_mqa", D, latent.kv_rank + latent.rope_dim, all);
-    add("kv_b_proj", "kv_b_proj", latent.kv_rank, spec.heads * (latent.nope_dim + latent.value_dim),
-        all);
-  } else {
-    add("attention", "q_proj", D, Q, all);
-    add("attention", "k_proj", D, KV, all);
-    add("attention", "v_proj", D, KV, all);
+  for (const PublishedMatrix& matrix : attention_projections(spec, 0)) {
+    const bool named = matrix.role == MatrixRole::kv_b;  // a target by its own name only
+    add(named ? "kv_b_proj" : "attention", matrix.module_name(), matrix.columns, matrix.rows, all);
   }
-  add("attention", "o_proj", spec.attention_width(), D, all);
   add("dense_mlp", "gate_proj", D, spec.dense_width, dense);
   add("dense_mlp", "up_proj", D, spec.dense_width, dense);
   add("dense_mlp", "down_proj", spec.dense_width, D, dense);

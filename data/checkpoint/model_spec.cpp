@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/text.h"
+#include "data/checkpoint/published.h"
 
 namespace tailor {
 namespace {
@@ -284,10 +285,6 @@ void read_deepseek_v3(const JsonReader& config, ModelSpec& spec) {
            "Rotary embedding needs an even width.");
   }
   spec.rope.pairs = config.boolean("rope_interleave", true);
-  const RopeSpec& rope = spec.rope;
-  const double mscale = yarn_mscale(rope.factor, rope.mscale_all_dim);
-  spec.softmax_scale = 1 / std::sqrt(static_cast<double>(spec.head_dim));
-  if (rope.mscale_all_dim != 0) spec.softmax_scale *= mscale * mscale;
 
   refuse_option(config, "topk_method", "noaux_tc");
   refuse_option(config, "scoring_func", "sigmoid");
@@ -337,28 +334,20 @@ void check_rope_factors(const JsonReader& config, const ModelSpec& spec) {
           (spec.is_latent() ? "qk_rope_head_dim." : "a head's width."));
 }
 
-std::int64_t attention_parameters(const ModelSpec& spec) {
-  const std::int64_t D = spec.hidden;
-  std::int64_t total = D * spec.qkv_width() + D * spec.attention_width();
-  if (spec.qkv_bias) total += spec.qkv_width();
-  if (!spec.is_latent()) return total;
-  const LatentSpec& latent = spec.latent;
-  if (latent.q_rank > 0) total += latent.q_rank * (spec.query_width() + 1);
-  return total + latent.kv_rank * (spec.heads * (latent.nope_dim + latent.value_dim) + 1);
-}
-
-std::int64_t layer_parameters(const ModelSpec& spec, const LayerSpec& layer, std::int64_t experts) {
-  const std::int64_t attention = attention_parameters(spec);
-  const std::int64_t norms = 2 * spec.hidden;
-  if (!layer.moe) return attention + norms + 3 * spec.hidden * spec.dense_width;
-  const bool corrected = spec.router.kind == RouterSpec::Kind::grouped_sigmoid;
-  return attention + norms + spec.experts * (spec.hidden + (corrected ? 1 : 0)) +
-         3 * spec.hidden * (spec.shared_width + experts * spec.expert_width);
-}
-
+/// Of `experts` routed experts a layer.
 std::int64_t count_parameters(const ModelSpec& spec, std::int64_t experts) {
-  std::int64_t total = spec.vocab * spec.hidden * (spec.tied_head ? 1 : 2) + spec.hidden;
-  for (const LayerSpec& layer : spec.layers) total += layer_parameters(spec, layer, experts);
+  const auto sum = [](const std::vector<PublishedMatrix>& matrices) {
+    std::int64_t total = 0;
+    for (const PublishedMatrix& matrix : matrices) total += matrix.rows * matrix.columns;
+    return total;
+  };
+  std::int64_t total = sum({embedding_matrix(spec), final_norm_matrix(spec)});
+  if (!spec.tied_head) total += sum({head_matrix(spec)});
+  for (std::int64_t l = 0; l < spec.layer_count(); ++l) {
+    total += sum(attention_matrices(spec, l)) + sum(feed_forward_matrices(spec, l));
+    if (!spec.layers[static_cast<std::size_t>(l)].moe) continue;
+    total += experts * sum(expert_matrices(spec, l, 0, false));
+  }
   return total;
 }
 
@@ -381,6 +370,13 @@ const char* family_name(Family family) {
 std::int64_t ModelSpec::moe_layer_count() const {
   return std::count_if(layers.begin(), layers.end(),
                        [](const LayerSpec& layer) { return layer.moe; });
+}
+// modeling_deepseek_v3.py, DeepseekV3Attention.
+double ModelSpec::softmax_scale() const {
+  const double scale = 1 / std::sqrt(static_cast<double>(head_dim));
+  if (!is_latent() || rope.mscale_all_dim == 0) return scale;
+  const double mscale = yarn_mscale(rope.factor, rope.mscale_all_dim);
+  return scale * mscale * mscale;
 }
 std::int64_t ModelSpec::parameters() const { return count_parameters(*this, experts); }
 std::int64_t ModelSpec::active_parameters() const {

@@ -82,7 +82,6 @@ struct ModelSpec {
   RopeSpec rope;
   RouterSpec router;
   LatentSpec latent;
-  double softmax_scale = 0;            ///< on q k^T; 0: 1 / sqrt(head_dim)
   std::int64_t prediction_layers = 0;  ///< multi-token-prediction layers behind the last: skipped
   std::vector<LayerSpec> layers;
 
@@ -104,6 +103,7 @@ struct ModelSpec {
   std::int64_t q_latent_width() const { return latent.q_rank > 0 ? latent.q_rank : query_width(); }
   /// Of a head that the rotary embedding turns.
   std::int64_t rope_width() const { return is_latent() ? latent.rope_dim : head_dim; }
+  double softmax_scale() const;  ///< on q k^T
   /// Kept of a token that generation has passed, per layer.
   std::int64_t cache_width() const {
     return is_latent() ? latent.kv_rank + latent.rope_dim : 2 * kv_width();

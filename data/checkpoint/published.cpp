@@ -1,5 +1,8 @@
 #include "data/checkpoint/published.h"
 
+#include <algorithm>
+#include <string_view>
+
 #include "base/error.h"
 
 namespace tailor {
@@ -86,6 +89,15 @@ bool is_vector_role(MatrixRole role) {
   }
 }
 
+std::string module_of(const std::string& tensor) {
+  constexpr std::string_view kWeight = ".weight";
+  return tensor.ends_with(kWeight) ? tensor.substr(0, tensor.size() - kWeight.size()) : tensor;
+}
+std::string PublishedMatrix::module_name() const {
+  const std::string whole = module_of(name);
+  return whole.substr(whole.rfind('.') + 1);
+}
+
 std::vector<std::int64_t> PublishedMatrix::tensor_shape(std::int64_t experts) const {
   if (is_vector()) return {columns};
   if (!fused) return {rows, columns};
@@ -137,6 +149,20 @@ std::vector<PublishedMatrix> attention_matrices(const ModelSpec& spec, std::int6
     out.push_back({MatrixRole::k_bias, 1, KV, attention + "k_proj.bias"});
     out.push_back({MatrixRole::v_bias, 1, KV, attention + "v_proj.bias"});
   }
+  return out;
+}
+
+std::vector<PublishedMatrix> attention_projections(const ModelSpec& spec, std::int64_t layer) {
+  std::vector<PublishedMatrix> out;
+  for (PublishedMatrix& matrix : attention_matrices(spec, layer)) {
+    if (!matrix.is_vector()) out.push_back(std::move(matrix));
+  }
+  const auto of_keys = [](const PublishedMatrix& matrix) {
+    return matrix.role != MatrixRole::q && matrix.role != MatrixRole::q_a &&
+           matrix.role != MatrixRole::q_b;
+  };
+  std::stable_sort(out.begin(), out.end(),
+                   [&](const auto& a, const auto& b) { return of_keys(a) < of_keys(b); });
   return out;
 }
 

@@ -39,6 +39,9 @@ const char* role_name(MatrixRole role);
 /// Of one dimension: a norm's weights, a bias. A router of one expert is a matrix all the same.
 bool is_vector_role(MatrixRole role);
 
+/// "model.layers.0.self_attn.q_proj.weight" -> "model.layers.0.self_attn.q_proj"
+std::string module_of(const std::string& tensor);
+
 /// One matrix [rows, columns] of outputs by inputs, and the published tensor that holds it.
 struct PublishedMatrix {
   MatrixRole role;
@@ -53,6 +56,8 @@ struct PublishedMatrix {
   bool outputs_first = false;
 
   bool is_vector() const { return is_vector_role(role); }
+  /// The last part of module_of(name), "q_proj".
+  std::string module_name() const;
   /// The tensor's shape, of a fused one for `experts`.
   std::vector<std::int64_t> tensor_shape(std::int64_t experts) const;
   /// Rows of the tensor before the matrix's first, where rows lie one after the other.
@@ -62,6 +67,8 @@ struct PublishedMatrix {
 /// The published matrices of one part of a model, by the names of its family. `experts_fused`: the
 /// checkpoint holds all experts of a layer in one tensor.
 std::vector<PublishedMatrix> attention_matrices(const ModelSpec& spec, std::int64_t layer);
+/// Those of them that are no vectors, queries' first: what can carry LoRA factors.
+std::vector<PublishedMatrix> attention_projections(const ModelSpec& spec, std::int64_t layer);
 /// The norm before it, the router, and the dense MLP or shared expert.
 std::vector<PublishedMatrix> feed_forward_matrices(const ModelSpec& spec, std::int64_t layer);
 std::vector<PublishedMatrix> expert_matrices(const ModelSpec& spec, std::int64_t layer,

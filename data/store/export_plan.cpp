@@ -32,10 +32,6 @@ bool norm(MatrixRole role) {
 }
 
 /// "…q_proj.weight" -> "…q_proj"
-std::string module_of(const std::string& name) {
-  return name.ends_with(kWeight) ? name.substr(0, name.size() - kWeight.size()) : name;
-}
-
 Dtype plain_dtype(const WeightFormat& format) {
   return format.kind == WeightKind::f32 ? Dtype::f32 : Dtype::bf16;
 }

@@ -156,10 +156,6 @@ SourceMatrix find_fp8(const Checkpoint& checkpoint, const PublishedMatrix& matri
 
 }  // namespace
 
-std::string module_of(const std::string& tensor) {
-  return tensor.ends_with(kWeight) ? tensor.substr(0, tensor.size() - kWeight.size()) : tensor;
-}
-
 std::vector<std::string> scale_names(const std::string& tensor) {
   if (!tensor.ends_with(kWeight)) return {tensor + "_scale", tensor + "_scale_inv"};
   return {tensor + "_scale_inv", tensor + "_scale"};

@@ -33,7 +33,5 @@ std::int64_t int4_group_of(std::int64_t columns, std::int64_t groups);
 
 /// Names under which the fp8 scales of a tensor may be published, likelier first.
 std::vector<std::string> scale_names(const std::string& tensor);
-/// "…gate_proj.weight" -> "…gate_proj"
-std::string module_of(const std::string& tensor);
 
 }  // namespace tailor

@@ -164,7 +164,7 @@ TEST(ModelSpec, r1_as_published) {
   EXPECT_DOUBLE_EQ(spec.rope.attention_factor, 1) << "mscale and mscale_all_dim are equal";
   EXPECT_TRUE(spec.rope.pairs);
   const double mscale = 0.1 * std::log(40.0) + 1;  // on the softmax instead
-  EXPECT_DOUBLE_EQ(spec.softmax_scale, mscale * mscale / std::sqrt(192.0));
+  EXPECT_DOUBLE_EQ(spec.softmax_scale(), mscale * mscale / std::sqrt(192.0));
   EXPECT_EQ(spec.router.groups, 8);
   EXPECT_EQ(spec.router.groups_kept, 4);
   EXPECT_EQ(spec.router.scale, 2.5);
@@ -203,7 +203,7 @@ TEST(ModelSpec, r1_reads_the_same_in_both_spellings) {
   const auto sizes = [](const ModelSpec& s) {
     return std::tuple(s.hidden, s.heads, s.kv_heads, s.head_dim, s.vocab, s.dense_width,
                       s.expert_width, s.shared_width, s.experts, s.experts_per_token,
-                      s.positions_max, s.norm_eps, s.softmax_scale, s.parameters(),
+                      s.positions_max, s.norm_eps, s.softmax_scale(), s.parameters(),
                       s.prediction_layers);
   };
   const auto latent = [](const LatentSpec& l) {
