@@ -35,14 +35,15 @@ void rms_norm(const at::Tensor& x_TD, const at::Tensor& w_D, double eps, const a
   });
 }
 
-/// dx = dres + (norm's gradient of dy); dx may be dres.
+/// dx = dres + (norm's gradient of dy); dx may be dres or dy, and dres undefined: nothing is added.
 template <class S>
 void rms_norm_backward(const at::Tensor& x_TD, const at::Tensor& w_D, const at::Tensor& dy_TD,
                        const at::Tensor& dres_TD, double eps, const at::Tensor& dx_TD) {
   const std::int64_t D = x_TD.size(1);
   at::parallel_for(0, x_TD.size(0), kRowsPerTask, [&](std::int64_t begin, std::int64_t end) {
     kernels<S>().rms_norm_backward(begin, end, D, data<S>(x_TD), data<S>(w_D), data<S>(dy_TD),
-                                   data<S>(dres_TD), eps, data<S>(dx_TD));
+                                   dres_TD.defined() ? data<S>(dres_TD) : nullptr, eps,
+                                   data<S>(dx_TD));
   });
 }
 

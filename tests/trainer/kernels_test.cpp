@@ -154,6 +154,8 @@ TYPED_TEST(KernelsOf, rms_norm) {
     const Sums y = reference::rms_norm(T, D, x.exact, w.exact, 1e-5);
     const Sums dx =
         reference::rms_norm_backward(T, D, x.exact, w.exact, dy.exact, dres.exact, 1e-5);
+    const Sums alone = reference::rms_norm_backward(T, D, x.exact, w.exact, dy.exact,
+                                                    Doubles(at(T * D), 0.0), 1e-5);
     const auto steps = static_cast<double>(D + 32);
     this->every_level([&](const Kernels<S>& kernels) {
       this->check(T, std::vector<S>(at(T * D)), y, steps, [&](auto begin, auto end, S* out) {
@@ -163,6 +165,11 @@ TYPED_TEST(KernelsOf, rms_norm) {
       this->check(T, dres.raw, dx, steps, [&](auto begin, auto end, S* out) {
         kernels.rms_norm_backward(begin, end, D, x.raw.data(), w.raw.data(), dy.raw.data(), out,
                                   1e-5, out);
+      });
+      // dx in place of dy and nothing to add to, as latent attention calls it.
+      this->check(T, dy.raw, alone, steps, [&](auto begin, auto end, S* out) {
+        kernels.rms_norm_backward(begin, end, D, x.raw.data(), w.raw.data(), out, nullptr, 1e-5,
+                                  out);
       });
     });
   }

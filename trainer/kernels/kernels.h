@@ -86,7 +86,7 @@ struct Kernels {
   /// y = w * x / sqrt(mean(x^2) + eps), rows [begin, end) of [T, D].
   void (*rms_norm)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x, const S* w,
                    double eps, S* y);
-  /// dx = dres + d(rms_norm)/dx^T dy. dx may be dres.
+  /// dx = dres + d(rms_norm)/dx^T dy. dx may be dres; without one (null) nothing is added.
   void (*rms_norm_backward)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,
                             const S* w, const S* dy, const S* dres, double eps, S* dx);
 

@@ -64,7 +64,7 @@ AttentionShape GroupedAttention<S>::shape(std::int64_t q_stride, std::int64_t kv
   out.q_stride = q_stride;
   out.k_stride = out.v_stride = kv_stride;
   out.o_stride = spec_.query_width();
-  out.scale = 1 / std::sqrt(static_cast<double>(spec_.head_dim));
+  out.scale = spec_.softmax_scale();
   return out;
 }
 

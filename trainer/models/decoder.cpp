@@ -17,8 +17,7 @@ struct Layer {
   Layer(const ModelSpec& spec, std::size_t layer, const PassContext<S>& context)
       : index(static_cast<std::int64_t>(layer)),
         moe(spec.layers[layer].moe),
-        attention_part(Attention<S>::create(spec, static_cast<int>(layer), weights, context)),
-        attention(*attention_part),
+        attention(Attention<S>::create(spec, static_cast<int>(layer), weights, context)),
         mlp(moe ? Mlp<S>::Kind::shared_expert : Mlp<S>::Kind::dense, spec, static_cast<int>(layer),
             weights, context) {
     if (!moe) return;
@@ -31,8 +30,7 @@ struct Layer {
   std::int64_t index;
   LayerWeights weights;  ///< the parts that are leased now
   bool moe;
-  std::unique_ptr<Attention<S>> attention_part;
-  const Attention<S>& attention;
+  std::unique_ptr<const Attention<S>> attention;
   Mlp<S> mlp;
   std::optional<Router<S>> router;
   std::optional<Experts<S>> experts;
@@ -163,7 +161,7 @@ class DecoderOf final : public Decoder {
       {
         const Frame of_attention(workspace_.scratch);
         const Lease lease = weights_->attention(layer.index, layer.weights, workspace_.scratch);
-        layer.attention.forward_cached(state.position, x_TD, kept.h_TD, {state.kv[l]});
+        layer.attention->forward_cached(state.position, x_TD, kept.h_TD, {state.kv[l]});
       }
       const TokenRange all{0, T};
       feed_forward(layer, std::span(&all, 1), kept, x_TD, false);
@@ -198,8 +196,8 @@ class DecoderOf final : public Decoder {
                                const LayerKept<S>& kept) const {
     for (std::size_t m = 0; m < layout.micro_batches().size(); ++m) {
       const TokenRange range = layout.micro_batches()[m];
-      layer.attention.forward(layout, m, rows_of(kept.x_TD, range), rows_of(kept.h_TD, range),
-                              kept.attention.rows(range));
+      layer.attention->forward(layout, m, rows_of(kept.x_TD, range), rows_of(kept.h_TD, range),
+                               kept.attention.rows(range));
     }
   }
 
@@ -255,7 +253,7 @@ class DecoderOf final : public Decoder {
       const Frame of_layer(workspace_.kept), scratch(workspace_.scratch);
       const LayerVisit visit(pager_, l, FactorPager::Way::forward);
       Layer<S> layer(spec_, l, context_);
-      kept.attention = layer.attention.allocate(layout.tokens(), workspace_.scratch);
+      kept.attention = layer.attention->allocate(layout.tokens(), workspace_.scratch);
       if (trace != nullptr) trace->hidden_TD.push_back(kept.x_TD.clone());
       attention_forward(layer, layout, kept);
       feed_forward(layer, layout.micro_batches(), kept, kept.x_TD, false);
@@ -293,7 +291,7 @@ class DecoderOf final : public Decoder {
       LayerKept<S>& mine = kept[l];
       mine.x_TD = x_TD;
       mine.h_TD = keep ? take_kept(x_TD.sizes()) : h_scratch;
-      mine.attention = layer.attention.allocate(T, keep ? workspace_.kept : workspace_.scratch);
+      mine.attention = layer.attention->allocate(T, keep ? workspace_.kept : workspace_.scratch);
       attention_forward(layer, layout, mine);
       input_mark[l + 1] = workspace_.kept.mark();
       x_TD = take_kept(x_TD.sizes());
@@ -312,7 +310,7 @@ class DecoderOf final : public Decoder {
       Layer<S> layer(spec_, l, context_);
       Lease of_attention;
       if (!keep) {  // phase 1: every micro-batch again, up to the feed-forward part
-        kept[l].attention = layer.attention.allocate(T, workspace_.scratch);
+        kept[l].attention = layer.attention->allocate(T, workspace_.scratch);
         of_attention = weights_->attention(layer.index, layer.weights, workspace_.scratch);
         attention_micro_batches(layer, layout, kept[l]);
       }
@@ -323,8 +321,8 @@ class DecoderOf final : public Decoder {
       for (std::size_t m = 0; m < layout.micro_batches().size(); ++m) {
         const TokenRange range = layout.micro_batches()[m];
         const at::Tensor dx = rows_of(dx_TD, range);
-        layer.attention.backward(layout, m, rows_of(kept[l].x_TD, range), dx,
-                                 kept[l].attention.rows(range), dx, l != 0);
+        layer.attention->backward(layout, m, rows_of(kept[l].x_TD, range), dx,
+                                  kept[l].attention.rows(range), dx, l != 0);
       }
       kept[l] = {};
       workspace_.kept.release(before[l]);

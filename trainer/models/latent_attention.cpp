@@ -1,6 +1,5 @@
 #include "trainer/models/latent_attention.h"
 
-#include <algorithm>
 #include <type_traits>
 
 namespace tailor {
@@ -38,7 +37,7 @@ AttentionShape LatentAttention<S>::shape() const {
   out.v_stride = spec_.heads * expanded_head();
   out.v_head = expanded_head();
   out.o_stride = spec_.attention_width();
-  out.scale = spec_.softmax_scale;
+  out.scale = spec_.softmax_scale();
   return out;
 }
 
@@ -210,16 +209,12 @@ void LatentAttention<S>::backward(const TokenLayout<AccumOf<S>>& layout, std::si
     rotate(d_q, H, spec_.head_dim, N, rotary, true);
 
     const at::Tensor d_kv_latent = context_.scratch(kept.kv_latent.sizes());
-    const at::Tensor nothing = context_.scratch({T, std::max(Q, R)}).zero_();
-    const auto zeros = [&](const at::Tensor& like) {
-      return nothing.view({-1}).narrow(0, 0, like.numel()).view(like.sizes());
-    };
     ops::linear_backward(d_kv, weights_.kv_b_OR, d_kv_latent);
     if (!lora_kv_b_.empty()) {
       lora_kv_b_.backward(keys.n_latent, d_kv, kept.xa_kv_b, d_kv_latent, 0, ids);
     }
-    ops::rms_norm_backward<S>(kept.kv_latent, weights_.kv_a_norm, d_kv_latent, zeros(d_kv_latent),
-                              kLatentEps, d_kv_latent);
+    ops::rms_norm_backward<S>(kept.kv_latent, weights_.kv_a_norm, d_kv_latent, {}, kLatentEps,
+                              d_kv_latent);
     d_both.narrow(1, Q, R).copy_(d_kv_latent);
     if (latent_.q_rank == 0) {
       d_both.narrow(1, 0, Q).copy_(d_q);
@@ -229,8 +224,8 @@ void LatentAttention<S>::backward(const TokenLayout<AccumOf<S>>& layout, std::si
       if (!lora_q_b_.empty()) {
         lora_q_b_.backward(queries.n_latent, d_q, kept.xa_q_b, d_q_latent, 0, ids);
       }
-      ops::rms_norm_backward<S>(kept.q_latent, weights_.q_a_norm, d_q_latent, zeros(d_q_latent),
-                                kLatentEps, d_q_latent);
+      ops::rms_norm_backward<S>(kept.q_latent, weights_.q_a_norm, d_q_latent, {}, kLatentEps,
+                                d_q_latent);
       d_both.narrow(1, 0, Q).copy_(d_q_latent);
     }
   }

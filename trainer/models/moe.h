@@ -60,10 +60,16 @@ class Router {
 
  private:
   using A = AccumOf<S>;
+  /// Room for one token's scores, with and without bias, and for what may still be chosen.
+  struct Scores {
+    std::vector<A> all, choice, of_group;
+    std::vector<char> open, kept;
+  };
   at::Tensor logits(const at::Tensor& n_TD, const at::Tensor& xa, const std::uint64_t* ids) const;
   /// One token's choices from its E logits: K experts, their scores and gates.
   void choose_largest(const A* logits, std::int32_t* expert, A* score, A* gate) const;
-  void choose_grouped(const A* logits, std::int32_t* expert, A* score, A* gate) const;
+  void choose_grouped(const A* logits, Scores& scores, std::int32_t* expert, A* score,
+                      A* gate) const;
 
   const ModelSpec& spec_;
   const LayerWeights& weights_;

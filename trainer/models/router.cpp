@@ -76,13 +76,18 @@ void Router<S>::choose_largest(const A* logits, std::int32_t* expert, A* score, 
 }
 
 template <class S>
-void Router<S>::choose_grouped(const A* logits, std::int32_t* expert, A* score, A* gate) const {
+void Router<S>::choose_grouped(const A* logits, Scores& scores, std::int32_t* expert, A* score,
+                               A* gate) const {
   const RouterSpec& router = spec_.router;
   const std::int64_t E = spec_.experts, G = router.groups, width = E / G,
                      K = spec_.experts_per_token;
   const float* bias = data<float>(weights_.router_bias_E);
-  std::vector<A> all(static_cast<std::size_t>(E)), choice(all),
-      of_group(static_cast<std::size_t>(G));
+  auto& [all, choice, of_group, open, kept] = scores;
+  all.resize(static_cast<std::size_t>(E));
+  choice.resize(static_cast<std::size_t>(E));
+  of_group.resize(static_cast<std::size_t>(G));
+  open.assign(static_cast<std::size_t>(E), 0);
+  kept.assign(static_cast<std::size_t>(G), 0);
   for (std::int64_t e = 0; e < E; ++e) {
     const auto i = static_cast<std::size_t>(e);
     all[i] = A{1} / (A{1} + std::exp(-logits[e]));
@@ -102,8 +107,6 @@ void Router<S>::choose_grouped(const A* logits, std::int32_t* expert, A* score, 
     }
     of_group[static_cast<std::size_t>(g)] = width > 1 ? first + second : first;
   }
-  std::vector<char> open(static_cast<std::size_t>(E), 0);
-  std::vector<char> kept(static_cast<std::size_t>(G), 0);
   for (std::int64_t n = 0; n < router.groups_kept; ++n) {
     std::int64_t best = -1;
     for (std::int64_t g = 0; g < G; ++g) {
@@ -141,6 +144,7 @@ void Router<S>::forward(const at::Tensor& n_TD, std::int64_t begin, Routing<A>& 
   const at::Tensor wide = logits(n_TD, xa, ids);
   const bool largest = spec_.router.kind == RouterSpec::Kind::llama4;
   at::parallel_for(0, T, kRowsPerTask, [&](std::int64_t from, std::int64_t to) {
+    Scores scores;
     for (std::int64_t t = from; t < to; ++t) {
       const A* row = data<A>(wide) + t * E;
       const auto slot = static_cast<std::size_t>((begin + t) * K);
@@ -149,7 +153,7 @@ void Router<S>::forward(const at::Tensor& n_TD, std::int64_t begin, Routing<A>& 
       if (largest) {
         choose_largest(row, expert, score, gate);
       } else {
-        choose_grouped(row, expert, score, gate);
+        choose_grouped(row, scores, expert, score, gate);
       }
     }
   });

@@ -79,10 +79,6 @@ at::Tensor load_stacked(const Loader& loader, std::span<const PublishedMatrix> m
   return whole;
 }
 
-at::Tensor load_vector(const Loader& loader, const PublishedMatrix& matrix, bool wide) {
-  return (wide ? loader.as(at::kFloat) : loader).load(matrix.name, {matrix.columns});
-}
-
 at::Tensor load_one(const Loader& loader, const PublishedMatrix& matrix) {
   return matrix.is_vector() ? loader.load(matrix.name, {matrix.columns})
                             : loader.load(matrix.name, {matrix.rows, matrix.columns});
@@ -132,7 +128,10 @@ ModelWeights load_all(const Loader& loader, const ModelSpec& spec) {
           [&](std::size_t i, std::size_t n) {
             return load_stacked(loader, std::span(matrices).subspan(i, n));
           },
-          [&](std::size_t i, bool wide) { return load_vector(loader, matrices[i], wide); }, layer);
+          [&](std::size_t i, bool wide) {
+            return load_one(wide ? loader.as(at::kFloat) : loader, matrices[i]);
+          },
+          layer);
     };
     place(attention_matrices(spec, l), [](auto&&... parts) { place_attention(parts...); });
     place(feed_forward_matrices(spec, l), [](auto&&... parts) { place_feed_forward(parts...); });

@@ -57,7 +57,8 @@ void rms_norm_backward(std::int64_t begin, std::int64_t end, std::int64_t D, con
       const std::int64_t n = D - i;
       const Pair<A> inner = load_pair_up_to(w + i, n) * load_pair_up_to(grad + i, n) -
                             load_pair_up_to(row + i, n) * pull;
-      const Pair<A> sum = load_pair_up_to(dres + t * D + i, n) + inner * rstd;
+      Pair<A> sum = inner * rstd;
+      if (dres != nullptr) sum = load_pair_up_to(dres + t * D + i, n) + sum;
       store_pair_up_to(dx + t * D + i, sum, n);
     }
   }
