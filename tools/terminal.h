@@ -11,18 +11,21 @@ bool takes_colour(int descriptor);
 /// `text` in bold where stdout takes colour.
 std::string heading(std::string_view text);
 
-/// One line on stderr that overwrites itself, on a terminal only; elsewhere it says nothing.
+/// Progress on stderr: one line that overwrites itself on a terminal; elsewhere nothing, or with
+/// `say_elsewhere` a plain line every ten seconds.
 class ProgressLine {
  public:
-  ProgressLine();
+  explicit ProgressLine(bool say_elsewhere = false);
   ProgressLine(const ProgressLine&) = delete;
   ProgressLine& operator=(const ProgressLine&) = delete;
   ~ProgressLine();  ///< wipes the line
   void show(const std::string& text);
+  /// A line of its own.
+  void say(const std::string& text);
 
  private:
-  bool on_;
-  double last_ = 0;
+  bool terminal_, say_elsewhere_;
+  double last_;
   bool shown_ = false;
 };
 

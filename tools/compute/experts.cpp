@@ -210,10 +210,8 @@ class Scan {
         arguments_.count_tokens == "trained" ? CountedTokens::trained : CountedTokens::all;
 
     ExpertLoad load = empty_load(spec);
-    ProgressLine line;
-    const bool terminal = ::isatty(STDERR_FILENO) == 1;
+    ProgressLine line(true);
     const double began = seconds_now();
-    double said = began;
     std::int64_t tokens = 0;
     const EvaluationSource source(store, rows_per_pass, rows_per_pass);
     for (std::int64_t first = 0; first < rows; first += rows_per_pass) {
@@ -225,14 +223,9 @@ class Scan {
       count_routing(*model.decoder, batch, counted, last < rows, load);
       tokens += batch.tokens();
       const double spent = seconds_now() - began;
-      const std::string text =
-          "scanned " + count_text(last) + " of " + count_text(rows) + " rows  " +
-          number_text(static_cast<double>(tokens) / spent, 3) + " tokens/s  ETA " +
-          seconds_text(spent * static_cast<double>(rows - last) / static_cast<double>(last));
-      line.show(text);
-      if (terminal || seconds_now() - said < 10) continue;
-      said = seconds_now();
-      log_info(text);
+      line.show("scanned " + count_text(last) + " of " + count_text(rows) + " rows  " +
+                number_text(static_cast<double>(tokens) / spent, 3) + " tokens/s  ETA " +
+                seconds_text(spent * static_cast<double>(rows - last) / static_cast<double>(last)));
     }
     seconds_ = seconds_now() - began;
     if (load.tokens == 0) {

@@ -56,16 +56,13 @@ std::string error_text(const LayerError& error) {
   return out;
 }
 
-/// Progress of a long pass over a store: a line that overwrites itself on a terminal, plain lines
-/// every ten seconds elsewhere.
+/// Progress of a long pass over a store.
 class StoreProgress {
  public:
-  StoreProgress() : terminal_(takes_colour(2)) {}
-
   void show(const std::string& doing, std::int64_t done, std::int64_t before, std::int64_t bytes,
             double seconds, const std::string& note) {
     if (bytes == 0) {
-      tell(note, seconds);
+      line_.show(note);
       return;
     }
     const double share = static_cast<double>(done) / static_cast<double>(bytes);
@@ -77,23 +74,12 @@ class StoreProgress {
               seconds_text(static_cast<double>(bytes - done) / rate) + " to go";
     }
     if (!note.empty()) text += ", " + note;
-    tell(text, seconds);
+    line_.show(text);
   }
-  void say(const std::string& text) {
-    line_.show("");
-    std::fprintf(stderr, "%s\n", text.c_str());
-  }
+  void say(const std::string& text) { line_.say(text); }
 
  private:
-  void tell(const std::string& text, double seconds) {
-    line_.show(text);
-    if (terminal_ || seconds - said_ < 10) return;
-    said_ = seconds;
-    say(text);
-  }
-  bool terminal_;
-  double said_ = 0;
-  ProgressLine line_;
+  ProgressLine line_{true};
 };
 
 /// config.json of a folder, a repository in the local cache, or a published config in `models`
@@ -111,7 +97,7 @@ fs::path find_config(const std::string& name, const fs::path& models) {
     }
     known.push_back(repository);
     const std::string short_name = repository.substr(repository.find('/') + 1);
-    if (lower(repository) == lower(name)) return entry.path();
+    if (lower(repository) == lower(name) || lower(short_name) == lower(name)) return entry.path();
     if (!lower(repository).starts_with(lower(name)) && !lower(short_name).starts_with(lower(name)))
       continue;
     meant.push_back(repository);
