@@ -66,9 +66,12 @@ PEFT = {
                                      "--target-params", "feed_forward.experts.gate_up_proj"],
     "deepseek_v3_tiny": [
         "--rank", "4", "--alpha", "10", "--targets",
-        r".*self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
-        r"|.*mlp\.(gate_proj|up_proj|down_proj)|.*shared_experts\.(gate_proj|up_proj|down_proj)",
-        "--target-params", "mlp.experts.gate_up_proj,mlp.experts.down_proj,mlp.gate.weight"],
+        r".*self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)",
+        # MLPs among the modules would be taken for the experts: adapters/peft_files.cpp.
+        "--target-params", "mlp.experts.gate_up_proj,mlp.experts.down_proj,mlp.gate.weight,"
+        "mlp.gate_proj.weight,mlp.up_proj.weight,mlp.down_proj.weight,"
+        "mlp.shared_experts.gate_proj.weight,mlp.shared_experts.up_proj.weight,"
+        "mlp.shared_experts.down_proj.weight"],
     "qwen2_tiny": ["--rank", "3", "--alpha", "8", "--targets", "q_proj,k_proj,v_proj,up_proj"],
     "llama_tiny": ["--rank", "3", "--alpha", "8", "--rslora", "--targets",
                    "q_proj,v_proj,gate_proj,down_proj", "--alpha-pattern", '{"v_proj": 24}'],

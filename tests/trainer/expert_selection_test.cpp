@@ -8,10 +8,10 @@
 
 #include <cstring>
 
-#include "base/random.h"
 #include "data/store/pack.h"
 #include "data/store/store.h"
 #include "tests/support/fixture.h"
+#include "tests/support/training_run.h"
 #include "trainer/routing_counts.h"
 #include "trainer/run_state.h"
 #include "trainer/stream/store_weights.h"
@@ -22,43 +22,7 @@ namespace {
 
 using namespace testing_support;
 
-/// Random documents, two micro-batches a step, some tokens without loss.
-class RandomSource final : public TokenSource {
- public:
-  explicit RandomSource(std::int64_t vocab) : vocab_(vocab) {}
-  Batch batch_at(std::int64_t step, int /*rank*/, int /*ranks*/) const override {
-    Batch batch;
-    std::uint64_t at = 0;
-    for (const int length : {19, 8, 24, 11}) {
-      const auto begin = static_cast<std::int32_t>(batch.ids.size());
-      batch.document_start.push_back(begin);
-      if (length == 19 || length == 24) batch.micro_batch_start.push_back(begin);
-      for (int i = 0; i < length; ++i, ++at) {
-        batch.ids.push_back(id(step, at));
-        batch.position.push_back(i);
-        const bool trains = i + 1 < length && i % 3 != 2;
-        batch.target.push_back(trains ? id(step, at + 1) : -1);
-        batch.trained_tokens += trains ? 1 : 0;
-        batch.token_id.push_back(at);
-      }
-    }
-    batch.document_start.push_back(static_cast<std::int32_t>(batch.ids.size()));
-    batch.micro_batch_start.push_back(static_cast<std::int32_t>(batch.ids.size()));
-    batch.rows = 4;
-    return batch;
-  }
-  std::int64_t rows() const override { return 1000; }
-  std::int64_t rows_per_step() const override { return 4; }
-  std::int64_t sequence_len() const override { return 24; }
-
- private:
-  std::int32_t id(std::int64_t step, std::uint64_t at) const {
-    return static_cast<std::int32_t>(
-        random_bits(11, RandomStream::sample, static_cast<std::uint64_t>(step), at) %
-        static_cast<std::uint64_t>(vocab_));
-  }
-  std::int64_t vocab_;
-};
+const RandomSource::Shape kDocuments = {{19, 8, 24, 11}, {19, 24}, 3, 11};
 
 fs::path model_folder() { return golden("llama4_maverick_tiny") / "model"; }
 
@@ -117,7 +81,7 @@ TEST(Scan, counts_are_those_of_a_trace_by_hand) {
   for (const std::int64_t top_k : {1, 3}) {
     for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
       TinyModel model = model_with_top_k(top_k, dtype);
-      const RandomSource source(model.spec.vocab);
+      const RandomSource source(model.spec.vocab, kDocuments);
       for (const CountedTokens counted : {CountedTokens::all, CountedTokens::trained}) {
         const ExpertLoad want = counts_by_hand(model, source, counted);
         ASSERT_EQ(want.layers.size(), 2U);
@@ -131,6 +95,14 @@ TEST(Scan, counts_are_those_of_a_trace_by_hand) {
   }
 }
 
+TEST(Scan, counts_what_deepseeks_groups_choose) {
+  TinyModel model = load_tiny(golden("deepseek_v3_tiny") / "model", at::kFloat);
+  const RandomSource source(model.spec.vocab, kDocuments);
+  const ExpertLoad want = counts_by_hand(model, source, CountedTokens::all);
+  ASSERT_EQ(want.layers.size(), 2U);
+  expect_same(scan(*model.decoder, source, CountedTokens::all), want);
+}
+
 TEST(Scan, of_a_store_on_disk_counts_what_one_in_memory_counts) {
   const fs::path folder =
       fs::path(testing::TempDir()) / ("scan_store_" + std::to_string(::getpid()));
@@ -139,7 +111,7 @@ TEST(Scan, of_a_store_on_disk_counts_what_one_in_memory_counts) {
   options.formats = {{false, WeightKind::int4, 0}, {}};
   pack_store(model_folder(), folder, options);
   const auto store = std::make_shared<const Store>(Store::open(folder));
-  const RandomSource source(store->spec().vocab);
+  const RandomSource source(store->spec().vocab, kDocuments);
   const auto counts = [&](const StreamOptions& homes, bool streams) {
     const auto decoder =
         Decoder::create(StoreWeights::open(store, at::kBFloat16, homes), at::kBFloat16);
@@ -172,20 +144,15 @@ const Chosen kOneLayer = {{1, {}}, {3, {1, 6}}};
 const Chosen kAll = {{1, {0, 1, 2, 3, 4, 5, 6, 7}}, {3, {0, 1, 2, 3, 4, 5, 6, 7}}};
 
 struct Course {
+  std::string model = "llama4_maverick_tiny";
   ChosenByLayer chosen = kSome;
   at::ScalarType dtype = at::kFloat;
   Activations keep = Activations::recomputed;
   bool on_disk = false;
   double max_norm = 1e-3;
-  bool zero_others = false;  ///< all experts, those outside kSome with both factors zero
+  Chosen zero_but;  ///< with all experts: those outside of these start with both factors zero
   int steps = 5;
   int resume_after = -1;
-};
-
-struct Trajectory {
-  std::vector<double> losses, norms;
-  std::vector<float> factors, first, second;
-  bool operator==(const Trajectory&) const = default;
 };
 
 LoraOptions lora(const ChosenByLayer& chosen) {
@@ -211,11 +178,11 @@ class ChosenExpertsTraining : public testing::Test {
 
   struct Attempt {
     Attempt(const Course& course, const ArenaHome& home)
-        : model(load_tiny(model_folder(), course.dtype)),
-          source(model.spec.vocab),
+        : model(load_tiny(golden(course.model) / "model", course.dtype)),
+          source(model.spec.vocab, kDocuments),
           adapter(Adapter::create(model.spec, lora(course.chosen), 7, home)),
           optimizer(adapter, {0.9, 0.95, 1e-8, 0.1, 4}, home) {
-      if (course.zero_others) zero_others(adapter);
+      if (!course.zero_but.empty()) zero_others(adapter, course.zero_but);
       TrainerOptions options;
       options.schedule = {ScheduleKind::linear, 2e-3, 2, course.steps};
       options.adamw = {0.9, 0.95, 1e-8, 0.1, 4};
@@ -226,11 +193,11 @@ class ChosenExpertsTraining : public testing::Test {
       if (course.on_disk) options.paged_experts = home;
       trainer = std::make_unique<Trainer>(*model.decoder, adapter, optimizer, source, options);
     }
-    static void zero_others(Adapter& adapter) {
+    static void zero_others(Adapter& adapter, const Chosen& but) {
       for (const LoraSite& site : adapter.sites()) {
         if (!site.is_experts()) continue;
         for (std::int32_t e = 0; e < site.experts; ++e) {
-          const auto& chosen = kSome.at(site.layer);
+          const auto& chosen = but.at(site.layer);
           if (std::find(chosen.begin(), chosen.end(), e) != chosen.end()) continue;
           const auto a =
               adapter.a_of(site).subspan(static_cast<std::size_t>(e * site.rank * site.in));
@@ -251,27 +218,8 @@ class ChosenExpertsTraining : public testing::Test {
   }
 
   Trajectory run(const Course& course) const {
-    Trajectory out;
-    fs::remove_all(folder_ / "checkpoints");
-    std::unique_ptr<Attempt> now = attempt(course);
-    for (int s = 0; s < course.steps; ++s) {
-      const StepRecord record = now->trainer->step(s);
-      out.losses.push_back(record.loss);
-      out.norms.push_back(record.grad_norm);
-      if (s != course.resume_after) continue;
-      now->trainer->flush();
-      save_checkpoint(folder_ / "checkpoints", s + 1, now->adapter, now->optimizer, {}, 1);
-      now = attempt(course);
-      const auto found =
-          load_newest_checkpoint(folder_ / "checkpoints", now->adapter, now->optimizer, {},
-                                 [](const std::string& text) { ADD_FAILURE() << text; });
-      EXPECT_TRUE(found && found->step == s + 1);
-    }
-    now->trainer->flush();
-    out.factors.assign(now->adapter.factors().begin(), now->adapter.factors().end());
-    out.first.assign(now->optimizer.first_moment().begin(), now->optimizer.first_moment().end());
-    out.second.assign(now->optimizer.second_moment().begin(), now->optimizer.second_moment().end());
-    return out;
+    return run_steps([&] { return attempt(course); }, course.steps, course.resume_after,
+                     folder_ / "checkpoints", [](auto&&...) {});
   }
 
   const int threads_ = at::get_num_threads();
@@ -323,32 +271,39 @@ TEST_F(ChosenExpertsTraining, nothing_is_held_for_the_others) {
 // With both factors zero an expert gets no gradient, so training all of them then is the same
 // computation; without clipping, whose norm is summed in blocks, it is the same to the bit.
 TEST_F(ChosenExpertsTraining, is_training_of_all_with_the_others_at_zero) {
-  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
-    for (const Activations keep : {Activations::recomputed, Activations::kept}) {
-      Course course;
-      course.dtype = dtype;
-      course.keep = keep;
-      course.max_norm = 0;
-      const Trajectory some = run(course);
-      const Adapter layout = attempt(course)->adapter;
-      course.chosen.reset();
-      course.zero_others = true;
-      const Trajectory all = run(course);
-      const Adapter whole = attempt(course)->adapter;
-      EXPECT_EQ(some.losses, all.losses);
-      int moved = 0;
-      for (const LoraSite& site : layout.sites()) {
-        const LoraSite* other = whole.find(site.layer, site.projection);
-        ASSERT_NE(other, nullptr);
-        for (const std::int32_t e : site.chosen()) {
-          EXPECT_EQ(of_expert(some.factors, site, e), of_expert(all.factors, *other, e))
-              << site.module << " expert " << e;
-          EXPECT_EQ(of_expert(some.second, site, e), of_expert(all.second, *other, e));
-          const auto start = of_expert(layout.factors(), site, e);
-          moved += site.is_experts() && of_expert(some.factors, site, e) != start ? 1 : 0;
+  // DeepSeek's mixtures are layers 1 and 2.
+  const std::pair<std::string, Chosen> models[] = {
+      {"llama4_maverick_tiny", kSome}, {"deepseek_v3_tiny", {{1, {0, 2, 3, 7}}, {2, {5}}}}};
+  for (const auto& [name, some_experts] : models) {
+    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+      for (const Activations keep : {Activations::recomputed, Activations::kept}) {
+        Course course;
+        course.model = name;
+        course.chosen = some_experts;
+        course.dtype = dtype;
+        course.keep = keep;
+        course.max_norm = 0;
+        const Trajectory some = run(course);
+        const Adapter layout = attempt(course)->adapter;
+        course.chosen.reset();
+        course.zero_but = some_experts;
+        const Trajectory all = run(course);
+        const Adapter whole = attempt(course)->adapter;
+        EXPECT_EQ(some.losses, all.losses);
+        int moved = 0;
+        for (const LoraSite& site : layout.sites()) {
+          const LoraSite* other = whole.find(site.layer, site.projection);
+          ASSERT_NE(other, nullptr);
+          for (const std::int32_t e : site.chosen()) {
+            EXPECT_EQ(of_expert(some.factors, site, e), of_expert(all.factors, *other, e))
+                << site.module << " expert " << e;
+            EXPECT_EQ(of_expert(some.second, site, e), of_expert(all.second, *other, e));
+            const auto start = of_expert(layout.factors(), site, e);
+            moved += site.is_experts() && of_expert(some.factors, site, e) != start ? 1 : 0;
+          }
         }
+        EXPECT_GE(moved, 2) << "chosen experts that tokens went to have learnt";
       }
-      EXPECT_GE(moved, 2) << "chosen experts that tokens went to have learnt";
     }
   }
 }

@@ -12,9 +12,9 @@
 #include <sstream>
 #include <thread>
 
-#include "base/random.h"
 #include "tests/support/fixture.h"
 #include "tests/support/process_memory.h"
+#include "tests/support/training_run.h"
 #include "trainer/run_state.h"
 #include "trainer/trainer.h"
 
@@ -23,43 +23,7 @@ namespace {
 
 using namespace testing_support;
 
-/// Random documents, three micro-batches a step, some tokens without loss.
-class RandomSource final : public TokenSource {
- public:
-  explicit RandomSource(std::int64_t vocab) : vocab_(vocab) {}
-  Batch batch_at(std::int64_t step, int /*rank*/, int /*ranks*/) const override {
-    Batch batch;
-    std::uint64_t at = 0;
-    for (const int length : {13, 9, 5, 18, 7}) {
-      batch.document_start.push_back(static_cast<std::int32_t>(batch.ids.size()));
-      if (length == 13 || length == 5 || length == 7)
-        batch.micro_batch_start.push_back(static_cast<std::int32_t>(batch.ids.size()));
-      for (int i = 0; i < length; ++i, ++at) {
-        batch.ids.push_back(id(step, at));
-        batch.position.push_back(i);
-        const bool trains = i + 1 < length && i % 4 != 3;
-        batch.target.push_back(trains ? id(step, at + 1) : -1);
-        batch.trained_tokens += trains ? 1 : 0;
-        batch.token_id.push_back(at);
-      }
-    }
-    batch.document_start.push_back(static_cast<std::int32_t>(batch.ids.size()));
-    batch.micro_batch_start.push_back(static_cast<std::int32_t>(batch.ids.size()));
-    batch.rows = 5;
-    return batch;
-  }
-  std::int64_t rows() const override { return 1000; }
-  std::int64_t rows_per_step() const override { return 5; }
-  std::int64_t sequence_len() const override { return 18; }
-
- private:
-  std::int32_t id(std::int64_t step, std::uint64_t at) const {
-    return static_cast<std::int32_t>(
-        random_bits(3, RandomStream::sample, static_cast<std::uint64_t>(step), at) %
-        static_cast<std::uint64_t>(vocab_));
-  }
-  std::int64_t vocab_;
-};
+const RandomSource::Shape kDocuments = {{13, 9, 5, 18, 7}, {13, 5, 7}, 4, 3};
 
 struct Course {
   at::ScalarType dtype = at::kFloat;
@@ -70,12 +34,6 @@ struct Course {
   std::int64_t expert_rank = 3;
   int steps = 7;
   int evaluate_after = -1, resume_after = -1;
-};
-
-struct Trajectory {
-  std::vector<double> losses, norms, eval_losses;
-  std::vector<float> factors, first, second;
-  bool operator==(const Trajectory&) const = default;
 };
 
 class Paged : public testing::Test {
@@ -98,7 +56,7 @@ class Paged : public testing::Test {
   struct Attempt {
     Attempt(const Course& course, const ArenaHome& experts, const ArenaHome& inputs)
         : model(load_tiny(golden("llama4_maverick_tiny") / "model", course.dtype)),
-          source(model.spec.vocab),
+          source(model.spec.vocab, kDocuments),
           adapter(Adapter::create(model.spec, lora(course), 7, experts)),
           optimizer(adapter, adamw(), experts) {
       TrainerOptions options;
@@ -135,35 +93,16 @@ class Paged : public testing::Test {
   }
 
   Trajectory run(const Course& course) const {
-    Trajectory out;
-    fs::remove_all(folder_ / "checkpoints");
-    std::unique_ptr<Attempt> now = attempt(course);
-    for (int s = 0; s < course.steps; ++s) {
-      const StepRecord record = now->trainer->step(s);
-      out.losses.push_back(record.loss);
-      out.norms.push_back(record.grad_norm);
-      EXPECT_GT(record.grad_norm, Attempt::kMaxNorm) << "clipping must be active in every step";
-      if (s == course.evaluate_after) {
-        now->model.decoder->set_adapter(&now->adapter);
-        const Batch batch = now->source.batch_at(1000, 0, 1);
-        out.eval_losses = now->model.decoder->evaluate(token_input(batch)).losses;
-        EXPECT_EQ(now->optimizer.pending(), 0);
-      }
-      if (s == course.resume_after) {
-        now->trainer->flush();
-        save_checkpoint(folder_ / "checkpoints", s + 1, now->adapter, now->optimizer, {}, 1);
-        now = attempt(course);
-        const auto found =
-            load_newest_checkpoint(folder_ / "checkpoints", now->adapter, now->optimizer, {},
-                                   [](const std::string& text) { ADD_FAILURE() << text; });
-        EXPECT_TRUE(found && found->step == s + 1);
-      }
-    }
-    now->trainer->flush();
-    out.factors.assign(now->adapter.factors().begin(), now->adapter.factors().end());
-    out.first.assign(now->optimizer.first_moment().begin(), now->optimizer.first_moment().end());
-    out.second.assign(now->optimizer.second_moment().begin(), now->optimizer.second_moment().end());
-    return out;
+    return run_steps(
+        [&] { return attempt(course); }, course.steps, course.resume_after, folder_ / "checkpoints",
+        [&](Attempt& now, int s, const StepRecord& record, Trajectory& out) {
+          EXPECT_GT(record.grad_norm, Attempt::kMaxNorm) << "clipping must be active in every step";
+          if (s != course.evaluate_after) return;
+          now.model.decoder->set_adapter(&now.adapter);
+          const Batch batch = now.source.batch_at(1000, 0, 1);
+          out.eval_losses = now.model.decoder->evaluate(token_input(batch)).losses;
+          EXPECT_EQ(now.optimizer.pending(), 0);
+        });
   }
 
   const int threads_ = at::get_num_threads();
@@ -324,7 +263,7 @@ class RecordingPager final : public FactorPager {
 
 TEST_F(Paged, the_decoder_tells_its_way_through_the_layers) {
   TinyModel model = load_tiny(golden("llama4_maverick_tiny") / "model", at::kFloat);
-  const RandomSource source(model.spec.vocab);
+  const RandomSource source(model.spec.vocab, kDocuments);
   const Batch batch = source.batch_at(0, 0, 1);
   const Adapter adapter = Adapter::create(model.spec, Attempt::lora({}), 1);
   RecordingPager pager;

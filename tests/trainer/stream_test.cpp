@@ -234,6 +234,80 @@ TEST(Fp8Blocks, forward_equals_transformers) {
   }
 }
 
+/// deepseek_v3_tiny as newer transformers save it: a layer's experts in one tensor, outputs first.
+fs::path fused_deepseek(const fs::path& folder) {
+  const fs::path from = golden("deepseek_v3_tiny") / "model";
+  std::map<std::string, at::Tensor> tensors;
+  for (const auto& entry : fs::directory_iterator(from)) {
+    if (entry.path().extension() == ".safetensors") tensors.merge(load_tensors(entry.path()));
+  }
+  const ModelSpec spec = read_model_spec(from);
+  for (std::int64_t l = 0; l < spec.layer_count(); ++l) {
+    if (!spec.layers[static_cast<std::size_t>(l)].moe) continue;
+    std::vector<at::Tensor> gate_up, down;
+    for (std::int64_t e = 0; e < spec.experts; ++e) {
+      const auto names = expert_matrices(spec, l, e, false);
+      gate_up.push_back(at::cat({tensors.at(names[0].name), tensors.at(names[1].name)}));
+      down.push_back(tensors.at(names[2].name));
+      for (const PublishedMatrix& matrix : names) tensors.erase(matrix.name);
+    }
+    const auto fused = expert_matrices(spec, l, 0, true);
+    tensors[fused[0].name] = at::stack(gate_up);
+    tensors[fused[2].name] = at::stack(down);
+  }
+  fs::create_directories(folder);
+  fs::copy_file(from / "config.json", folder / "config.json");
+  std::vector<TensorToWrite> files;
+  for (auto& [name, tensor] : tensors) {
+    tensor = tensor.contiguous();
+    const Dtype dtype = tensor.scalar_type() == at::kFloat ? Dtype::f32 : Dtype::bf16;
+    files.push_back({name,
+                     dtype,
+                     tensor.sizes().vec(),
+                     {static_cast<const std::byte*>(tensor.data_ptr()), tensor.nbytes()}});
+  }
+  write_safetensors(folder / "model.safetensors", files);
+  return folder;
+}
+
+TEST(FusedExperts, of_deepseek_are_those_of_one_tensor_an_expert) {
+  const TemporaryFolder folder;
+  const fs::path fused = fused_deepseek(folder.path() / "model");
+  const fs::path single = golden("deepseek_v3_tiny") / "model";
+  const Tokens tokens = documents(read_model_spec(single).vocab, 2);
+  const auto losses = [&](const fs::path& model) {
+    return load_tiny(model, at::kFloat).decoder->evaluate(tokens.input()).losses;
+  };
+  const auto want = losses(single), got = losses(fused);
+  ASSERT_EQ(got.size(), want.size());
+  for (std::size_t t = 0; t < want.size(); ++t) EXPECT_NEAR(got[t], want[t], 1e-6);
+
+  for (const WeightKind kind : {WeightKind::bf16, WeightKind::int4}) {
+    const auto bytes_of = [&](const fs::path& model, const char* name) {
+      PackOptions options;
+      options.formats = formats_of(kind);
+      pack_store(model, folder.path() / name, options);
+      const Store store = Store::open(folder.path() / name);
+      std::vector<std::byte> all;  // of the matrices: the headers name the model's fingerprint
+      for (const StoredUnit& unit : store.layout().units) {
+        std::ifstream file(store.path_of(unit), std::ios::binary);
+        std::vector<std::byte> bytes(static_cast<std::size_t>(unit.bytes));
+        file.seekg(unit.offset);
+        file.read(reinterpret_cast<char*>(bytes.data()), unit.bytes);
+        for (const MatrixPlace& place : unit.matrices) {
+          const auto codes = bytes.begin() + place.codes_offset;
+          const auto scales = bytes.begin() + place.scales_offset;
+          all.insert(all.end(), codes, codes + place.codes_bytes);
+          all.insert(all.end(), scales, scales + place.scales_bytes);
+        }
+      }
+      fs::remove_all(folder.path() / name);
+      return all;
+    };
+    EXPECT_EQ(bytes_of(fused, "fused"), bytes_of(single, "single"));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Formats, EveryHome,
     testing::Values(Case{"llama4_maverick_tiny", WeightKind::int4, false, at::kBFloat16},
