@@ -22,6 +22,13 @@ HERE = Path(__file__).resolve().parent
 SEQUENCE, ROWS, RANK, ALPHA, WARM_UP = 256, 4, 8, 16, 3
 
 
+# Of a model_type: attention's modules, and where the routed experts' parameters are.
+MIXTURES = {
+    "llama4_text": ("q_proj,k_proj,v_proj,o_proj", "feed_forward.experts"),
+    "deepseek_v3": ("q_a_proj,q_b_proj,kv_a_proj_with_mqa,o_proj", "mlp.experts"),
+}
+
+
 def run(command: list[str], environment: dict) -> tuple[str, float]:
     """Standard output and peak resident memory in MB of a child process."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -49,17 +56,26 @@ def products_of(config: dict, tokens: int, label_tokens: int) -> list[tuple[int,
     """The matrix products of one training step as (rows, in, out, how often): forward and input gradients of the frozen
     weights, each once. LoRA's own, attention's scores and the lowest layer's input gradient are left out."""
     c = config.get("text_config", config)
-    d, q = c["hidden_size"], c["num_attention_heads"] * c["head_dim"]
-    kv = c["num_key_value_heads"] * c["head_dim"]
-    layers, moe = c["num_hidden_layers"], len(c.get("moe_layers") or [])
-    dense_width, width = c.get("intermediate_size_mlp", c["intermediate_size"]), c["intermediate_size"]
-    forward = [(tokens, d, q + 2 * kv, layers), (tokens, q, d, layers),
-               (tokens, d, 2 * dense_width, layers - moe), (tokens, dense_width, d, layers - moe),
-               (label_tokens, d, c["vocab_size"], 1)]
+    d, heads, layers = c["hidden_size"], c["num_attention_heads"], c["num_hidden_layers"]
+    if c["model_type"] == "deepseek_v3":
+        q_rank, kv_rank, rope = c["q_lora_rank"], c["kv_lora_rank"], c["qk_rope_head_dim"]
+        nope, value = c["qk_nope_head_dim"], c["v_head_dim"]
+        moe = layers - c["first_k_dense_replace"]
+        dense_width, width = c["intermediate_size"], c["moe_intermediate_size"]
+        shared, experts = width * c["n_shared_experts"], c["n_routed_experts"]
+        forward = [(tokens, d, q_rank + kv_rank + rope, layers), (tokens, q_rank, heads * (nope + rope), layers),
+                   (tokens, kv_rank, heads * (nope + value), layers), (tokens, heads * value, d, layers)]
+    else:
+        q, kv = heads * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
+        moe, experts = len(c.get("moe_layers") or []), c.get("num_local_experts")
+        dense_width, width = c.get("intermediate_size_mlp", c["intermediate_size"]), c["intermediate_size"]
+        shared = width
+        forward = [(tokens, d, q + 2 * kv, layers), (tokens, q, d, layers)]
+    forward += [(tokens, d, 2 * dense_width, layers - moe), (tokens, dense_width, d, layers - moe),
+                (label_tokens, d, c["vocab_size"], 1)]
     if moe:
-        experts, chosen = c["num_local_experts"], c["num_experts_per_tok"]
-        rows = tokens * chosen // experts  # an even split; a skewed one has some larger products
-        forward += [(tokens, d, 2 * width, moe), (tokens, width, d, moe),
+        rows = tokens * c["num_experts_per_tok"] // experts  # an even split; a skewed one has some larger products
+        forward += [(tokens, d, 2 * shared, moe), (tokens, shared, d, moe),
                     (rows, d, 2 * width, moe * experts), (rows, width, d, moe * experts)]
     return [p for p in forward if p[3]] + [(m, n, k, times) for m, k, n, times in forward if times]
 
@@ -93,7 +109,7 @@ def main() -> None:
     parser.add_argument("--program", default="build/release/bin/tailor")
     arguments = parser.parse_args()
     config = json.loads((Path(arguments.model) / "config.json").read_text())
-    moe = config["model_type"].startswith("llama4")
+    experts = MIXTURES.get(config["model_type"])
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -101,10 +117,10 @@ def main() -> None:
         peer = [sys.executable, str(HERE / "peer_peft.py"), arguments.model, "--dtype", "bf16",
                 "--rank", str(RANK), "--alpha", str(ALPHA), "--seq-len", str(SEQUENCE), "--batch", str(ROWS),
                 "--threads", str(arguments.threads), "--untimed", str(WARM_UP)]
-        targets = "attention, experts" if moe else "attention, dense_mlp"
-        if moe:
-            peer += ["--targets", "q_proj,k_proj,v_proj,o_proj", "--target-params",
-                     "feed_forward.experts.gate_up_proj,feed_forward.experts.down_proj"]
+        targets = "attention, experts" if experts else "attention, dense_mlp"
+        if experts:
+            attention, module = experts
+            peer += ["--targets", attention, "--target-params", f"{module}.gate_up_proj,{module}.down_proj"]
         run(peer + ["--data", arguments.data, "--dump-tokenized", str(work / "rows.jsonl"),
                     "--steps", str(arguments.steps), "--time-limit", "1"], environment)
         documents_of(work / "rows.jsonl", work / "documents.jsonl")
