@@ -34,8 +34,7 @@ class RandomSource final : public TokenSource {
       for (int i = 0; i < length; ++i, ++at) {
         batch.ids.push_back(id(step, at));
         batch.position.push_back(i);
-        const bool trains =
-            i + 1 < length && i % shape_.untrained_of != shape_.untrained_of - 1;
+        const bool trains = i + 1 < length && i % shape_.untrained_of != shape_.untrained_of - 1;
         batch.target.push_back(trains ? id(step, at + 1) : -1);
         batch.trained_tokens += trains ? 1 : 0;
         batch.token_id.push_back(at);
@@ -88,8 +87,9 @@ Trajectory run_steps(const Make& attempt, int steps, int resume_after, const fs:
     now->trainer->flush();
     save_checkpoint(checkpoints, s + 1, now->adapter, now->optimizer, {}, 1);
     now = attempt();
-    const auto found = load_newest_checkpoint(checkpoints, now->adapter, now->optimizer, {},
-                                              [](const std::string& text) { ADD_FAILURE() << text; });
+    const auto found =
+        load_newest_checkpoint(checkpoints, now->adapter, now->optimizer, {},
+                               [](const std::string& text) { ADD_FAILURE() << text; });
     EXPECT_TRUE(found && found->step == s + 1);
   }
   now->trainer->flush();
