@@ -48,6 +48,10 @@ struct RingCounters {
   std::int64_t link_bytes = 0;  ///< copied from RAM to the device
   std::int64_t row_bytes = 0;   ///< of streamed_bytes, rows of the embedding read by index
   double stall_seconds = 0;     ///< that acquire() waited
+  // Of tiles that ranks share:
+  std::int64_t gathered_bytes = 0;    ///< received from other ranks
+  double exchange_seconds = 0;        ///< of exchanging, on a thread of its own
+  double exchange_stall_seconds = 0;  ///< of stall_seconds, what reading does not explain
 };
 
 /// Brings tiles into memory ahead of their use, in an order known beforehand. One thread calls it.
