@@ -194,7 +194,8 @@ std::vector<LoraSite> choose_sites(const ModelSpec& spec, const LoraOptions& opt
 }
 
 Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::uint64_t seed,
-                        const ArenaHome& home) {
+                        const ArenaHome& home,
+                        const std::function<void(const Adapter&, const LoraSite&)>& filled) {
   Adapter adapter = from_sites(choose_sites(spec, options), options, home);
   for (const LoraSite& site : adapter.sites_) {
     const std::uint64_t name =
@@ -212,6 +213,7 @@ Adapter Adapter::create(const ModelSpec& spec, const LoraOptions& options, std::
     }
     constexpr auto kBytes = static_cast<std::int64_t>(sizeof(float));
     adapter.arena_.release(site.a_offset * kBytes, site.a_size() * kBytes);
+    if (filled) filled(adapter, site);
   }
   return adapter;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <span>
@@ -102,9 +103,11 @@ class Adapter {
   /// Sites for `options.targets` on a model. Throws Error{usage} for a target that matches nothing,
   /// naming what this model has; B is zero, A uniform in +-1/sqrt(in) (PEFT's kaiming_uniform with
   /// a = sqrt 5) from Philox of (seed, module, index), so that a site's start does not depend on
-  /// which other sites are trained. `home`: where the factors' arena is made.
+  /// which other sites are trained. `home`: where the factors' arena is made. `filled`: called
+  /// after every site, for who keeps only a part.
   static Adapter create(const ModelSpec& spec, const LoraOptions& options, std::uint64_t seed,
-                        const ArenaHome& home = {});
+                        const ArenaHome& home = {},
+                        const std::function<void(const Adapter&, const LoraSite&)>& filled = {});
   /// From sites read from a file; factors are zero.
   static Adapter from_sites(std::vector<LoraSite> sites, const LoraOptions& options,
                             const ArenaHome& home = {});

@@ -151,6 +151,14 @@ void Arena::discard(std::int64_t offset, std::int64_t bytes) const noexcept {
   note_zero(align_up(offset, page_bytes()), (offset + bytes) / page_bytes() * page_bytes());
 }
 
+void Arena::drop(std::int64_t offset, std::int64_t bytes) const noexcept {
+  const std::int64_t begin = align_up(offset, page_bytes());
+  const std::int64_t end = (offset + bytes) / page_bytes() * page_bytes();
+  if (end <= begin) return;
+  note_zero(begin, end);
+  ::madvise(data_ + begin, static_cast<std::size_t>(end - begin), MADV_DONTNEED);
+}
+
 // The file system notes that the pages are zero, and keeps their space: nothing is written, and
 // nothing read when they are next touched.
 bool Arena::note_zero(std::int64_t begin, std::int64_t end) const noexcept {

@@ -56,6 +56,9 @@ class Arena {
   /// What [offset, offset + bytes) holds is not needed any more: it may change, is not written out,
   /// and will not be read in when the range is next filled.
   void discard(std::int64_t offset, std::int64_t bytes) const noexcept;
+  /// As discard(), and its whole pages take no memory until they are touched again; they are zero
+  /// then. In memory too.
+  void drop(std::int64_t offset, std::int64_t bytes) const noexcept;
 
  private:
   bool note_zero(std::int64_t begin, std::int64_t end) const noexcept;

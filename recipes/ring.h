@@ -18,6 +18,10 @@ constexpr std::int64_t kHeadRingBytes = std::int64_t{96} << 20;
 /// Slots of attention, and of MLPs with their router: the one in use and the next.
 constexpr std::int64_t kLayerSlots = 2;
 
+/// Whole tiles of experts, or of the vocabulary, that ranks gather ahead: the one in use, the next,
+/// and one under way.
+constexpr std::int64_t kGatherSlots = 3;
+
 constexpr std::int64_t experts_per_tile(std::int64_t expert_bytes, std::int64_t experts) {
   return std::clamp<std::int64_t>(kTileBytes / std::max<std::int64_t>(1, expert_bytes), 1, experts);
 }

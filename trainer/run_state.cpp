@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "base/json.h"
 #include "base/text.h"
+#include "base/units.h"
 #include "data/checkpoint/safetensors.h"
 #include "recipes/expert_selection.h"
 
@@ -17,7 +18,8 @@ namespace tailor {
 namespace {
 
 constexpr std::string_view kPrefix = "step-";
-constexpr int kFormat = 1;
+constexpr int kFormat = 1;         ///< one file of all
+constexpr int kShardedFormat = 2;  ///< a file a rank
 
 std::string step_name(std::int64_t step) {
   std::string digits = std::to_string(step);
@@ -74,127 +76,350 @@ void require_same(const Json& manifest, const std::string& key, const Json& now,
        "or start a new run in another output_dir."});
 }
 
+/// The arenas a checkpoint holds, by the names of their tensors.
+struct StateArena {
+  std::string name;
+  std::span<float> values;
+  const Arena* arena;
+};
+std::array<StateArena, 3> state_arenas(Adapter& adapter, AdamW& optimizer) {
+  return {{{"factors", adapter.factors(), &adapter.arena()},
+           {"first_moment", optimizer.first_moment(), &optimizer.first_arena()},
+           {"second_moment", optimizer.second_moment(), &optimizer.second_arena()}}};
+}
+
+std::string shard_name(int rank, int ranks) {
+  const auto number = [](int value) {
+    const std::string digits = std::to_string(value);
+    return std::string(5 - std::min<std::size_t>(5, digits.size()), '0') + digits;
+  };
+  return "state-" + number(rank + 1) + "-of-" + number(ranks) + ".safetensors";
+}
+
+/// A file of a checkpoint and which factors it has: one range, or a rank's share of each layer.
+class StateFile {
+ public:
+  explicit StateFile(const fs::path& path)
+      : file_(path), header_(parse_safetensors_header(file_.bytes(), path)), path_(path) {}
+
+  /// Copies what of `wanted` the tensor has, whose first element is element `begin` of the arena
+  /// and which must have `size` elements.
+  void copy(const std::string& tensor, std::int64_t begin, std::int64_t size, const StateArena& to,
+            FactorRange wanted) const {
+    const auto found = header_.tensors.find(tensor);
+    if (found == header_.tensors.end() || found->second.dtype != Dtype::f32 ||
+        found->second.elements() != size) {
+      throw Error(Fault::bad_file, {"tensor '" + tensor + "' is missing or has another size",
+                                    path_.string(), "The file is damaged."});
+    }
+    const FactorRange both{std::max(begin, wanted.begin), std::min(begin + size, wanted.end)};
+    if (both.empty()) return;
+    // In pieces: neither file nor arena need be in memory whole.
+    constexpr std::size_t kPiece = std::size_t{16} << 20U;
+    constexpr auto kFloat = sizeof(float);
+    const auto bytes =
+        std::as_writable_bytes(to.values).subspan(static_cast<std::size_t>(both.begin) * kFloat,
+                                                  static_cast<std::size_t>(both.size()) * kFloat);
+    const auto from = static_cast<std::size_t>(found->second.offset) +
+                      static_cast<std::size_t>(both.begin - begin) * kFloat;
+    for (std::size_t at = 0; at < bytes.size(); at += kPiece) {
+      const std::size_t piece = std::min(kPiece, bytes.size() - at);
+      std::memcpy(bytes.data() + at, file_.bytes().data() + from + at, piece);
+      to.arena->release(
+          both.begin * static_cast<std::int64_t>(kFloat) + static_cast<std::int64_t>(at),
+          static_cast<std::int64_t>(piece));
+      file_.drop(from + at, piece);
+    }
+  }
+  std::int64_t bytes() const { return static_cast<std::int64_t>(file_.bytes().size()); }
+
+ private:
+  MappedFile file_;
+  SafetensorsHeader header_;
+  fs::path path_;
+};
+
+/// What this process keeps of the factors.
+std::vector<FactorRange> kept_ranges(const Adapter& adapter, const StateShare* share) {
+  if (share == nullptr) return {{0, adapter.parameter_count()}};
+  std::vector<FactorRange> out;
+  for (int l = 0; l < share->shards.layers(); ++l) {
+    out.push_back(share->shards.mine(l));
+    out.push_back(share->shards.tail(l));
+  }
+  return out;
+}
+
+std::string layer_tensor(const std::string& arena, int layer, bool tail) {
+  return arena + "." + std::to_string(layer) + (tail ? ".tail" : "");
+}
+
+/// The files' digests as the manifest has them, checked: each rank some of the files, all of them
+/// told by the caller's agreement. Throws Error{bad_file}.
+void check_files(const fs::path& folder, const Json& shards, const StateShare* share) {
+  const std::size_t step = share == nullptr ? 1 : static_cast<std::size_t>(share->ranks.size());
+  std::size_t at = share == nullptr ? 0 : static_cast<std::size_t>(share->ranks.rank());
+  for (; at < shards.size(); at += step) {
+    const JsonReader entry(shards[at], (folder / "manifest.json").string());
+    const fs::path path = inside_folder(folder, entry.text("file"));
+    if (sha256_file(path) != entry.text("sha256")) {
+      throw Error(Fault::bad_file, {"the checkpoint's state does not match its checksum",
+                                    path.string(), "The file is damaged."});
+    }
+  }
+}
+
 /// Throws Error{bad_file} when the checkpoint is not whole.
 void restore(const fs::path& folder, Adapter& adapter, AdamW& optimizer,
-             const RunIdentity& identity, SavedCheckpoint& out) {
-  const Json manifest = read_json(folder / "manifest.json");
-  const JsonReader reader(manifest, (folder / "manifest.json").string());
-  if (reader.integer("format") != kFormat) {
+             const RunIdentity& identity, const StateShare* share, SavedCheckpoint& out) {
+  const fs::path manifest_path = folder / "manifest.json";
+  const Json manifest = read_json(manifest_path);
+  const JsonReader reader(manifest, manifest_path.string());
+  const std::int64_t format = reader.integer("format");
+  if (format != kFormat && format != kShardedFormat) {
     throw Error(Fault::usage,
-                {"checkpoint format " + std::to_string(reader.integer("format")) + " is not known",
-                 folder.string(), "It was written by another version of Tailor: use that one."});
+                {"checkpoint format " + std::to_string(format) + " is not known", folder.string(),
+                 "It was written by another version of Tailor: use that one."});
   }
-  const fs::path state = folder / "state.safetensors";
-  out.sha256 = sha256_file(state);
-  if (out.sha256 != reader.text("state_sha256")) {
-    throw Error(Fault::bad_file, {"the checkpoint's state does not match its checksum",
-                                  state.string(), "The file is damaged."});
+  Json files = Json::array();
+  if (format == kFormat) {
+    files.push_back({{"file", "state.safetensors"}, {"sha256", reader.text("state_sha256")}});
+  } else if (manifest.contains("shards") && manifest["shards"].is_array()) {
+    files = manifest["shards"];
   }
+  if (files.empty()) {
+    throw Error(Fault::bad_file,
+                {"the manifest names no state", manifest_path.string(), "The file is damaged."});
+  }
+  check_files(folder, files, share);
+  out.sha256 = format == kFormat ? reader.text("state_sha256") : sha256_file(manifest_path);
   require_same(manifest, "layout", layout_digest(adapter), folder);
   require_same(manifest, "dataset", identity.dataset, folder);
   require_same(manifest, "seed", identity.seed, folder);
   require_same(manifest, "rows_per_step", identity.rows_per_step, folder);
   require_same(manifest, "shuffle", identity.shuffle, folder);
-  const MappedFile file(state);
-  const SafetensorsHeader header = parse_safetensors_header(file.bytes(), state);
-  const auto copy = [&](const char* name, std::span<float> to, const Arena& arena) {
-    const auto found = header.tensors.find(name);
-    if (found == header.tensors.end() || found->second.dtype != Dtype::f32 ||
-        found->second.elements() != static_cast<std::int64_t>(to.size())) {
-      throw Error(Fault::bad_file,
-                  {std::string("tensor '") + name + "' is missing or has another size",
-                   state.string(), "The file is damaged."});
-    }
-    // In pieces: neither file nor arena need be in memory whole.
-    constexpr std::size_t kPiece = std::size_t{16} << 20U;
-    const auto bytes = std::as_writable_bytes(to);
-    const auto from = static_cast<std::size_t>(found->second.offset);
-    for (std::size_t at = 0; at < bytes.size(); at += kPiece) {
-      const std::size_t piece = std::min(kPiece, bytes.size() - at);
-      std::memcpy(bytes.data() + at, file.bytes().data() + from + at, piece);
-      arena.release(static_cast<std::int64_t>(at), static_cast<std::int64_t>(piece));
-      file.drop(from + at, piece);
-    }
-  };
   TAILOR_CHECK(optimizer.pending() == 0, "flush before a checkpoint is restored");
-  copy("factors", adapter.factors(), adapter.arena());
-  copy("first_moment", optimizer.first_moment(), optimizer.first_arena());
-  copy("second_moment", optimizer.second_moment(), optimizer.second_arena());
+  const std::vector<FactorRange> kept = kept_ranges(adapter, share);
+  const int savers = narrow<int>(narrow<std::int64_t>(files.size()));
+  for (int r = 0; r < savers; ++r) {
+    const StateFile file(
+        inside_folder(folder, files[static_cast<std::size_t>(r)].at("file").get<std::string>()));
+    out.bytes += file.bytes();
+    for (const StateArena& arena : state_arenas(adapter, optimizer)) {
+      if (format == kFormat) {
+        for (const FactorRange range : kept) {
+          file.copy(arena.name, 0, adapter.parameter_count(), arena, range);
+        }
+        continue;
+      }
+      const FactorShards saved(adapter, r, savers);
+      for (int l = 0; l < saved.layers(); ++l) {
+        const auto copy = [&](FactorRange had, bool tail) {
+          if (had.empty()) return;
+          for (const FactorRange range : kept) {
+            if (range.end <= had.begin || range.begin >= had.end) continue;
+            file.copy(layer_tensor(arena.name, l, tail), had.begin, had.size(), arena, range);
+          }
+        };
+        copy(saved.mine(l), false);
+        if (r == 0) copy(saved.tail(l), true);
+      }
+    }
+  }
   optimizer.set_steps(reader.integer("optimizer_steps"));
   out.step = reader.integer("step");
   out.folder = folder;
-  out.bytes = static_cast<std::int64_t>(file.bytes().size());
+}
+
+/// This rank's file of a sharded checkpoint.
+void write_shard(const fs::path& path, const Adapter& adapter, const AdamW& optimizer,
+                 const StateShare& share) {
+  const std::array<std::pair<std::string, std::span<const float>>, 3> arenas = {
+      {{"factors", adapter.factors()},
+       {"first_moment", optimizer.first_moment()},
+       {"second_moment", optimizer.second_moment()}}};
+  std::vector<TensorToWrite> tensors;
+  for (const auto& [name, values] : arenas) {
+    for (int l = 0; l < share.shards.layers(); ++l) {
+      const auto add = [&, &name = name, &values = values](FactorRange range, bool tail) {
+        if (range.empty()) return;
+        tensors.push_back({layer_tensor(name, l, tail),
+                           Dtype::f32,
+                           {range.size()},
+                           std::as_bytes(values.subspan(static_cast<std::size_t>(range.begin),
+                                                        static_cast<std::size_t>(range.size())))});
+      };
+      add(share.shards.mine(l), false);
+      if (share.ranks.first()) add(share.shards.tail(l), true);
+    }
+  }
+  write_safetensors(path, tensors);
+}
+
+/// Runs `part` on this rank; what it throws it throws, and on every other rank an Error of its own
+/// that names this one.
+template <class Part>
+void together(const StateShare* share, const std::string& doing, const Part& part) {
+  if (share == nullptr) {
+    part();
+    return;
+  }
+  std::exception_ptr failure;
+  std::string words;
+  int code = static_cast<int>(Fault::internal);
+  try {
+    part();
+  } catch (const Error& error) {
+    failure = std::current_exception();
+    words = error.parts().what;
+    code = error.exit_code();
+  } catch (const std::exception& error) {
+    failure = std::current_exception();
+    words = error.what();
+  }
+  const std::vector<std::string> all = all_texts(
+      share->ranks, failure ? std::to_string(code) + " " + (words.empty() ? "failed" : words) : "");
+  if (failure) std::rethrow_exception(failure);
+  for (std::size_t r = 0; r < all.size(); ++r) {
+    if (all[r].empty()) continue;
+    const std::size_t space = all[r].find(' ');
+    throw Error(static_cast<Fault>(std::stoi(all[r].substr(0, space))),
+                {"rank " + std::to_string(r) + " failed " + doing + ": " + all[r].substr(space + 1),
+                 "rank " + std::to_string(share->ranks.rank()),
+                 "That rank's own message says how to mend it."});
+  }
+}
+
+Json manifest_of(const Adapter& adapter, const AdamW& optimizer, const RunIdentity& identity,
+                 std::int64_t step) {
+  return {{"step", step},
+          {"optimizer_steps", optimizer.steps()},
+          {"layout", layout_digest(adapter)},
+          {"dataset", identity.dataset},
+          {"seed", identity.seed},
+          {"rows_per_step", identity.rows_per_step},
+          {"shuffle", identity.shuffle}};
+}
+
+/// Takes the place of what a folder of that name holds.
+void publish_over(const fs::path& checkpoints, const fs::path& staging,
+                  const fs::path& final_folder) {
+  std::error_code error;
+  if (!fs::exists(final_folder, error)) {
+    publish(staging, final_folder);
+    return;
+  }
+  // The same step again, after a resume from an earlier one: same content, so the old one stays
+  // until it is out of the way.
+  const fs::path old = checkpoints / (".old-" + final_folder.filename().string());
+  fs::remove_all(old, error);
+  publish(final_folder, old);
+  publish(staging, final_folder);
+  fs::remove_all(old, error);
 }
 
 }  // namespace
 
 SavedCheckpoint save_checkpoint(const fs::path& checkpoints, std::int64_t step,
                                 const Adapter& adapter, const AdamW& optimizer,
-                                const RunIdentity& identity, std::int64_t keep) {
+                                const RunIdentity& identity, std::int64_t keep,
+                                const StateShare* share) {
   TAILOR_CHECK(optimizer.pending() == 0, "flush before a checkpoint is saved");
-  make_folders(checkpoints);
+  const bool first = share == nullptr || share->ranks.first();
+  const int rank = share == nullptr ? 0 : share->ranks.rank();
+  const int ranks = share == nullptr ? 1 : share->ranks.size();
   const fs::path staging = checkpoints / (".staging-" + step_name(step));
   const fs::path final_folder = checkpoints / step_name(step);
+  const std::string doing = "saving the checkpoint of step " + std::to_string(step);
   std::error_code error;
-  fs::remove_all(staging, error);
   SavedCheckpoint out{final_folder, step, 0, ""};
   try {
-    make_folders(staging);
-    const auto n = adapter.parameter_count();
-    const fs::path state = staging / "state.safetensors";
-    write_safetensors(
-        state, {{"factors", Dtype::f32, {n}, std::as_bytes(adapter.factors())},
-                {"first_moment", Dtype::f32, {n}, std::as_bytes(optimizer.first_moment())},
-                {"second_moment", Dtype::f32, {n}, std::as_bytes(optimizer.second_moment())}});
-    for (const Arena* arena :
-         {&adapter.arena(), &optimizer.first_arena(), &optimizer.second_arena()}) {
-      arena->release(0, arena->size());
+    together(share, doing, [&] {
+      if (!first) return;
+      make_folders(checkpoints);
+      fs::remove_all(staging, error);
+      make_folders(staging);
+    });
+    const fs::path state =
+        staging / (share == nullptr ? "state.safetensors" : shard_name(rank, ranks));
+    std::string digest;
+    together(share, doing, [&] {
+      if (share != nullptr && !fs::exists(staging, error)) {
+        throw Error(Fault::io,
+                    {"the run's folder is not the one that rank 0 sees", staging.string(),
+                     "Set output_dir to a folder on a file system that all nodes share."});
+      }
+      if (share == nullptr) {
+        const auto n = adapter.parameter_count();
+        write_safetensors(
+            state, {{"factors", Dtype::f32, {n}, std::as_bytes(adapter.factors())},
+                    {"first_moment", Dtype::f32, {n}, std::as_bytes(optimizer.first_moment())},
+                    {"second_moment", Dtype::f32, {n}, std::as_bytes(optimizer.second_moment())}});
+      } else {
+        write_shard(state, adapter, optimizer, *share);
+      }
+      for (const Arena* arena :
+           {&adapter.arena(), &optimizer.first_arena(), &optimizer.second_arena()}) {
+        arena->release(0, arena->size());
+      }
+      digest = sha256_file(state);
+      out.bytes = static_cast<std::int64_t>(fs::file_size(state));
+    });
+    const std::vector<std::string> digests =
+        share == nullptr ? std::vector{digest} : all_texts(share->ranks, digest);
+    if (share != nullptr) {
+      out.bytes =
+          static_cast<std::int64_t>(sum_over_ranks(share->ranks, static_cast<double>(out.bytes)));
     }
-    out.sha256 = sha256_file(state);
-    out.bytes = static_cast<std::int64_t>(fs::file_size(state));
-    const Json manifest = {{"format", kFormat},
-                           {"step", step},
-                           {"optimizer_steps", optimizer.steps()},
-                           {"state_sha256", out.sha256},
-                           {"layout", layout_digest(adapter)},
-                           {"dataset", identity.dataset},
-                           {"seed", identity.seed},
-                           {"rows_per_step", identity.rows_per_step},
-                           {"shuffle", identity.shuffle}};
-    write_atomically(staging / "manifest.json", manifest.dump(2) + "\n");
-    sync_path(staging);
-    if (fs::exists(final_folder, error)) {
-      // The same step again, after a resume from an earlier one: same content, so the old one stays
-      // until it is out of the way.
-      const fs::path old = checkpoints / (".old-" + step_name(step));
-      fs::remove_all(old, error);
-      publish(final_folder, old);
-      publish(staging, final_folder);
-      fs::remove_all(old, error);
-    } else {
-      publish(staging, final_folder);
-    }
+    together(share, doing, [&] {
+      if (!first) return;
+      Json manifest = manifest_of(adapter, optimizer, identity, step);
+      if (share == nullptr) {
+        manifest["format"] = kFormat;
+        manifest["state_sha256"] = digest;
+      } else {
+        manifest["format"] = kShardedFormat;
+        for (int r = 0; r < ranks; ++r) {
+          manifest["shards"].push_back(
+              {{"file", shard_name(r, ranks)}, {"sha256", digests[static_cast<std::size_t>(r)]}});
+        }
+      }
+      const std::string text = manifest.dump(2) + "\n";
+      out.sha256 = share == nullptr ? digest : sha256_hex(text);
+      write_atomically(staging / "manifest.json", text);
+      sync_path(staging);
+      publish_over(checkpoints, staging, final_folder);
+      const auto all = list_checkpoints(checkpoints);
+      for (std::size_t i = static_cast<std::size_t>(keep); i < all.size(); ++i) {
+        fs::remove_all(all[i].second, error);
+      }
+    });
   } catch (...) {
-    fs::remove_all(staging, error);
+    if (first) fs::remove_all(staging, error);
     throw;
   }
-  const auto all = list_checkpoints(checkpoints);
-  for (std::size_t i = static_cast<std::size_t>(keep); i < all.size(); ++i)
-    fs::remove_all(all[i].second, error);
   return out;
 }
 
 std::optional<SavedCheckpoint> load_newest_checkpoint(
     const fs::path& checkpoints, Adapter& adapter, AdamW& optimizer, const RunIdentity& identity,
-    const std::function<void(const std::string&)>& warn) {
+    const std::function<void(const std::string&)>& warn, const StateShare* share) {
   const auto all = list_checkpoints(checkpoints);
+  if (share != nullptr) {
+    std::string names;
+    for (const auto& [step, folder] : all) names += std::to_string(step) + " ";
+    const std::vector<SharedFact> facts = {{"the run's checkpoints", names}};
+    require_agreement(share->ranks, facts);
+  }
   for (const auto& [step, folder] : all) {
     try {
       SavedCheckpoint found;
-      restore(folder, adapter, optimizer, identity, found);
+      together(share, "reading checkpoint " + folder.filename().string(), [&, &folder = folder] {
+        restore(folder, adapter, optimizer, identity, share, found);
+      });
       return found;
     } catch (const Error& error) {
-      if (error.fault() == Fault::usage) throw;
+      if (error.fault() == Fault::usage || error.fault() == Fault::device) throw;
       warn("checkpoint " + folder.filename().string() + " cannot be used: " + error.parts().what);
     }
   }

@@ -13,6 +13,8 @@
 #include "trainer/optim/adamw.h"
 #include "trainer/optim/expert_pager.h"
 #include "trainer/optim/schedule.h"
+#include "trainer/optim/sharded_factors.h"
+#include "trainer/ranks/ranks.h"
 
 namespace tailor {
 
@@ -26,6 +28,10 @@ struct TrainerOptions {
   /// Set: the state of routed experts is paged layer by layer (see ExpertPager), their gradients
   /// and cast factors in arenas of this home. Make adapter and optimizer with the same.
   std::optional<ArenaHome> paged_experts;
+  /// The ranks of the run; must outlive the trainer. More than one: each takes its rows of every
+  /// step and keeps its part of the factors' state (see ShardedFactors), gradients and cast factors
+  /// in arenas of `paged_experts` where that is set. Null: one rank.
+  Ranks* ranks = nullptr;
 };
 
 struct StepRecord {
@@ -35,8 +41,12 @@ struct StepRecord {
   double grad_norm = 0;  ///< before clipping
   std::int64_t tokens = 0, trained_tokens = 0;
   double seconds = 0;
-  std::int64_t stream_bytes = 0;  ///< of frozen weights, read from disk
-  double stall_seconds = 0;       ///< waiting for them
+  std::int64_t stream_bytes = 0;  ///< of frozen weights, read from disk; over all ranks
+  double stall_seconds = 0;       ///< waiting for them; of the rank that waited longest
+  // With more ranks than one, of all ranks and of the slowest:
+  std::int64_t exchange_bytes = 0;      ///< payload sent between ranks, weights and factors
+  double exchange_seconds = 0;          ///< of exchanging, beside the computing
+  double exchange_exposed_seconds = 0;  ///< of it, what computing waited for
 };
 
 struct Evaluation {
@@ -47,8 +57,9 @@ struct Evaluation {
   double seconds = 0;
 };
 
-/// The loop's body: one step, one evaluation. A step is a function of the factors, the moments and
-/// the step number, so a run that is interrupted and resumed takes the same path to the last bit.
+/// The loop's body: one step, one evaluation. Every rank of a run makes the same calls. A step is a
+/// function of the factors, the moments and the step number, so a run that is interrupted and
+/// resumed takes the same path to the last bit.
 class Trainer {
  public:
   /// All of them must outlive the trainer.
@@ -66,8 +77,13 @@ class Trainer {
   /// Finishes what of the last step waits for the next. Before factors or moments are read or
   /// saved; evaluations with the decoder see to it themselves.
   void flush();
+  /// The factors' state over the ranks; null where this rank has all of it.
+  ShardedFactors* sharded() { return sharded_.get(); }
 
  private:
+  Ranks* others() const;
+  void add_over_ranks(StepRecord& record) const;
+
   Decoder& decoder_;
   Adapter& adapter_;
   AdamW& optimizer_;
@@ -75,13 +91,15 @@ class Trainer {
   TrainerOptions options_;
   Arena gradients_;
   std::unique_ptr<ExpertPager> pager_;
+  std::unique_ptr<ShardedFactors> sharded_;
 };
 
 TokenInput token_input(const Batch& batch);
 
 /// Loss and accuracy over all of a source's steps, with the decoder's present adapter. Nothing when
-/// `stop` said so between two of them.
+/// `stop` said so between two of them. With `ranks` each takes its rows, all get the same result,
+/// and `stop` must say the same on all.
 std::optional<Evaluation> evaluate(Decoder& decoder, const EvaluationSource& source,
-                                   const std::function<bool()>& stop);
+                                   const std::function<bool()>& stop, Ranks* ranks = nullptr);
 
 }  // namespace tailor

@@ -24,13 +24,23 @@ class RandomSource final : public TokenSource {
   };
   RandomSource(std::int64_t vocab, Shape shape) : vocab_(vocab), shape_(std::move(shape)) {}
 
-  Batch batch_at(std::int64_t step, int /*rank*/, int /*ranks*/) const override {
+  /// A document is a row: each rank has a block of them, which may be empty.
+  Batch batch_at(std::int64_t step, int rank, int ranks) const override {
     Batch batch;
     std::uint64_t at = 0;
-    for (const int length : shape_.lengths) {
+    const auto documents = static_cast<int>(shape_.lengths.size());
+    for (int d = 0; d < documents; ++d) {
+      const int length = shape_.lengths[static_cast<std::size_t>(d)];
+      if (d < documents * rank / ranks || d >= documents * (rank + 1) / ranks) {
+        at += static_cast<std::uint64_t>(length);
+        continue;
+      }
       const auto begin = static_cast<std::int32_t>(batch.ids.size());
       batch.document_start.push_back(begin);
-      if (shape_.begin_micro_batch.contains(length)) batch.micro_batch_start.push_back(begin);
+      if (begin == 0 || shape_.begin_micro_batch.contains(length)) {
+        batch.micro_batch_start.push_back(begin);
+      }
+      ++batch.rows;
       for (int i = 0; i < length; ++i, ++at) {
         batch.ids.push_back(id(step, at));
         batch.position.push_back(i);
@@ -42,7 +52,6 @@ class RandomSource final : public TokenSource {
     }
     batch.document_start.push_back(static_cast<std::int32_t>(batch.ids.size()));
     batch.micro_batch_start.push_back(static_cast<std::int32_t>(batch.ids.size()));
-    batch.rows = static_cast<int>(shape_.lengths.size());
     return batch;
   }
   std::int64_t rows() const override { return 1000; }

@@ -255,8 +255,10 @@ class RecordingPager final : public FactorPager {
     said.push_back((way == Way::forward ? "done forward " : "done backward ") +
                    std::to_string(layer));
   }
+  void first_cast(const Adapter& adapter) override { cast->cast_all(adapter); }
   void flush() override { said.emplace_back("flush"); }
 
+  CastFactors* cast = nullptr;
   std::vector<std::string> said;
   std::string fail_at;
 };
@@ -267,6 +269,7 @@ TEST_F(Paged, the_decoder_tells_its_way_through_the_layers) {
   const Batch batch = source.batch_at(0, 0, 1);
   const Adapter adapter = Adapter::create(model.spec, Attempt::lora({}), 1);
   RecordingPager pager;
+  pager.cast = &model.decoder->cast_factors();
   model.decoder->set_pager(&pager, {});
   EXPECT_EQ(model.decoder->adapter(), nullptr);
   model.decoder->set_adapter(&adapter);

@@ -75,7 +75,11 @@ class DecoderOf final : public Decoder {
     context_.adapter = adapter;
     if (adapter == nullptr) return;
     if (pager_ != nullptr) pager_->flush();
-    if (pager_ == nullptr || cast_.adapter() != adapter) cast_.cast_all(*adapter);
+    if (pager_ == nullptr) {
+      cast_.cast_all(*adapter);
+    } else if (cast_.adapter() != adapter) {
+      pager_->first_cast(*adapter);
+    }
     context_.factors = data<S>(cast_.tensor());
   }
   const Adapter* adapter() const override { return context_.adapter; }

@@ -5,40 +5,55 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 
 #include "base/error.h"
 #include "base/units.h"
 
 namespace tailor {
+namespace {
+
+/// Appends the sum of squares of every block. Blocks are of fixed size, so that neither threads nor
+/// windows of whole blocks change a bit of their sum.
+void block_sums(std::span<const float> values, std::vector<double>& sums) {
+  constexpr std::int64_t kBlock = 1 << 16;
+  const auto n = static_cast<std::int64_t>(values.size());
+  const std::size_t first = sums.size();
+  sums.resize(first + static_cast<std::size_t>(div_ceil(n, kBlock)));
+  at::parallel_for(0, div_ceil(n, kBlock), 1, [&](std::int64_t from, std::int64_t to) {
+    for (std::int64_t block = from; block < to; ++block) {
+      const std::int64_t end = std::min(n, (block + 1) * kBlock);
+      double sum = 0;
+      for (std::int64_t i = block * kBlock; i < end; ++i) {
+        const double g = values[static_cast<std::size_t>(i)];
+        sum += g * g;
+      }
+      sums[first + static_cast<std::size_t>(block)] = sum;
+    }
+  });
+}
+
+}  // namespace
 
 double gradient_norm(std::span<const float> gradients, const Arena* arena) {
-  constexpr std::int64_t kBlock = 1 << 16, kBlocksAWindow = 64;
-  constexpr auto kWindowBytes = kBlock * kBlocksAWindow * static_cast<std::int64_t>(sizeof(float));
-  const auto n = static_cast<std::int64_t>(gradients.size());
-  std::vector<double> sums(static_cast<std::size_t>(div_ceil(n, kBlock)));
-  const auto blocks = static_cast<std::int64_t>(sums.size());
-  const std::int64_t step = arena == nullptr ? std::max<std::int64_t>(1, blocks) : kBlocksAWindow;
-  if (arena != nullptr) arena->prefetch(0, kWindowBytes);
-  for (std::int64_t first = 0; first < blocks; first += step) {
-    const std::int64_t at_byte = first / kBlocksAWindow * kWindowBytes;
-    if (arena != nullptr) arena->prefetch(at_byte + kWindowBytes, kWindowBytes);
-    at::parallel_for(first, std::min(blocks, first + step), 1,
-                     [&](std::int64_t from, std::int64_t to) {
-                       for (std::int64_t block = from; block < to; ++block) {
-                         const std::int64_t end = std::min(n, (block + 1) * kBlock);
-                         double sum = 0;
-                         for (std::int64_t i = block * kBlock; i < end; ++i) {
-                           const double g = gradients[static_cast<std::size_t>(i)];
-                           sum += g * g;
-                         }
-                         sums[static_cast<std::size_t>(block)] = sum;
-                       }
-                     });
-    if (arena != nullptr) arena->release(at_byte, kWindowBytes);
+  constexpr std::size_t kWindow = std::size_t{1} << 22U;
+  constexpr auto kWindowBytes = static_cast<std::int64_t>(kWindow * sizeof(float));
+  if (arena == nullptr) return std::sqrt(sum_of_squares(gradients));
+  std::vector<double> sums;
+  arena->prefetch(0, kWindowBytes);
+  for (std::size_t at = 0; at < gradients.size(); at += kWindow) {
+    const auto at_byte = static_cast<std::int64_t>(at * sizeof(float));
+    arena->prefetch(at_byte + kWindowBytes, kWindowBytes);
+    block_sums(gradients.subspan(at, std::min(kWindow, gradients.size() - at)), sums);
+    arena->release(at_byte, kWindowBytes);
   }
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return std::sqrt(total);
+  return std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
+}
+
+double sum_of_squares(std::span<const float> values) {
+  std::vector<double> sums;
+  block_sums(values, sums);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 double clip_factor(double norm, double max_norm) {
@@ -77,14 +92,15 @@ void AdamW::step(std::span<float> factors, std::span<const float> gradients, dou
   finish(factors, gradients, {0, static_cast<std::int64_t>(factors.size())}, true);
 }
 
-void AdamW::begin_step(double learning_rate, double gradient_factor) {
+void AdamW::begin_step(double learning_rate, double gradient_factor,
+                       std::optional<std::int64_t> count) {
   TAILOR_CHECK(pending() == 0, "a step is begun before the last is finished");
   ++steps_;
   frozen_.learning_rate = learning_rate;
   frozen_.correction1 = 1 - std::pow(options_.beta1, static_cast<double>(steps_));
   frozen_.correction2 = std::sqrt(1 - std::pow(options_.beta2, static_cast<double>(steps_)));
   frozen_.gradient_factor = static_cast<float>(gradient_factor);
-  std::atomic_ref(pending_).store(static_cast<std::int64_t>(first_moment().size()));
+  std::atomic_ref(pending_).store(count.value_or(static_cast<std::int64_t>(first_moment().size())));
 }
 
 void AdamW::finish(std::span<float> factors, std::span<const float> gradients, FactorRange range,

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -19,6 +20,9 @@ struct AdamWOptions {
 /// whatever the number of threads. `arena`: that which the gradients fill, if it is to be read
 /// ahead and released behind.
 double gradient_norm(std::span<const float> gradients, const Arena* arena = nullptr);
+
+/// Its square, of one piece.
+double sum_of_squares(std::span<const float> values);
 
 /// torch.nn.utils.clip_grad_norm_'s factor: min(1, max_norm / (norm + 1e-6)); 1 when max_norm is 0.
 double clip_factor(double norm, double max_norm);
@@ -39,8 +43,10 @@ class AdamW {
   void step(std::span<float> factors, std::span<const float> gradients, double learning_rate,
             double gradient_factor);
 
-  /// Nothing of the step before may be pending.
-  void begin_step(double learning_rate, double gradient_factor);
+  /// Nothing of the step before may be pending. `count`: factors the step is for, where others keep
+  /// the rest; without it all.
+  void begin_step(double learning_rate, double gradient_factor,
+                  std::optional<std::int64_t> count = std::nullopt);
   /// Every factor must come exactly once after begin_step(). Ranges without a common element may be
   /// finished at the same time. `parallel`: by all threads of the pool; else by the caller alone.
   void finish(std::span<float> factors, std::span<const float> gradients, FactorRange range,

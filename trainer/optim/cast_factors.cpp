@@ -23,13 +23,18 @@ void CastFactors::move_to(ArenaHome home) {
   arena_ = Arena();
 }
 
-void CastFactors::cast_all(const Adapter& adapter) {
+void CastFactors::prepare(const Adapter& adapter) {
   const std::int64_t n = adapter.parameter_count();
   if (!tensor_.defined() || tensor_.numel() != n) {
     arena_ = home_.make(n * static_cast<std::int64_t>(c10::elementSize(dtype_)));
     tensor_ = at::from_blob(arena_.data(), {n}, at::TensorOptions(dtype_));
   }
   adapter_ = &adapter;
+}
+
+void CastFactors::cast_all(const Adapter& adapter) {
+  prepare(adapter);
+  const std::int64_t n = adapter.parameter_count();
   constexpr std::int64_t kWindow = std::int64_t{1} << 22;
   constexpr auto kFloatBytes = static_cast<std::int64_t>(sizeof(float));
   const std::int64_t step = home_.on_disk() ? kWindow : n;
@@ -66,6 +71,15 @@ void CastFactors::prefetch(FactorRange range) const {
 void CastFactors::discard(FactorRange range) const {
   const auto bytes = static_cast<std::int64_t>(c10::elementSize(dtype_));
   arena_.discard(range.begin * bytes, range.size() * bytes);
+}
+
+std::span<std::byte> CastFactors::bytes(FactorRange range) const {
+  const auto bytes = static_cast<std::int64_t>(c10::elementSize(dtype_));
+  return {arena_.data() + range.begin * bytes, static_cast<std::size_t>(range.size() * bytes)};
+}
+
+void CastFactors::drop_others(const FactorShards& shards, FactorRange range) const {
+  shards.drop_others(arena_, range, static_cast<std::int64_t>(c10::elementSize(dtype_)));
 }
 
 }  // namespace tailor

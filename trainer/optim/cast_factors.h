@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "adapters/lora.h"
+#include "trainer/optim/factor_shards.h"
 
 namespace tailor {
 
@@ -15,6 +16,8 @@ class CastFactors {
   void move_to(ArenaHome home);
   /// Casts all factors of `adapter`, which must outlive its use here.
   void cast_all(const Adapter& adapter);
+  /// Room for all factors of `adapter`, none of them cast yet.
+  void prepare(const Adapter& adapter);
   /// Casts a range again, by the calling thread alone: ranges without a common element may be cast
   /// at the same time, and while other parts are read.
   void cast(FactorRange range) const;
@@ -27,6 +30,9 @@ class CastFactors {
   void release(FactorRange range) const;
   void prefetch(FactorRange range) const;
   void discard(FactorRange range) const;
+  /// The range as it lies in memory.
+  std::span<std::byte> bytes(FactorRange range) const;
+  void drop_others(const FactorShards& shards, FactorRange range) const;
 
  private:
   at::ScalarType dtype_;

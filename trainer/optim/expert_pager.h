@@ -37,6 +37,7 @@ class ExpertPager final : public FactorPager {
   /// AdamW's step for this pass's gradients. Nothing may be pending.
   void update(double learning_rate, double gradient_factor);
 
+  void first_cast(const Adapter& adapter) override { cast_.cast_all(adapter); }
   void before_layer(int layer, Way way) override;
   void after_layer(int layer, Way way) noexcept override;
   void flush() override;

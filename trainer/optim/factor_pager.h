@@ -2,6 +2,8 @@
 
 #include <cstddef>
 
+#include "adapters/lora.h"
+
 namespace tailor {
 
 /// What stands behind factors that are not all in memory or not all up to date. A decoder tells it
@@ -17,6 +19,9 @@ class FactorPager {
   virtual void before_layer(int layer, Way way) = 0;
   /// The layer's factors and gradients are not needed soon.
   virtual void after_layer(int layer, Way way) noexcept = 0;
+  /// Makes the decoder's cast factors of `adapter`, all but what comes with each layer, when the
+  /// decoder begins to use them.
+  virtual void first_cast(const Adapter& adapter) = 0;
   /// Returns once nothing is left to do: factors, moments and cast factors are of the last step.
   virtual void flush() = 0;
 };

@@ -12,6 +12,7 @@
 #include "recipes/ring.h"
 #include "recipes/tile_homes.h"
 #include "trainer/ops.h"
+#include "trainer/stream/gathered_tiles.h"
 
 namespace tailor {
 namespace {
@@ -87,6 +88,7 @@ class StoreStream final : public StoreWeights {
               const StreamOptions& options)
       : store_(std::move(store)), spec_(store_->spec()), dtype_(dtype) {
     cut_tiles(options);
+    share_tiles(options.ranks);
     choose_tile_homes(options);
     BlockReader::Options reader_options = options.reader;
     auto reader = BlockReader::create(reader_options);
@@ -96,14 +98,22 @@ class StoreStream final : public StoreWeights {
     if (options.wrap_reader) reader = options.wrap_reader(std::move(reader));
     checked_.assign(map_.tiles.size(), 0);
     facts_.reader = reader->facts();
-    const TileRing::Checks checks{
-        [this](int tile, const std::byte* bytes) { check(tile, bytes); },
-        [this](int tile, const BlockDone& done) { return failed(tile, done); }};
+    const auto whole_tile = [this](int tile, const std::byte* bytes) { check(tile, bytes); };
+    TileRing::Checks checks{whole_tile, [this](int part, const BlockDone& done) {
+                              return failed(tile_of_part_[static_cast<std::size_t>(part)], done);
+                            }};
     const std::vector<RingPool> slots = pools(options);
-    if (options.device == nullptr) {
-      ring_ = std::make_unique<TileRing>(map_.tiles, slots, std::move(reader), checks);
+    if (facts_.ranks > 1) {
+      TAILOR_CHECK(options.device == nullptr);
+      checks.check = {};  // a part alone has no hash
+      ring_ = std::make_unique<GatheredTiles>(
+          map_.tiles, part_of_tile_, gather_pools(),
+          std::make_unique<TileRing>(parts_, slots, std::move(reader), checks),
+          options.ranks->channel("tiles"), whole_tile);
+    } else if (options.device == nullptr) {
+      ring_ = std::make_unique<TileRing>(parts_, slots, std::move(reader), checks);
     } else {
-      ring_ = std::make_unique<DeviceRing>(*options.device, map_.tiles, slots, device_pools(),
+      ring_ = std::make_unique<DeviceRing>(*options.device, parts_, slots, device_pools(),
                                            std::move(reader), checks,
                                            DeviceRing::Options{{}, options.poison_released});
     }
@@ -273,11 +283,29 @@ class StoreStream final : public StoreWeights {
     return narrow<int>(narrow<std::int64_t>(map_.tiles.size()) - 1);
   }
 
+  /// What of every tile this rank reads.
+  void share_tiles(const Ranks* ranks) {
+    facts_.ranks = ranks == nullptr ? 1 : ranks->size();
+    const int rank = ranks == nullptr ? 0 : ranks->rank();
+    for (std::size_t t = 0; t < map_.tiles.size(); ++t) {
+      const TileShare share = tile_share(map_.tiles[t].bytes, rank, facts_.ranks);
+      facts_.tile_bytes += map_.tiles[t].bytes;
+      facts_.gathered_bytes += map_.tiles[t].bytes - share.bytes;
+      part_of_tile_.push_back(share.bytes == 0 ? -1 : narrow<int>(std::ssize(parts_)));
+      if (share.bytes == 0) continue;
+      tile_of_part_.push_back(narrow<int>(narrow<std::int64_t>(t)));
+      RingTile part = map_.tiles[t];
+      part.offset += share.offset;
+      part.bytes = share.bytes;
+      parts_.push_back(part);
+    }
+  }
+
   void choose_tile_homes(const StreamOptions& options) {
     std::vector<PassTile> pass;
     std::int64_t total = 0;
-    facts_.smallest_budget = map_.tiles.front().bytes;
-    for (const RingTile& tile : map_.tiles) {
+    facts_.smallest_budget = parts_.front().bytes;
+    for (const RingTile& tile : parts_) {
       pass.push_back({tile.bytes});
       total += tile.bytes;
       facts_.smallest_budget = std::min(facts_.smallest_budget, tile.bytes);
@@ -290,7 +318,7 @@ class StoreStream final : public StoreWeights {
     }
     const TileHomes& homes = std::get<TileHomes>(chosen);
     for (std::size_t t = 0; t < homes.homes.size(); ++t) {
-      map_.tiles[t].home = homes.homes[t];
+      parts_[t].home = homes.homes[t];
       facts_.tiles_resident += homes.homes[t] == TileHome::disk ? 0 : 1;
     }
     facts_.streamed_bytes = homes.disk_bytes;
@@ -301,7 +329,7 @@ class StoreStream final : public StoreWeights {
 
   std::vector<RingPool> pools(const StreamOptions& options) {
     std::array<std::int64_t, kPools> largest{};
-    for (const RingTile& tile : map_.tiles) {
+    for (const RingTile& tile : parts_) {
       if (tile.home != TileHome::disk) continue;
       auto& of_pool = largest[static_cast<std::size_t>(tile.pool)];
       of_pool = std::max(of_pool, tile.bytes);
@@ -317,10 +345,24 @@ class StoreStream final : public StoreWeights {
     return out;
   }
 
+  /// Slots that whole tiles are gathered into.
+  std::vector<RingPool> gather_pools() {
+    std::vector<RingPool> out(kPools);
+    for (const RingTile& tile : map_.tiles) {
+      RingPool& pool = out[static_cast<std::size_t>(tile.pool)];
+      pool.slot_bytes = std::max(pool.slot_bytes,
+                                 facts_.ranks * tile_share(tile.bytes, 0, facts_.ranks).part_bytes);
+      const bool layer = tile.pool == kAttentionPool || tile.pool == kFeedForwardPool;
+      pool.slots = narrow<int>(layer ? kLayerSlots : kGatherSlots);
+    }
+    for (const RingPool& pool : out) facts_.ring_bytes += pool.slot_bytes * pool.slots;
+    return out;
+  }
+
   /// Slots on a device, of all that does not stay there.
   std::vector<RingPool> device_pools() const {
     std::vector<RingPool> out(kPools);
-    for (const RingTile& tile : map_.tiles) {
+    for (const RingTile& tile : parts_) {
       RingPool& pool = out[static_cast<std::size_t>(tile.pool)];
       if (tile.home != TileHome::device) pool.slot_bytes = std::max(pool.slot_bytes, tile.bytes);
       pool.slots =
@@ -438,7 +480,10 @@ class StoreStream final : public StoreWeights {
     // Where all tiles fit, the embedding stays as well if there is room; else rows are read.
     const auto& file = store_->layout().files[static_cast<std::size_t>(first.file)];
     const bool unlimited = !options.device_bytes && !options.host_bytes;
-    if (facts_.streamed_bytes > 0 || (!unlimited && room_left_ < file.bytes)) return;
+    // Of several ranks none holds a whole one.
+    if (facts_.streamed_bytes > 0 || facts_.ranks > 1 || (!unlimited && room_left_ < file.bytes)) {
+      return;
+    }
     embedding_ = AlignedMemory(file.bytes);
     for (const StoredUnit& unit : store_->layout().units) {
       if (unit.id.kind != UnitKind::embedding) continue;
@@ -512,6 +557,8 @@ class StoreStream final : public StoreWeights {
   ModelSpec spec_;
   at::ScalarType dtype_;
   TileMap map_;
+  std::vector<RingTile> parts_;  ///< this rank's of each tile
+  std::vector<int> part_of_tile_, tile_of_part_;
   StreamFacts facts_;
   std::int64_t room_left_ = 0;
   std::vector<char> checked_;

@@ -5,6 +5,7 @@
 
 #include "base/block_reader.h"
 #include "data/store/store.h"
+#include "trainer/ranks/ranks.h"
 #include "trainer/stream/device_ring.h"
 #include "trainer/stream/frozen_weights.h"
 
@@ -22,6 +23,10 @@ struct StreamOptions {
   /// Tiles are computed with in this device's memory, which the process must be able to read (RAM
   /// as the device). Null: where they are read to.
   Device* device = nullptr;
+  /// Ranks that share the tiles: each holds or reads its part of every tile and gathers the others'
+  /// just ahead of use (see GatheredTiles); budgets are a rank's own. Opening is collective then.
+  /// Null: no sharing. Not together with `device`.
+  Ranks* ranks = nullptr;
   bool poison_released = false;  ///< for tests: leases that ended leave NaN behind, on a device
   /// For tests: wraps the reader of the ring.
   std::function<std::unique_ptr<BlockReader>(std::unique_ptr<BlockReader>)> wrap_reader;
@@ -30,8 +35,11 @@ struct StreamOptions {
 /// What a stream does, for people.
 struct StreamFacts {
   std::int64_t tiles = 0, tiles_resident = 0;
+  int ranks = 1;                     ///< that share them; the bytes below are this one's
+  std::int64_t tile_bytes = 0;       ///< of all tiles, whosoever holds them
   std::int64_t resident_bytes = 0;   ///< of tiles that stay in memory
   std::int64_t streamed_bytes = 0;   ///< that one pass over all tiles reads from disk
+  std::int64_t gathered_bytes = 0;   ///< that one pass receives from other ranks
   std::int64_t ring_bytes = 0;       ///< of all slots
   std::int64_t smallest_budget = 0;  ///< bytes of the smallest tile
   BlockReader::Facts reader;
