@@ -69,6 +69,7 @@ class CommandLine {
     add_train();
     add_eval();
     add_generate();
+    add_launch();
     add_experts();
     add_data();
     add_model();
@@ -183,6 +184,20 @@ class CommandLine {
     train.app.add_flag("--resume", train.own.resume,
                        "Go on from the newest good checkpoint; afresh where there is none");
     with_json(train);
+  }
+
+  void add_launch() {
+    CLI::App& launch =
+        group("launch", "Start a recipe's ranks", "tailor launch local demo-maverick");
+    auto local = verb<LaunchLocalArguments>(
+        launch, "local", "Train with the recipe's ranks on this machine, as `tailor train` does",
+        "tailor launch local demo-maverick machine.ranks=2");
+    TrainArguments& train = local.own.train;
+    local.app.add_option("RECIPE", train.recipe, kRecipe)->required();
+    local.app.add_option("key=value", train.overrides, kOverrides)->type_name("");
+    local.app.add_flag("--resume", train.resume,
+                       "Go on from the newest good checkpoint; afresh where there is none");
+    local.app.add_flag("--json", train.json, kJson);
   }
 
   template <class A>

@@ -15,7 +15,7 @@
 namespace tailor {
 namespace {
 
-[[noreturn]] void hand_over(char** argv) {
+[[noreturn]] void hand_over(char* const* argv) {
   const fs::path program = sibling_program("tailor-compute");
   // OpenMP threads spin at the end of every parallel loop, and where another process wants a core
   // that takes it from the thread they wait for. Sleeping at once is slow on a quiet machine.
@@ -26,6 +26,25 @@ namespace {
   setenv("GOMP_SPINCOUNT", "5000", 0);
   execv(program.c_str(), argv);
   throw io_error(errno, "cannot start tailor-compute", program.string());
+}
+
+/// `words` are the command line behind the program's name: each rank is started with them.
+int train(const TrainArguments& arguments, std::vector<std::string> words) {
+  if (const std::optional<int> code = train_in_ranks(arguments, words)) return *code;
+  std::string name = "tailor";
+  std::vector<char*> argv = {name.data()};
+  for (std::string& word : words) argv.push_back(word.data());
+  argv.push_back(nullptr);
+  hand_over(argv.data());
+}
+
+/// The command line of `tailor train` with these arguments.
+std::vector<std::string> train_words(const TrainArguments& arguments) {
+  std::vector<std::string> words = {"train", arguments.recipe};
+  words.insert(words.end(), arguments.overrides.begin(), arguments.overrides.end());
+  if (arguments.resume) words.push_back("--resume");
+  if (arguments.json) words.push_back("--json");
+  return words;
 }
 
 int run(const Command& command, char** argv) {
@@ -55,6 +74,14 @@ int run(const Command& command, char** argv) {
           [](const PricesListArguments& arguments) { return run_prices_list(arguments); },
           [](const PricesCheckArguments& arguments) { return run_prices_check(arguments); },
           [](const DoctorArguments& arguments) { return run_doctor(arguments); },
+          [argv](const TrainArguments& arguments) {
+            std::vector<std::string> words;
+            for (char** word = argv + 1; *word != nullptr; ++word) words.emplace_back(*word);
+            return train(arguments, std::move(words));
+          },
+          [](const LaunchLocalArguments& arguments) {
+            return train(arguments.train, train_words(arguments.train));
+          },
           [argv](const auto&) -> int { hand_over(argv); },
       },
       command);

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "tools/compute_verbs.h"
+
 namespace tailor {
 
 /// The verbs that need no LibTorch: what each was given on the command line, and the function that
@@ -147,6 +149,17 @@ struct PricesCheckArguments {
 };
 int run_prices_list(const PricesListArguments& arguments);
 int run_prices_check(const PricesCheckArguments& arguments);
+
+/// Before `tailor train` trains in this process: where the recipe has several ranks and nobody
+/// started them, starts them here, each as `tailor COMMAND...`, and gives their exit code. Nothing
+/// where this process is a rank, or the only one; a task of a bare `srun` is told its place then.
+std::optional<int> train_in_ranks(const TrainArguments& arguments,
+                                  std::vector<std::string> command);
+
+/// `tailor launch local`: `tailor train` by another name.
+struct LaunchLocalArguments {
+  TrainArguments train;
+};
 
 struct DoctorArguments {
   bool json = false;
