@@ -28,23 +28,29 @@ namespace {
   throw io_error(errno, "cannot start tailor-compute", program.string());
 }
 
-/// `words` are the command line behind the program's name: each rank is started with them.
-int train(const TrainArguments& arguments, std::vector<std::string> words) {
-  if (const std::optional<int> code = train_in_ranks(arguments, words)) return *code;
-  std::string name = "tailor";
-  std::vector<char*> argv = {name.data()};
+[[noreturn]] void hand_over(std::vector<std::string> words) {
+  words.insert(words.begin(), "tailor");
+  std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
   hand_over(argv.data());
 }
 
-/// The command line of `tailor train` with these arguments.
-std::vector<std::string> train_words(const TrainArguments& arguments) {
-  std::vector<std::string> words = {"train", arguments.recipe};
-  words.insert(words.end(), arguments.overrides.begin(), arguments.overrides.end());
-  if (arguments.resume) words.push_back("--resume");
-  if (arguments.json) words.push_back("--json");
-  return words;
+int train(const TrainArguments& arguments, char** argv) {
+  std::vector<std::string> words;
+  for (char** word = argv + 1; *word != nullptr; ++word) words.emplace_back(*word);
+  if (const std::optional<int> code = train_in_ranks(arguments, words)) return *code;
+  hand_over(argv);
+}
+
+int launch_local(const LaunchLocalArguments& arguments) {
+  const TrainArguments& train = arguments.train;
+  std::vector<std::string> words = {"train", train.recipe};
+  words.insert(words.end(), train.overrides.begin(), train.overrides.end());
+  if (train.resume) words.emplace_back("--resume");
+  if (train.json) words.emplace_back("--json");
+  if (const std::optional<int> code = launch_here(arguments, words)) return *code;
+  hand_over(std::move(words));
 }
 
 int run(const Command& command, char** argv) {
@@ -74,14 +80,10 @@ int run(const Command& command, char** argv) {
           [](const PricesListArguments& arguments) { return run_prices_list(arguments); },
           [](const PricesCheckArguments& arguments) { return run_prices_check(arguments); },
           [](const DoctorArguments& arguments) { return run_doctor(arguments); },
-          [argv](const TrainArguments& arguments) {
-            std::vector<std::string> words;
-            for (char** word = argv + 1; *word != nullptr; ++word) words.emplace_back(*word);
-            return train(arguments, std::move(words));
-          },
-          [](const LaunchLocalArguments& arguments) {
-            return train(arguments.train, train_words(arguments.train));
-          },
+          [argv](const TrainArguments& arguments) { return train(arguments, argv); },
+          [](const LaunchLocalArguments& arguments) { return launch_local(arguments); },
+          [](const LaunchJobArguments& arguments) { return run_launch_job(arguments); },
+          [](const LaunchStatusArguments& arguments) { return run_launch_status(arguments); },
           [argv](const auto&) -> int { hand_over(argv); },
       },
       command);

@@ -115,18 +115,24 @@ class Launch {
   void start() {
     const std::vector<std::string> before = own_environment();
     RankPlace place;
-    place.world_size = place.local_world_size = launch_.ranks;
-    place.master_port = port_.number();
+    place.local_world_size = launch_.ranks;
+    place.world_size = world_size();
+    place.master_addr = launch_.master_addr;
+    if (launch_.master_port == 0) port_.emplace();
+    place.master_port = port_ ? port_->number() : launch_.master_port;
     place.threads = launch_.threads;
     if (place.threads == 0 && std::getenv("OMP_NUM_THREADS") == nullptr) {
       place.threads = threads_per_rank(launch_.ranks);
     }
     for (int rank = 0; rank < launch_.ranks; ++rank) {
-      place.rank = place.local_rank = rank;
-      ranks_.push_back(
-          std::make_unique<RankProcess>(rank, launch_.command, rank_environment(place, before)));
+      place.local_rank = rank;
+      place.rank = launch_.node_rank * launch_.ranks + rank;
+      ranks_.push_back(std::make_unique<RankProcess>(place.rank, launch_.command,
+                                                     rank_environment(place, before)));
     }
   }
+
+  int world_size() const { return launch_.nodes * launch_.ranks; }
 
   std::ptrdiff_t running() const {
     return std::count_if(ranks_.begin(), ranks_.end(),
@@ -169,7 +175,7 @@ class Launch {
     if (!how.by_signal && how.number == 0) return;
     if (!end.ended_by_us) {
       write_all(STDERR_FILENO, rank.stdout_tail());
-      log_warning("rank " + std::to_string(end.rank) + " of " + std::to_string(launch_.ranks) +
+      log_warning("rank " + std::to_string(end.rank) + " of " + std::to_string(world_size()) +
                   (how.by_signal ? " was ended by " + signal_text(how.number)
                                  : " left with " + std::to_string(how.number)));
     }
@@ -206,7 +212,7 @@ class Launch {
     if (!end.cause || !end.cause->by_signal) return end.code;
     const RankEnd& cause = *end.cause;
     const std::string who =
-        "rank " + std::to_string(cause.rank) + " of " + std::to_string(launch_.ranks);
+        "rank " + std::to_string(cause.rank) + " of " + std::to_string(world_size());
     const std::string what = who + " was ended by " + signal_text(cause.number);
     if (end.code == static_cast<int>(Fault::stopped)) {
       throw Error(Fault::stopped, {"stopped before the run could save: " + what, "this machine",
@@ -229,7 +235,7 @@ class Launch {
   const LocalLaunch& launch_;
   RealClock clock_;
   SignalQueue signals_;
-  ReservedPort port_;
+  std::optional<ReservedPort> port_;
   std::vector<std::unique_ptr<RankProcess>> ranks_;
   std::vector<RankEnd> ends_;
   std::optional<std::int64_t> deadline_ms_;  ///< of the next step of hasten()
@@ -269,6 +275,8 @@ int threads_per_rank(int ranks) {
 
 int launch_local(const LocalLaunch& launch) {
   TAILOR_CHECK(launch.ranks >= 1 && !launch.command.empty());
+  TAILOR_CHECK(launch.node_rank >= 0 && launch.node_rank < launch.nodes);
+  TAILOR_CHECK(launch.nodes == 1 || launch.master_port > 0);
   return Launch(launch).run();
 }
 

@@ -9,10 +9,16 @@
 
 namespace tailor {
 
-/// The ranks of one run on this machine, as processes.
+/// The ranks of one run on this machine, as processes. With several nodes rank r of this one is
+/// rank node_rank * ranks + r of the run.
 struct LocalLaunch {
   std::vector<std::string> command;  ///< the same for every rank
-  int ranks = 1;
+  int ranks = 1;                     ///< here
+
+  // Where the run has other machines, each of which starts as many ranks in the same way.
+  int nodes = 1, node_rank = 0;
+  std::string master_addr = "127.0.0.1";  ///< of node 0
+  int master_port = 0;                    ///< 0, on one node only: a free one, which stays ours
   /// Threads a rank: OMP_NUM_THREADS. 0: the cores this process may use over the ranks, at least 1,
   /// unless the environment says.
   int threads = 0;

@@ -8,6 +8,7 @@
 #include <array>
 #include <cerrno>
 #include <charconv>
+#include <cstdlib>
 #include <string_view>
 
 #include "base/error.h"
@@ -104,6 +105,24 @@ std::optional<RankPlace> slurm_place(
   place.master_port =
       slurm_port(number("SLURM_JOB_ID", true), number("SLURM_RESTART_COUNT", false));
   return place;
+}
+
+LauncherFacts launcher_facts(const std::function<std::string(const std::string&)>& value_of) {
+  if (const std::string own = value_of("TAILOR_LAUNCHER"); !own.empty()) {
+    return {own, value_of("TAILOR_LAUNCHER_JOB")};
+  }
+  for (const auto& [variable, launcher] :
+       {std::pair{"SLURM_JOB_ID", "slurm"}, std::pair{"SKYPILOT_TASK_ID", "skypilot"},
+        std::pair{"TORCHELASTIC_RUN_ID", "torchrun"}}) {
+    if (const std::string job = value_of(variable); !job.empty()) return {launcher, job};
+  }
+  if (!value_of("KUBERNETES_SERVICE_HOST").empty()) return {"kubernetes", value_of("HOSTNAME")};
+  return {};
+}
+
+std::string environment_value(const std::string& name) {
+  const char* value = std::getenv(name.c_str());
+  return value == nullptr ? "" : value;
 }
 
 std::vector<std::string> own_environment() {

@@ -41,6 +41,17 @@ int slurm_port(std::int64_t job, std::int64_t restarts);
 /// texts.
 std::string first_host(std::string_view list);
 
+/// Who started this process, for the ledger's attempt: TAILOR_LAUNCHER and TAILOR_LAUNCHER_JOB as
+/// our job files set them, else what Slurm, SkyPilot, Kubernetes or torchrun say.
+struct LauncherFacts {
+  std::string launcher = "local";  ///< local, torchrun, slurm, kubernetes, skypilot
+  std::string job{};               ///< its number or name there
+};
+LauncherFacts launcher_facts(const std::function<std::string(const std::string&)>& value_of);
+
+/// A variable of this process's environment; empty where it is not set.
+std::string environment_value(const std::string& name);
+
 /// This process's environment as "NAME=value" texts.
 std::vector<std::string> own_environment();
 
