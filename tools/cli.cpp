@@ -69,6 +69,7 @@ class CommandLine {
     add_train();
     add_eval();
     add_generate();
+    add_launch();
     add_experts();
     add_data();
     add_model();
@@ -183,6 +184,142 @@ class CommandLine {
     train.app.add_flag("--resume", train.own.resume,
                        "Go on from the newest good checkpoint; afresh where there is none");
     with_json(train);
+  }
+
+  void add_launch() {
+    CLI::App& launch = group("launch", "Start a recipe's ranks: here, or as a job of a cluster",
+                             "tailor launch slurm r1-4xh100 --partition gpu");
+    add_launch_local(launch);
+    add_launch_slurm(launch);
+    add_launch_kubernetes(launch);
+    add_launch_skypilot(launch);
+    add_launch_status(launch);
+  }
+
+  void add_launch_local(CLI::App& launch) {
+    auto local = verb<LaunchLocalArguments>(
+        launch, "local", "Train with the recipe's ranks on this machine, as `tailor train` does",
+        "tailor launch local demo-maverick machine.ranks=2");
+    TrainArguments& train = local.own.train;
+    local.app.add_option("RECIPE", train.recipe, kRecipe)->required();
+    local.app.add_option("key=value", train.overrides, kOverrides)->type_name("");
+    local.app.add_flag("--resume", train.resume,
+                       "Go on from the newest good checkpoint; afresh where there is none");
+    local.app
+        .add_option("--nodes", local.own.nodes,
+                    "Machines that share the ranks, each of which runs this; PET_NNODES, else 1")
+        ->check(not_below("--nodes", 1))
+        ->type_name("N");
+    local.app.add_option("--node-rank", local.own.node_rank, "Which of them this is, from 0")
+        ->check(not_below("--node-rank", 0))
+        ->type_name("N");
+    local.app.add_option("--master-addr", local.own.master_addr, "Address of node 0")
+        ->type_name("HOST");
+    local.app.add_option("--master-port", local.own.master_port, "A port that is free there")
+        ->check(not_below("--master-port", 1))
+        ->type_name("N");
+    local.app.add_flag("--json", train.json, kJson);
+  }
+
+  /// What every cluster is told.
+  static void with_job(const Verb<LaunchJobArguments>& verb) {
+    with_recipe(verb);
+    CLI::App& app = verb.app;
+    LaunchJobArguments& own = verb.own;
+    const auto number = [&](const char* flag, int& to, const char* what, double least) {
+      app.add_option(flag, to, what)->check(not_below(flag, least))->type_name("N");
+    };
+    app.add_flag("--dry-run", own.dry_run, "Write the job file, or print it; submit nothing");
+    app.add_option("--out", own.out, "The job file")->type_name("FILE");
+    app.add_flag("--follow", own.follow, "Show the job's log until it ends");
+    app.add_flag("--force", own.force, "Also where the plan says that it does not fit");
+    number("--nodes", own.nodes, "Nodes; as many as machine.profile needs without it", 1);
+    number("--gpus-per-node", own.gpus_per_node, "One a rank without it; 0: train on the CPU", 0);
+    app.add_option("--gpu-type", own.gpu_type, "The GPU's name in the cluster")->type_name("NAME");
+    number("--cpus-per-rank", own.cpus_per_rank, "compute.threads without it", 1);
+    app.add_option(
+           "--memory", own.memory,
+           "Host memory of a node; what the plan says without it, 0: what the cluster gives")
+        ->type_name("BYTES");
+    app.add_option("--max-restarts", own.restarts_max,
+                   "After a device, a rank or a disk failed; an interrupted job always goes on")
+        ->check(not_below("--max-restarts", 0))
+        ->type_name("N")
+        ->capture_default_str();
+    app.add_option("--program", own.program, "The tailor that the job runs")->type_name("PATH");
+    with_json(verb);
+  }
+  static void with_time(const Verb<LaunchJobArguments>& verb) {
+    verb.app
+        .add_option("--time", verb.own.time,
+                    "Longest time: minutes, hours:minutes:seconds, or days-hours")
+        ->type_name("TIME");
+  }
+
+  void add_launch_slurm(CLI::App& launch) {
+    auto slurm = verb<LaunchJobArguments>(
+        launch, "slurm", "Write a batch script for the recipe and submit it",
+        "tailor launch slurm r1-4xh100 --partition gpu --time 2-00 --follow");
+    slurm.own.cluster = LaunchJobArguments::Cluster::slurm;
+    with_job(slurm);
+    with_time(slurm);
+    slurm.app.add_option("--partition", slurm.own.partition, "The cluster's default without it")
+        ->type_name("NAME");
+    slurm.app.add_option("--account", slurm.own.account, "Who pays; yours without it")
+        ->type_name("NAME");
+  }
+
+  void add_launch_kubernetes(CLI::App& launch) {
+    auto kubernetes = verb<LaunchJobArguments>(
+        launch, "kubernetes", "Write a Job or TrainJob for the recipe and apply it",
+        "tailor launch kubernetes r1-4xh100 --image registry.example/tailor:0.1 \\\n"
+        "      --volume tailor --dry-run");
+    kubernetes.own.cluster = LaunchJobArguments::Cluster::kubernetes;
+    with_job(kubernetes);
+    with_time(kubernetes);
+    const auto text = [&](const char* flag, std::string& to, const char* what, const char* type) {
+      return kubernetes.app.add_option(flag, to, what)->type_name(type);
+    };
+    text("--image", kubernetes.own.image, "Container image with tailor in it", "IMAGE");
+    text("--volume", kubernetes.own.volume,
+         "Claim of a volume all pods can write: /work, where relative paths start", "NAME");
+    text("--namespace", kubernetes.own.name_space, "kubectl's without it", "NAME");
+    text("--queue", kubernetes.own.queue, "Kueue's queue", "NAME");
+    text("--kind", kubernetes.own.kind, "Job, or TrainJob of Kubeflow's Trainer", "KIND")
+        ->check(one_of("--kind", {"Job", "TrainJob"}))
+        ->capture_default_str();
+  }
+
+  void add_launch_skypilot(CLI::App& launch) {
+    auto sky = verb<LaunchJobArguments>(
+        launch, "skypilot", "Write a managed job for the recipe and launch it",
+        "tailor launch skypilot r1-4xh100 --bucket s3://mine/tailor --spot");
+    sky.own.cluster = LaunchJobArguments::Cluster::skypilot;
+    with_job(sky);
+    sky.app.add_option("--image", sky.own.image, "Docker image with tailor in it")
+        ->type_name("IMAGE");
+    sky.app
+        .add_option("--bucket", sky.own.bucket,
+                    "Bucket mounted at /work, where relative paths start and checkpoints go")
+        ->type_name("URL");
+    sky.app.add_flag("--spot", sky.own.spot, "Spot nodes; without it as the recipe's price is");
+  }
+
+  void add_launch_status(CLI::App& launch) {
+    auto status = verb<LaunchStatusArguments>(
+        launch, "status", "A job's state, and what it cost so far by the ledger and by Slurm",
+        "tailor launch status 4711");
+    status.app.add_option("JOB", status.own.job, "Slurm's number, or the job's name")->required();
+    status.app
+        .add_option("--on", status.own.on, "slurm, kubernetes or skypilot; a number is Slurm's")
+        ->check(one_of("--on", {"slurm", "kubernetes", "skypilot"}))
+        ->type_name("NAME");
+    status.app
+        .add_option("--namespace", status.own.name_space, "Of Kubernetes; kubectl's without it")
+        ->type_name("NAME");
+    status.app.add_flag("--follow", status.own.follow, "First show the job's log until it ends");
+    with_ledger(status);
+    with_json(status);
   }
 
   template <class A>

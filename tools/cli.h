@@ -24,7 +24,8 @@ using Command =
                  ModelVerifyArguments, ModelSynthesiseArguments, ModelExportArguments,
                  RunsListArguments, RunsShowArguments, RunsReportArguments, RunsExportArguments,
                  PricesListArguments, PricesCheckArguments, DoctorArguments, TrainArguments,
-                 EvalArguments, GenerateArguments, ExpertsScanArguments, CalibrateArguments>;
+                 LaunchLocalArguments, LaunchJobArguments, LaunchStatusArguments, EvalArguments,
+                 GenerateArguments, ExpertsScanArguments, CalibrateArguments>;
 
 /// Reads a command line. Throws Error{usage} in three parts, naming the nearest verb or flag.
 Command parse_command_line(int argc, const char* const* argv);

@@ -15,7 +15,7 @@
 namespace tailor {
 namespace {
 
-[[noreturn]] void hand_over(char** argv) {
+[[noreturn]] void hand_over(char* const* argv) {
   const fs::path program = sibling_program("tailor-compute");
   // OpenMP threads spin at the end of every parallel loop, and where another process wants a core
   // that takes it from the thread they wait for. Sleeping at once is slow on a quiet machine.
@@ -26,6 +26,31 @@ namespace {
   setenv("GOMP_SPINCOUNT", "5000", 0);
   execv(program.c_str(), argv);
   throw io_error(errno, "cannot start tailor-compute", program.string());
+}
+
+[[noreturn]] void hand_over(std::vector<std::string> words) {
+  words.insert(words.begin(), "tailor");
+  std::vector<char*> argv;
+  for (std::string& word : words) argv.push_back(word.data());
+  argv.push_back(nullptr);
+  hand_over(argv.data());
+}
+
+int train(const TrainArguments& arguments, char** argv) {
+  std::vector<std::string> words;
+  for (char** word = argv + 1; *word != nullptr; ++word) words.emplace_back(*word);
+  if (const std::optional<int> code = train_in_ranks(arguments, words)) return *code;
+  hand_over(argv);
+}
+
+int launch_local(const LaunchLocalArguments& arguments) {
+  const TrainArguments& train = arguments.train;
+  std::vector<std::string> words = {"train", train.recipe};
+  words.insert(words.end(), train.overrides.begin(), train.overrides.end());
+  if (train.resume) words.emplace_back("--resume");
+  if (train.json) words.emplace_back("--json");
+  if (const std::optional<int> code = launch_here(arguments, words)) return *code;
+  hand_over(std::move(words));
 }
 
 int run(const Command& command, char** argv) {
@@ -55,6 +80,10 @@ int run(const Command& command, char** argv) {
           [](const PricesListArguments& arguments) { return run_prices_list(arguments); },
           [](const PricesCheckArguments& arguments) { return run_prices_check(arguments); },
           [](const DoctorArguments& arguments) { return run_doctor(arguments); },
+          [argv](const TrainArguments& arguments) { return train(arguments, argv); },
+          [](const LaunchLocalArguments& arguments) { return launch_local(arguments); },
+          [](const LaunchJobArguments& arguments) { return run_launch_job(arguments); },
+          [](const LaunchStatusArguments& arguments) { return run_launch_status(arguments); },
           [argv](const auto&) -> int { hand_over(argv); },
       },
       command);

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "tools/compute_verbs.h"
+
 namespace tailor {
 
 /// The verbs that need no LibTorch: what each was given on the command line, and the function that
@@ -147,6 +149,64 @@ struct PricesCheckArguments {
 };
 int run_prices_list(const PricesListArguments& arguments);
 int run_prices_check(const PricesCheckArguments& arguments);
+
+/// Before `tailor train` trains in this process: where the recipe has several ranks and nobody
+/// started them, starts them here, each as `tailor COMMAND...`, and gives their exit code. Nothing
+/// where this process is a rank, or the only one; a task of a bare `srun` is told its place then.
+std::optional<int> train_in_ranks(const TrainArguments& arguments,
+                                  std::vector<std::string> command);
+
+/// `tailor launch local`: `tailor train` by another name.
+struct LaunchLocalArguments {
+  TrainArguments train;
+  /// Where other machines start ranks of the same run: how many, which this is, and where rank 0
+  /// is.
+  int nodes = 0, node_rank = 0;  ///< 0 nodes: what PET_NNODES says, else 1
+  std::string master_addr;
+  int master_port = 0;
+};
+/// The ranks of this machine, each as `tailor COMMAND...`. Without flags for several machines the
+/// PET_* variables of Kubeflow's Trainer count. Nothing where the recipe has one rank and one
+/// machine: this process is to train.
+std::optional<int> launch_here(const LaunchLocalArguments& arguments,
+                               std::vector<std::string> command);
+
+/// `tailor launch slurm|kubernetes|skypilot`. A flag that a cluster does not have is not set for
+/// it.
+struct LaunchJobArguments {
+  enum class Cluster { slurm, kubernetes, skypilot };
+  Cluster cluster = Cluster::slurm;
+  std::string recipe;
+  std::vector<std::string> overrides;
+  bool dry_run = false;    ///< write the file, submit nothing
+  bool force = false;      ///< also where the plan says it does not fit
+  bool follow = false;     ///< show the job's log until it ends
+  std::string out;         ///< the file; empty: NAME.sh or NAME.yaml here, stdout with dry_run
+  std::string program;     ///< empty: this one (slurm), `tailor` (elsewhere)
+  int nodes = 0;           ///< 0: as many as the machine profile needs
+  int gpus_per_node = -1;  ///< -1: one a rank on a machine with GPUs
+  std::string gpu_type;
+  int cpus_per_rank = 0;  ///< 0: compute.threads, or as the cluster gives
+  std::string memory;     ///< host memory a node; empty: what the plan says; "0": unsaid
+  std::string time;
+  int restarts_max = 3;
+  std::string partition, account;                              // slurm
+  std::string image, volume, name_space, queue, kind = "Job";  // kubernetes; image also skypilot
+  std::string bucket;                                          // skypilot
+  bool spot = false;
+  bool json = false;
+};
+int run_launch_job(const LaunchJobArguments& arguments);
+
+struct LaunchStatusArguments {
+  std::string job;
+  std::string on;          ///< slurm, kubernetes, skypilot; empty: slurm for a number
+  std::string name_space;  ///< kubernetes
+  std::string ledger;
+  bool follow = false;
+  bool json = false;
+};
+int run_launch_status(const LaunchStatusArguments& arguments);
 
 struct DoctorArguments {
   bool json = false;

@@ -1,0 +1,98 @@
+#include <charconv>
+#include <cstdlib>
+
+#include "base/error.h"
+#include "tools/launch/local_launch.h"
+#include "tools/launch/rank_environment.h"
+#include "tools/paths.h"
+#include "tools/recipe_inputs.h"
+#include "tools/verbs.h"
+
+namespace tailor {
+namespace {
+
+/// A whole number in a variable of Kubeflow's Trainer; `otherwise` where it is not set.
+int pet_number(const std::string& name, int otherwise) {
+  const std::string text = environment_value(name);
+  if (text.empty()) return otherwise;
+  int out = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), out);
+  if (error == std::errc() && end == text.data() + text.size() && out >= 0) return out;
+  throw Error(Fault::usage,
+              {name + " is '" + text + "', needed: a whole number", "the environment",
+               "Give --nodes, --node-rank, --master-addr and --master-port instead."});
+}
+
+LocalLaunch launch_of(const Recipe& recipe, std::vector<std::string> command) {
+  LocalLaunch launch;
+  launch.command = std::move(command);
+  launch.command.insert(launch.command.begin(), own_program().string());
+  launch.ranks = recipe.machine.ranks;
+  launch.threads = recipe.compute.threads.value_or(0);
+  return launch;
+}
+
+}  // namespace
+
+std::optional<int> train_in_ranks(const TrainArguments& arguments,
+                                  std::vector<std::string> command) {
+  // Somebody started the ranks, of which this is one.
+  if (!environment_value("WORLD_SIZE").empty() || !environment_value("RANK").empty()) {
+    return std::nullopt;
+  }
+  if (const auto place = slurm_place(environment_value)) {
+    for (const std::string& entry : rank_environment(*place, {})) {
+      const std::size_t equals = entry.find('=');
+      ::setenv(entry.substr(0, equals).c_str(), entry.substr(equals + 1).c_str(), 1);
+    }
+    return std::nullopt;
+  }
+  const Recipe recipe = open_recipe(arguments.recipe, arguments.overrides).recipe;
+  if (recipe.machine.ranks < 2) return std::nullopt;
+  return launch_local(launch_of(recipe, std::move(command)));
+}
+
+std::optional<int> launch_here(const LaunchLocalArguments& arguments,
+                               std::vector<std::string> command) {
+  const Recipe recipe = open_recipe(arguments.train.recipe, arguments.train.overrides).recipe;
+  LocalLaunch launch = launch_of(recipe, std::move(command));
+  launch.nodes = arguments.nodes;
+  launch.node_rank = arguments.node_rank;
+  launch.master_addr = arguments.master_addr;
+  launch.master_port = arguments.master_port;
+  if (launch.nodes == 0) {
+    launch.nodes = pet_number("PET_NNODES", 1);
+    launch.node_rank = pet_number("PET_NODE_RANK", 0);
+    launch.master_addr = environment_value("PET_MASTER_ADDR");
+    launch.master_port = pet_number("PET_MASTER_PORT", 0);
+  }
+  const auto refuse = [](const std::string& what, const std::string& mend) {
+    throw Error(Fault::usage, {what, "the command line of tailor launch local", mend});
+  };
+  if (launch.nodes < 2) {
+    launch.nodes = 1;
+    launch.node_rank = 0;
+    launch.master_addr = "127.0.0.1";
+    launch.master_port = 0;
+    if (launch.ranks < 2) return std::nullopt;
+    return launch_local(launch);
+  }
+  if (launch.ranks % launch.nodes != 0) {
+    refuse(std::to_string(launch.ranks) + " ranks do not spread evenly over " +
+               std::to_string(launch.nodes) + " nodes",
+           "Change machine.ranks or --nodes.");
+  }
+  if (launch.node_rank >= launch.nodes) {
+    refuse("--node-rank is " + std::to_string(launch.node_rank) + " of " +
+               std::to_string(launch.nodes) + " nodes",
+           "Count from 0.");
+  }
+  if (launch.master_addr.empty() || launch.master_port == 0) {
+    refuse("several nodes need --master-addr and --master-port",
+           "Give the address of node 0 and a port that is free there, the same on every node.");
+  }
+  launch.ranks /= launch.nodes;
+  return launch_local(launch);
+}
+
+}  // namespace tailor
