@@ -24,6 +24,8 @@ tailor_pkg(URING liburing liburing-dev)
 
 find_path(NLOHMANN_INCLUDE nlohmann/json.hpp)
 tailor_require(NLOHMANN_INCLUDE nlohmann-json3-dev)
+find_path(GLOO_INCLUDE gloo/algorithm.h)
+tailor_require(GLOO_INCLUDE libgloo-dev)
 find_path(CLI11_INCLUDE CLI/CLI.hpp)
 tailor_require(CLI11_INCLUDE libcli11-dev)
 

@@ -1,0 +1,409 @@
+#include "trainer/ranks/c10d_ranks.h"
+
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <numeric>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+
+#include "base/clock.h"
+#include "trainer/ranks/c10d_store.h"
+
+namespace tailor {
+namespace {
+
+using Gloo = c10d::ProcessGroupGloo;
+using WorkPointer = c10::intrusive_ptr<c10d::Work>;
+
+/// What all communicators of a process share.
+struct Shared {
+  std::unique_ptr<RankStore> store;
+  std::vector<RankPeer> peers;
+  std::unique_ptr<RankWatch> watch;
+  double connect_timeout_s = 30;
+};
+
+at::Tensor bytes_tensor(const void* data, std::size_t bytes) {
+  return at::from_blob(const_cast<void*>(data), {static_cast<std::int64_t>(bytes)},
+                       at::TensorOptions(at::kByte));
+}
+
+c10::intrusive_ptr<Gloo> open_gloo(Shared& shared, const std::string& prefix,
+                                   const std::vector<int>& members, int place) {
+  const RankPeer& me =
+      shared.peers[static_cast<std::size_t>(members[static_cast<std::size_t>(place)])];
+  const auto milliseconds = std::chrono::milliseconds(
+      static_cast<std::int64_t>(1000 * std::max(1.0, shared.connect_timeout_s)));
+  auto options = Gloo::Options::create(milliseconds);
+  // Nothing runs on c10d's own threads: sends and receives are the device thread's work.
+  options->threads = 1;
+  const char* const interface = std::getenv("GLOO_SOCKET_IFNAME");
+  const bool named = interface != nullptr && *interface != '\0';
+  try {
+    // One device, that is one thread, for each communicator: they do not wait for each other.
+    options->devices.push_back(named ? Gloo::createDeviceForInterface(interface)
+                                     : Gloo::createDeviceForHostname(me.address));
+    return c10::make_intrusive<Gloo>(
+        c10::make_intrusive<c10d::PrefixStore>(prefix, c10d_store(*shared.store)), place,
+        static_cast<int>(members.size()), options);
+  } catch (const std::exception& fault) {
+    const std::string text = fault.what();
+    throw Error(
+        Fault::device,
+        {"Gloo cannot connect the ranks: " + text.substr(0, text.find('\n')),
+         peer_text(me) + ", " +
+             (named ? std::string("GLOO_SOCKET_IFNAME=") + interface : "address " + me.address),
+         "Set GLOO_SOCKET_IFNAME to the network interface by which the hosts reach each "
+         "other (`ip -br addr`), and let no firewall stand between them."});
+  }
+}
+
+/// Everything is made of sends and receives between pairs of ranks: Gloo's device thread moves them
+/// between socket and caller's memory without a copy, and a wait can be ended from outside, which
+/// Gloo's own collectives do not allow.
+class GlooRanks final : public Ranks {
+ public:
+  /// `members`: the ranks of the run that talk here; this process is members[place].
+  GlooRanks(std::shared_ptr<Shared> shared, std::string prefix, std::string name,
+            std::vector<int> members, int place, bool owner)
+      : shared_(std::move(shared)),
+        prefix_(std::move(prefix)),
+        name_(std::move(name)),
+        members_(std::move(members)),
+        place_(place),
+        owner_(owner) {
+    const RankWatch::Call call(watch(), "connecting" + of_name());
+    if (members_.size() > 1) group_ = open_gloo(*shared_, prefix_, members_, place_);
+    on_death_ = watch()->on_death([this] { abort(); });
+  }
+  ~GlooRanks() override {
+    if (owner_) watch()->close();  // all are done with each other before connections close
+    watch()->forget(on_death_);
+  }
+
+  RankWatch* watch() const { return shared_->watch.get(); }
+  int rank() const override { return place_; }
+  int size() const override { return static_cast<int>(members_.size()); }
+
+  void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) override {
+    TAILOR_CHECK(all.size() == mine.size() * count());
+    const Timed timed(*this, Collective::all_gather, parts_sent(mine.size()));
+    gather_all(mine.data(), all.data(), mine.size());
+  }
+
+  void reduce_scatter(std::span<float> all, std::span<float> mine) override {
+    TAILOR_CHECK(all.size() == mine.size() * count());
+    const Timed timed(*this, Collective::reduce_scatter, parts_sent(mine.size_bytes()));
+    const std::size_t n = mine.size();
+    scratch_.resize(std::max(scratch_.size(), n * (count() - 1)));
+    std::vector<Piece> sends, receives;
+    for (int step = 1; step < size(); ++step) {
+      const int to = (place_ + step) % size();
+      sends.push_back({to, all.data() + n * index(to), mine.size_bytes()});
+    }
+    for (int from = 0; from < size(); ++from) {
+      if (from == place_) continue;
+      receives.push_back({from, scratch_.data() + n * receives.size(), mine.size_bytes()});
+    }
+    // In rank order, each part as soon as it and those before it are there.
+    std::vector<float> sum(n, 0.0F);
+    const auto add = [&](const float* part) {
+      for (std::size_t i = 0; i < n; ++i) sum[i] += part[i];
+    };
+    int next = 0;
+    const auto add_own = [&] {
+      if (next++ == place_) add(all.data() + n * index(place_));
+    };
+    exchange(sends, receives, [&](std::size_t at) {
+      if (next == place_) add_own();
+      add(static_cast<const float*>(receives[at].data));
+      ++next;
+    });
+    if (next == place_) add_own();
+    std::copy(sum.begin(), sum.end(), mine.begin());
+  }
+
+  void all_reduce(std::span<double> values, Reduce how) override {
+    const Timed timed(*this, Collective::all_reduce, 2 * parts_sent(values.size_bytes() / count()));
+    std::vector<double> all(values.size() * count());
+    gather_all(values.data(), all.data(), values.size_bytes());
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      double out = all[i];
+      for (std::size_t r = 1; r < count(); ++r) {
+        const double other = all[r * values.size() + i];
+        out = how == Reduce::sum ? out + other : std::max(out, other);
+      }
+      values[i] = out;
+    }
+  }
+
+  void gather(std::span<const std::byte> mine, std::span<std::byte> all, int root) override {
+    TAILOR_CHECK(all.size() == (place_ == root ? mine.size() * count() : 0));
+    const Timed timed(*this, Collective::gather,
+                      place_ == root ? 0 : static_cast<std::int64_t>(mine.size()));
+    if (place_ != root) {
+      exchange({{root, mine.data(), mine.size()}}, {});
+      return;
+    }
+    std::vector<Piece> receives;
+    for (int from = 0; from < size(); ++from) {
+      if (from != place_)
+        receives.push_back({from, all.data() + mine.size() * index(from), mine.size()});
+    }
+    copy_own(mine.data(), all.data(), mine.size());
+    exchange({}, receives);
+  }
+
+  void broadcast(std::span<std::byte> bytes, int root) override {
+    const Timed timed(*this, Collective::broadcast, place_ == root ? parts_sent(bytes.size()) : 0);
+    if (place_ != root) {
+      exchange({}, {{root, bytes.data(), bytes.size()}});
+      return;
+    }
+    std::vector<Piece> sends;
+    for (int step = 1; step < size(); ++step) {
+      sends.push_back({(place_ + step) % size(), bytes.data(), bytes.size()});
+    }
+    exchange(sends, {});
+  }
+
+  /// Each rank hears, over one in 2, 4, 8 ..., of all: log2 of the ranks rounds.
+  void barrier() override {
+    const Timed timed(*this, Collective::barrier, 0);
+    std::byte word{1}, heard{};
+    for (int step = 1; step < size(); step *= 2) {
+      exchange({{(place_ + step) % size(), &word, 1}},
+               {{(place_ - step + size()) % size(), &heard, 1}});
+    }
+  }
+
+  std::unique_ptr<Ranks> channel(const std::string& name) override {
+    return part(name, "channel", members_);
+  }
+
+  std::unique_ptr<Ranks> node_channel(const std::string& name) override {
+    const std::vector<int> nodes = nodes_of_ranks(shared_->peers);
+    const auto node_of = [&](int rank) { return nodes[static_cast<std::size_t>(rank)]; };
+    const int node = node_of(members_[index(place_)]);
+    std::vector<int> members;
+    for (const int rank : members_) {
+      if (node_of(rank) == node) members.push_back(rank);
+    }
+    return part(name, "node " + std::to_string(node), members);
+  }
+
+  void abort() noexcept override {
+    const std::lock_guard lock(mutex_);
+    aborted_ = true;
+    for (const WorkPointer& work : works_) {
+      try {
+        work->abort();
+      } catch (...) {
+        // It has ended by itself.
+      }
+    }
+  }
+
+  RankTraffic traffic() const override { return traffic_; }
+
+ private:
+  struct Piece {
+    int peer;
+    const void* data;  ///< written to where it is received
+    std::size_t bytes;
+  };
+
+  /// Counts a call, and says to the watch that it is under way.
+  class Timed {
+   public:
+    Timed(GlooRanks& ranks, Collective what, std::int64_t payload_bytes)
+        : line_(ranks.traffic_.of(what)),
+          payload_bytes_(payload_bytes),
+          call_(ranks.watch(), ranks.begin(what)) {}
+    Timed(const Timed&) = delete;
+    Timed& operator=(const Timed&) = delete;
+    ~Timed() {
+      ++line_.calls;
+      line_.payload_bytes += payload_bytes_;
+      line_.seconds += seconds_now() - began_;
+    }
+
+   private:
+    RankTraffic::Line& line_;
+    std::int64_t payload_bytes_;
+    double began_ = seconds_now();
+    RankWatch::Call call_;
+  };
+
+  static std::size_t index(int rank) { return static_cast<std::size_t>(rank); }
+  std::size_t count() const { return members_.size(); }
+  std::int64_t parts_sent(std::size_t part_bytes) const {
+    return static_cast<std::int64_t>(part_bytes * (count() - 1));
+  }
+  std::string of_name() const { return name_.empty() ? "" : " of " + name_; }
+  std::string begin(Collective what) {
+    doing_ = std::string(collective_name(what)) + " " + std::to_string(++calls_) + of_name();
+    return doing_;
+  }
+
+  void copy_own(const void* mine, std::byte* all, std::size_t bytes) const {
+    std::byte* const own = all + bytes * index(place_);
+    if (bytes > 0 && own != mine) std::memcpy(own, mine, bytes);
+  }
+
+  void gather_all(const void* mine, void* all, std::size_t bytes) {
+    auto* const parts = static_cast<std::byte*>(all);
+    copy_own(mine, parts, bytes);
+    std::vector<Piece> sends, receives;
+    for (int step = 1; step < size(); ++step) {
+      const int to = (place_ + step) % size(), from = (place_ - step + size()) % size();
+      sends.push_back({to, mine, bytes});
+      receives.push_back({from, parts + bytes * index(from), bytes});
+    }
+    exchange(sends, receives);
+  }
+
+  std::unique_ptr<Ranks> part(const std::string& name, const std::string& kind,
+                              const std::vector<int>& members) {
+    barrier();  // the store need not wait for who comes late
+    const int rank = members_[index(place_)];
+    const auto at = std::find(members.begin(), members.end(), rank) - members.begin();
+    return std::make_unique<GlooRanks>(
+        shared_, prefix_ + "/" + kind + " " + std::to_string(++parts_) + " " + name, name, members,
+        static_cast<int>(at), false);
+  }
+
+  /// Sends and receives at once; `received` is called in the order of `receives`. Returns when all
+  /// are done. Empty pieces are skipped: both sides know their size.
+  void exchange(const std::vector<Piece>& sends, const std::vector<Piece>& receives,
+                const std::function<void(std::size_t)>& received = {}) {
+    const int tag = static_cast<int>(++exchanges_ & 0x3FFFFFFF);
+    std::vector<WorkPointer> posted_receives(receives.size()), posted_sends(sends.size());
+    const auto post = [&](const std::vector<Piece>& pieces, std::vector<WorkPointer>& posted,
+                          auto&& how) {
+      for (std::size_t i = 0; i < pieces.size(); ++i) {
+        if (pieces[i].bytes == 0) continue;
+        guarded(pieces[i].peer, [&] {
+          std::vector<at::Tensor> tensor = {bytes_tensor(pieces[i].data, pieces[i].bytes)};
+          posted[i] = how(tensor, pieces[i].peer);
+          const std::lock_guard lock(mutex_);
+          works_.push_back(posted[i]);
+        });
+      }
+    };
+    const InFlight in_flight(*this);
+    post(receives, posted_receives, [&](std::vector<at::Tensor>& tensor, int peer) {
+      return group_->recv(tensor, peer, tag);
+    });
+    post(sends, posted_sends, [&](std::vector<at::Tensor>& tensor, int peer) {
+      return group_->send(tensor, peer, tag);
+    });
+    for (std::size_t i = 0; i < receives.size(); ++i) {
+      wait(posted_receives[i], receives[i].peer);
+      if (received) received(i);
+    }
+    for (std::size_t i = 0; i < sends.size(); ++i) wait(posted_sends[i], sends[i].peer);
+  }
+
+  void wait(const WorkPointer& work, int peer) {
+    if (!work) return;
+    guarded(peer, [&] {
+      const double limit = watch()->options().collective_timeout_s;
+      if (!work->wait(std::chrono::milliseconds(static_cast<std::int64_t>(limit * 1000)))) {
+        throw std::runtime_error("aborted");
+      }
+    });
+  }
+
+  /// What c10d throws becomes what the watch knows.
+  template <class Body>
+  void guarded(int peer, const Body& body) {
+    std::string fault;
+    const double began = seconds_now();
+    try {
+      {
+        const std::lock_guard lock(mutex_);
+        if (aborted_) throw std::runtime_error("aborted");
+      }
+      body();
+      return;
+    } catch (const std::exception& error) {
+      fault = error.what();
+    }
+    fault = fault.substr(0, fault.find('\n'));
+    bool aborted = false;
+    {
+      const std::lock_guard lock(mutex_);
+      aborted = std::exchange(aborted_, true);
+    }
+    if (aborted) throw watch()->explain(-1, fault);
+    if (seconds_now() - began >= watch()->options().collective_timeout_s) {
+      throw watch()->too_slow(doing_);
+    }
+    throw watch()->explain(members_[index(peer)], fault);
+  }
+
+  /// abort() reaches what is listed here.
+  struct InFlight {
+    explicit InFlight(GlooRanks& ranks) : ranks_(ranks) {}
+    InFlight(const InFlight&) = delete;
+    InFlight& operator=(const InFlight&) = delete;
+    ~InFlight() {
+      const std::lock_guard lock(ranks_.mutex_);
+      ranks_.works_.clear();
+    }
+    GlooRanks& ranks_;
+  };
+
+  std::shared_ptr<Shared> shared_;
+  std::string prefix_, name_;
+  std::vector<int> members_;
+  int place_;
+  bool owner_;
+  int on_death_ = 0, parts_ = 0;
+  std::int64_t calls_ = 0, exchanges_ = 0;
+  std::string doing_;
+  RankTraffic traffic_;
+  std::vector<float> scratch_;
+
+  std::mutex mutex_;
+  bool aborted_ = false;
+  std::vector<WorkPointer> works_;
+  c10::intrusive_ptr<Gloo> group_;  ///< none where a rank is alone
+};
+
+}  // namespace
+
+RankBackend rank_backend(const std::string& name) {
+  if (name == "auto") return RankBackend::automatic;
+  if (name == "gloo") return RankBackend::gloo;
+  if (name == "nccl") return RankBackend::nccl;
+  throw Error(Fault::usage,
+              {"backend '" + name + "' is not known", "backend", "Use auto, gloo or nccl."});
+}
+
+std::unique_ptr<Ranks> connect_ranks(const RankEnv& env, const ConnectOptions& options) {
+  RankMeeting meeting = meet_ranks(env, options.meet);
+  auto shared = std::make_shared<Shared>();
+  shared->connect_timeout_s = options.meet.connect_timeout_s;
+  shared->peers = std::move(meeting.peers);
+  shared->store = std::move(meeting.store);
+  shared->watch = std::make_unique<RankWatch>(shared->store->connect_again(), shared->peers,
+                                              env.rank, meeting.place, meeting.keeps_store,
+                                              meeting.agent_store, options.watch);
+  std::vector<int> members(shared->peers.size());
+  std::iota(members.begin(), members.end(), 0);
+  return std::make_unique<GlooRanks>(shared, "ranks", "", members, env.rank, true);
+}
+
+RankWatch* watch_of(Ranks& ranks) {
+  auto* const ours = dynamic_cast<GlooRanks*>(&ranks);
+  return ours == nullptr ? nullptr : ours->watch();
+}
+
+}  // namespace tailor
