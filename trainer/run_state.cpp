@@ -256,37 +256,13 @@ void write_shard(const fs::path& path, const Adapter& adapter, const AdamW& opti
   write_safetensors(path, tensors);
 }
 
-/// Runs `part` on this rank; what it throws it throws, and on every other rank an Error of its own
-/// that names this one.
-template <class Part>
-void together(const StateShare* share, const std::string& doing, const Part& part) {
+/// `part`, of all ranks where there are more than one.
+void together(const StateShare* share, const std::string& doing,
+              const std::function<void()>& part) {
   if (share == nullptr) {
     part();
-    return;
-  }
-  std::exception_ptr failure;
-  std::string words;
-  int code = static_cast<int>(Fault::internal);
-  try {
-    part();
-  } catch (const Error& error) {
-    failure = std::current_exception();
-    words = error.parts().what;
-    code = error.exit_code();
-  } catch (const std::exception& error) {
-    failure = std::current_exception();
-    words = error.what();
-  }
-  const std::vector<std::string> all = all_texts(
-      share->ranks, failure ? std::to_string(code) + " " + (words.empty() ? "failed" : words) : "");
-  if (failure) std::rethrow_exception(failure);
-  for (std::size_t r = 0; r < all.size(); ++r) {
-    if (all[r].empty()) continue;
-    const std::size_t space = all[r].find(' ');
-    throw Error(static_cast<Fault>(std::stoi(all[r].substr(0, space))),
-                {"rank " + std::to_string(r) + " failed " + doing + ": " + all[r].substr(space + 1),
-                 "rank " + std::to_string(share->ranks.rank()),
-                 "That rank's own message says how to mend it."});
+  } else {
+    together(share->ranks, doing, part);
   }
 }
 

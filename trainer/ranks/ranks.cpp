@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <numeric>
 
 #include "base/error.h"
@@ -48,6 +49,33 @@ bool any_rank(Ranks& ranks, bool mine) {
 double sum_over_ranks(Ranks& ranks, double mine) {
   ranks.all_reduce({&mine, 1}, Reduce::sum);
   return mine;
+}
+
+void together(Ranks& ranks, const std::string& doing, const std::function<void()>& body) {
+  if (ranks.alone()) {
+    body();
+    return;
+  }
+  std::exception_ptr failure;
+  std::string words;
+  try {
+    body();
+  } catch (const Error& error) {
+    failure = std::current_exception();
+    words = std::to_string(error.exit_code()) + " " + error.parts().what;
+  } catch (const std::exception& error) {
+    failure = std::current_exception();
+    words = std::to_string(static_cast<int>(Fault::internal)) + " " + error.what();
+  }
+  const std::vector<std::string> all = all_texts(ranks, words);
+  if (failure) std::rethrow_exception(failure);
+  for (std::size_t r = 0; r < all.size(); ++r) {
+    if (all[r].empty()) continue;
+    const std::size_t space = all[r].find(' ');
+    throw Error(static_cast<Fault>(std::stoi(all[r].substr(0, space))),
+                {"rank " + std::to_string(r) + " failed " + doing + ": " + all[r].substr(space + 1),
+                 "rank " + std::to_string(ranks.rank()), "That rank's own message says more."});
+  }
 }
 
 void require_agreement(Ranks& ranks, std::span<const SharedFact> facts) {

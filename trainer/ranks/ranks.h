@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -80,6 +81,11 @@ std::vector<std::string> all_texts(Ranks& ranks, const std::string& mine);
 /// Whether any rank says so. Collective.
 bool any_rank(Ranks& ranks, bool mine);
 double sum_over_ranks(Ranks& ranks, double mine);
+
+/// Runs `body` on every rank. What it throws on one is thrown there, and on every other rank an
+/// Error of the same fault that names this one: nobody goes on alone, and nobody waits. `doing`
+/// completes "rank 2 failed ...". Collective.
+void together(Ranks& ranks, const std::string& doing, const std::function<void()>& body);
 
 /// Throws Error{usage} on every rank when they do not all have the same `facts`: pairs of what a
 /// person calls the thing, and its value or digest, in one order. Names the first that differs,
