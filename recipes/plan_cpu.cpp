@@ -157,7 +157,7 @@ void Planner::add_cpu_memory(bool keep, double value_bytes) {
   item(Home::host, "weights", resident,
        streamed_bytes_ > 0 ? gb(streamed_bytes_) + " more come from disk on each pass"
                            : "all of the frozen model");
-  if (streamed_bytes_ > 0) add_cpu_ring();
+  add_cpu_ring();
   plan.device_tile_bytes = std::llround(resident);
   plan.host_bytes_peak = {sum(Home::host), "bytes", sum_text(Home::host)};
   plan.device_bytes_peak = {0, "bytes", "the CPU is the device: see host_bytes_peak"};
@@ -187,13 +187,25 @@ void Planner::add_cpu_ring() {
       other * (as_double(model_.attention_parameters()) +
                as_double(std::max(model_.dense_layers > 0 ? model_.dense_mlp_parameters() : 0,
                                   model_.shared_experts * model_.expert_parameters())));
-  const std::int64_t expert_slots = ring_slots(static_cast<std::int64_t>(experts));
-  const std::int64_t head_slots = ring_slots(static_cast<std::int64_t>(head), kHeadRingBytes);
+  if (ranks_ > 1) {
+    item(Home::host, "gathered tiles",
+         ranks_ * ((experts + head) * as_double(kGatherSlots) + layer * as_double(kLayerSlots)),
+         "whole tiles, each rank: " + std::to_string(kGatherSlots) + " slots of " + gb(experts) +
+             " for experts and of " + gb(head) + " for the head, " + std::to_string(kLayerSlots) +
+             " of " + gb(layer) + " for the rest of a layer");
+  }
+  if (streamed_bytes_ <= 0) return;
+  // Of several ranks each reads its part of a tile.
+  const std::int64_t expert_slots = ring_slots(static_cast<std::int64_t>(experts / ranks_));
+  const std::int64_t head_slots =
+      ring_slots(static_cast<std::int64_t>(head / ranks_), kHeadRingBytes);
   plan.ring_bytes = std::llround(experts * as_double(expert_slots) + head * as_double(head_slots) +
                                  layer * as_double(kLayerSlots));
   item(Home::host, "ring", as_double(plan.ring_bytes),
-       (experts > 0 ? std::to_string(expert_slots) + " slots of " + gb(experts) + " for experts, "
-                    : std::string()) +
+       (ranks_ > 1 ? "parts of tiles, over all ranks: " : std::string()) +
+           (experts > 0
+                ? std::to_string(expert_slots) + " slots of " + gb(experts) + " for experts, "
+                : std::string()) +
            std::to_string(head_slots) + " of " + gb(head) + " for the head, " +
            std::to_string(kLayerSlots) + " of " + gb(layer) + " for the rest of a layer");
 }

@@ -57,6 +57,11 @@ StepMetrics step_from(const JsonReader& reader) {
           .tokens_per_second = reader.number("tokens_per_second", kNan),
           .stream_bytes = reader.integer("stream_bytes", 0),
           .stall_seconds = reader.number("stall_seconds", 0),
+          .exchange_bytes = reader.has("exchange_bytes")
+                                ? std::optional(reader.integer("exchange_bytes"))
+                                : std::nullopt,
+          .exchange_seconds = number_or_null(reader, "exchange_seconds"),
+          .exchange_exposed_seconds = number_or_null(reader, "exchange_exposed_seconds"),
           .gpu_hours = reader.number("gpu_hours", kNan),
           .usd = number_or_null(reader, "usd")};
 }
@@ -95,8 +100,8 @@ int for_each_line(std::string_view text, const Use& use) {
 }  // namespace
 
 std::string to_line(const StepMetrics& metrics) {
-  return Line()
-      .add("step", metrics.step)
+  Line line;
+  line.add("step", metrics.step)
       .add("loss", metrics.loss)
       .add("learning_rate", metrics.learning_rate)
       .add("grad_norm", metrics.grad_norm)
@@ -105,10 +110,13 @@ std::string to_line(const StepMetrics& metrics) {
       .add("seconds", metrics.seconds)
       .add("tokens_per_second", metrics.tokens_per_second)
       .add("stream_bytes", metrics.stream_bytes)
-      .add("stall_seconds", metrics.stall_seconds)
-      .add("gpu_hours", metrics.gpu_hours)
-      .add("usd", metrics.usd)
-      .text();
+      .add("stall_seconds", metrics.stall_seconds);
+  if (metrics.exchange_bytes) {
+    line.add("exchange_bytes", *metrics.exchange_bytes)
+        .add("exchange_seconds", metrics.exchange_seconds)
+        .add("exchange_exposed_seconds", metrics.exchange_exposed_seconds);
+  }
+  return line.add("gpu_hours", metrics.gpu_hours).add("usd", metrics.usd).text();
 }
 
 std::string to_line(const EvalMetrics& metrics) {
