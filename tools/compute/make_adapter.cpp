@@ -72,8 +72,10 @@ void take_factors(const Adapter& given, const std::string& from, Adapter& adapte
 }
 
 Adapter make_adapter(const Recipe& recipe, const LoraOptions& options, const ModelSpec& spec,
-                     const ArenaHome& home) {
-  Adapter adapter = Adapter::create(spec, options, static_cast<std::uint64_t>(recipe.seed), home);
+                     const ArenaHome& home,
+                     const std::function<void(const Adapter&, const LoraSite&)>& filled) {
+  Adapter adapter =
+      Adapter::create(spec, options, static_cast<std::uint64_t>(recipe.seed), home, filled);
   if (!recipe.lora.init_from) return adapter;
   const Adapter given = read_peft_adapter(*recipe.lora.init_from, spec);
   for (std::size_t i = 0; i < std::max(adapter.sites().size(), given.sites().size()); ++i) {

@@ -23,10 +23,6 @@ void refuse_unsupported(const Recipe& recipe) {
                           const std::string& mend) {
     throw Error(Fault::usage, {what, recipe.name + ": " + key, mend});
   };
-  if (recipe.machine.ranks != 1) {
-    refuse("training on " + std::to_string(recipe.machine.ranks) + " ranks is not possible yet",
-           "machine.ranks", "Set machine.ranks: 1; `tailor plan` answers for more.");
-  }
   if (recipe.logging.mlflow) {
     refuse("logging to MLflow is not possible yet", "logging.mlflow",
            "Set logging.mlflow: null; metrics.jsonl and TensorBoard files are written.");
@@ -104,6 +100,7 @@ OpenedModel open_store(const fs::path& folder, const fs::path& path, at::ScalarT
   StreamOptions options;
   options.device_bytes = request.device_bytes;
   options.host_bytes = request.host_bytes;
+  options.ranks = request.ranks;
   if (!options.device_bytes && !options.host_bytes && !request.all_resident) {
     const std::int64_t free = free_memory(folder);
     if (store->layout().bytes() > free / 10 * 8) options.host_bytes = free / 2;
@@ -116,6 +113,12 @@ OpenedModel open_store(const fs::path& folder, const fs::path& path, at::ScalarT
 }
 
 }  // namespace
+
+void pack_base(const fs::path& folder, const BaseRequest& request) {
+  if (request.pack && request.store.empty() && !Store::is_store(folder)) {
+    cached_store(folder, request);
+  }
+}
 
 OpenedModel open_model(const fs::path& folder, at::ScalarType dtype, const BaseRequest& request) {
   const double began = seconds_now();
@@ -154,6 +157,13 @@ OpenedModel open_model(const fs::path& folder, at::ScalarType dtype, const BaseR
 
 std::string stream_text(const StreamFacts& facts) {
   const std::int64_t all = facts.resident_bytes + facts.streamed_bytes;
+  if (facts.ranks > 1) {
+    std::string out = bytes_text(facts.tile_bytes) + " over " + std::to_string(facts.ranks) +
+                      " ranks, a rank's part " + bytes_text(all) + ": " +
+                      bytes_text(facts.resident_bytes) + " in memory";
+    if (facts.streamed_bytes > 0) out += ", the rest is read from disk on each pass";
+    return out + "; gathered into " + bytes_text(facts.ring_bytes) + " of slots";
+  }
   if (facts.streamed_bytes == 0) return "all " + bytes_text(all) + " in memory";
   std::string out = bytes_text(facts.resident_bytes) + " of " + bytes_text(all) +
                     " in memory, the rest is read from disk on each pass (" +

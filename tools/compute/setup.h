@@ -15,7 +15,7 @@ namespace tailor {
 /// What train, eval and generate all begin with.
 
 /// Throws for what this version knows but cannot do yet, each by its key: CUDA (Error{device}),
-/// several ranks, MLflow.
+/// MLflow.
 void refuse_unsupported(const Recipe& recipe);
 
 /// "auto" and "cpu" pass; "cuda" is an Error{device}.
@@ -37,7 +37,11 @@ struct BaseRequest {
   /// what is free, else half of that.
   std::optional<std::int64_t> device_bytes, host_bytes;
   bool all_resident = false;  ///< the plan found that everything fits
+  Ranks* ranks = nullptr;     ///< that share the store's tiles; opening is collective then
 };
+
+/// Packs the base that a request with `pack` means into the cache, if it is not there.
+void pack_base(const fs::path& folder, const BaseRequest& request);
 
 struct OpenedModel {
   fs::path folder;

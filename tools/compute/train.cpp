@@ -1,5 +1,3 @@
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -12,12 +10,10 @@
 #include "base/log.h"
 #include "base/memory.h"
 #include "base/text.h"
-#include "data/runs/ledger.h"
 #include "data/runs/metrics.h"
 #include "data/runs/report.h"
 #include "data/runs/run_folder.h"
-#include "data/runs/segment_timer.h"
-#include "data/runs/tensorboard.h"
+#include "data/store/fingerprint.h"
 #include "data/tokens/token_store.h"
 #include "recipes/machine.h"
 #include "recipes/model_facts.h"
@@ -25,6 +21,8 @@
 #include "recipes/write.h"
 #include "tools/compute/make_adapter.h"
 #include "tools/compute/progress.h"
+#include "tools/compute/run_books.h"
+#include "tools/compute/run_ranks.h"
 #include "tools/compute/setup.h"
 #include "tools/compute_verbs.h"
 #include "tools/interrupt.h"
@@ -52,12 +50,8 @@ Schedule make_schedule(const TrainingRecipe& recipe, std::int64_t steps) {
   return out;
 }
 
-std::string host_name() {
-  std::array<char, 256> name{};
-  return ::gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "unknown";
-}
-
-/// One run from its recipe to its report; see run_train. Members in the order they come to be.
+/// One run from its recipe to its report, on one rank of it; see run_train. Members in the order
+/// they come to be.
 class Run {
  public:
   explicit Run(const TrainArguments& arguments)
@@ -69,32 +63,75 @@ class Run {
                   {"a PostgreSQL ledger is not possible yet", recipe().name + ": cost.ledger",
                    "Leave cost.ledger at null, or give a file's path."});
     }
-    set_threads(recipe().compute.threads.value_or(0));
   }
   Run(const Run&) = delete;
   Run& operator=(const Run&) = delete;
   ~Run() {
     std::error_code ignored;
-    if (folder_) fs::remove(scratch(), ignored);
+    if (!scratch_.empty()) fs::remove(scratch_, ignored);
   }
 
   int go() {
+    ranks_ = std::make_unique<RunRanks>();
+    const int code = ranks_->run([&] { return run(); });
+    if (stopped_) throw *stopped_;
+    return code;
+  }
+
+ private:
+  const Recipe& recipe() const { return file_.recipe; }
+
+  int run() {
+    take_ranks();
+    ranks_->doing("preparing");
     prepare_inputs();
     open_folder();
     if (finished_before()) return 0;
     begin_books();
     try {
+      ranks_->doing("loading the model");
       load();
       const Ending ending = loop();
       return finish(ending);
     } catch (const Error& error) {
-      close_books(error);
+      if (books_) books_->fail(error);
       throw;
     }
   }
 
- private:
-  const Recipe& recipe() const { return file_.recipe; }
+  /// machine.ranks is what was started; where the recipe says another number, one of them is wrong.
+  void take_ranks() {
+    int& ranks = file_.recipe.machine.ranks;
+    Origin& origin = file_.origins["machine.ranks"];
+    if (ranks != ranks_->size() && origin.kind != Origin::Kind::default_value) {
+      throw Error(Fault::usage, {"machine.ranks is " + std::to_string(ranks) + ", and " +
+                                     std::to_string(ranks_->size()) + " ranks were started",
+                                 recipe().name + ": machine.ranks",
+                                 "Set machine.ranks: " + std::to_string(ranks_->size()) +
+                                     ", or start as many ranks as the recipe says."});
+    }
+    ranks = ranks_->size();
+    set_threads(
+        recipe().compute.threads.value_or(std::max(1, set_threads(0) / ranks_->sharing_cores())));
+  }
+
+  /// The ranks must be at the same thing. What differs from machine to machine is not compared.
+  void require_agreement() {
+    if (ranks_->others() == nullptr) return;
+    const std::vector<SharedFact> facts = {
+        {"the program's version", TAILOR_VERSION},
+        {"the recipe", sha256_hex(resolved_text(file_)) + " (" + recipe().name + ")"},
+        {"the training data", data_.digest},
+        {"the base model", model_identity()}};
+    tailor::require_agreement(ranks_->all(), facts);
+  }
+
+  /// Of the store's manifest or the model's weights: their shapes and places.
+  std::string model_identity() const {
+    const fs::path store = recipe_store(recipe());
+    return store.empty() ? fingerprint(Checkpoint::open(model_folder_), spec_)
+                         : Store::open(store).fingerprint();
+  }
 
   /// Everything that can be wrong without touching the output folder: model, data, targets, plan.
   void prepare_inputs() {
@@ -109,8 +146,10 @@ class Run {
     drop_targets_that_do_not_apply();
     for (const std::string& line : describe_sites(choose_sites(spec_, lora())))
       log_info("LoRA on " + line);
-    data_ = prepare_data(data_options(recipe()), model_tokenizer(model_folder_, spec_.vocab),
-                         spec_.vocab);
+    ranks_->in_turns("preparing the data", [&] {
+      data_ = prepare_data(data_options(recipe()), model_tokenizer(model_folder_, spec_.vocab),
+                           spec_.vocab);
+    });
     release_free_memory();
     train_store_ = std::make_shared<const TokenStore>(TokenStore::open(data_.train.store));
     if (data_.validation) {
@@ -121,6 +160,7 @@ class Run {
              count_text(train_store_->tokens()) + " tokens, " +
              count_text(train_store_->trained_tokens()) + " of them trained, rows " +
              number_text(100 * data_.train.fill, 3) + " % full");
+    fix_global_batch();
     const SamplerOptions sampler{recipe().global_batch_rows(), recipe().training.micro_batch_size,
                                  recipe().training.shuffle,
                                  static_cast<std::uint64_t>(recipe().seed)};
@@ -129,7 +169,20 @@ class Run {
                       sampler.rows_per_step);
     if (recipe().training.max_steps) steps_ = std::min(steps_, *recipe().training.max_steps);
     identity_ = {data_.digest, recipe().seed, sampler.rows_per_step, sampler.shuffle};
-    make_the_plan();
+    require_agreement();
+    together(ranks_->all(), "planning", [&] { make_the_plan(); });
+    agree_on_the_plan();
+  }
+
+  /// The rows of a step are fixed at a run's first start, whatever number of ranks goes on with it.
+  void fix_global_batch() {
+    std::optional<std::int64_t>& rows = file_.recipe.training.global_batch_rows;
+    const fs::path before = RunFolder::recipe(recipe().output_dir);
+    std::error_code error;
+    if (!rows && arguments_.resume && fs::exists(before, error)) {
+      rows = read_recipe(before, {}).recipe.global_batch_rows();
+    }
+    if (!rows) rows = recipe().global_batch_rows();
   }
 
   /// What lora.experts names, before anything large is read.
@@ -173,9 +226,33 @@ class Run {
     if (!plan_.fits) throw does_not_fit(plan_);
   }
 
+  /// Every rank planned for the memory it found; in what changes the order of exchanges they follow
+  /// the one that has least. The plan's resident weights are those of a machine, for its ranks.
+  void agree_on_the_plan() {
+    if (ranks_->others() == nullptr) return;
+    std::array<double, 3> needs = {plan_.keep_activations ? 0.0 : 1.0,
+                                   plan_.activations == ActivationHome::disk ? 1.0 : 0.0,
+                                   plan_.expert_state == StateHome::disk ? 1.0 : 0.0};
+    ranks_->all().all_reduce(needs, Reduce::max);
+    plan_.keep_activations = needs[0] == 0;
+    if (needs[1] > 0) plan_.activations = ActivationHome::disk;
+    if (needs[2] > 0) plan_.expert_state = StateHome::disk;
+  }
+
   void open_folder() {
-    folder_ = std::make_unique<RunFolder>(
-        RunFolder::open(recipe().output_dir, arguments_.resume, clock_));
+    // The first rank takes the folder, the others find it taken for them.
+    together(ranks_->all(), "opening the run's folder", [&] {
+      if (!ranks_->first()) return;
+      folder_ = std::make_unique<RunFolder>(
+          RunFolder::open(recipe().output_dir, arguments_.resume, clock_));
+    });
+    const std::vector<std::string> said = all_texts(
+        ranks_->all(),
+        ranks_->first() ? (folder_->resumed() ? "r" : "n") + folder_->path().string() : "");
+    resumed_ = said.front().starts_with('r');
+    path_ = said.front().substr(1);
+    scratch_ =
+        path_ / (ranks_->others() == nullptr ? "scratch" : "scratch-" + ranks_->name().substr(5));
     AdamWOptions adamw;
     adamw.beta1 = recipe().training.adam_beta1;
     adamw.beta2 = recipe().training.adam_beta2;
@@ -186,17 +263,28 @@ class Run {
       make_folders(scratch());
     }
     if (plan_.expert_state == StateHome::disk) experts_.folder = scratch();
-    adapter_ = std::make_unique<Adapter>(make_adapter(recipe(), lora(), spec_, experts_));
-    optimizer_ = std::make_unique<AdamW>(*adapter_, adamw, experts_);
-    if (!folder_->resumed()) return;
-    const auto found =
-        load_newest_checkpoint(folder_->checkpoints(), *adapter_, *optimizer_, identity_,
-                               [](const std::string& text) { log_warning(text); });
+    together(ranks_->all(), "making the adapter", [&] {
+      const auto keep_mine = [this](const Adapter& adapter, const LoraSite& site) {
+        if (ranks_->others() == nullptr) return;
+        if (!shards_) shards_.emplace(adapter, ranks_->all().rank(), ranks_->size());
+        const FactorRange filled{site.a_offset, site.a_offset + site.a_size()};
+        shards_->drop_others(adapter.arena(), filled, static_cast<std::int64_t>(sizeof(float)));
+      };
+      adapter_ =
+          std::make_unique<Adapter>(make_adapter(recipe(), lora(), spec_, experts_, keep_mine));
+      optimizer_ = std::make_unique<AdamW>(*adapter_, adamw, experts_);
+    });
+    if (shards_) share_.emplace(StateShare{ranks_->all(), *shards_});
+    if (!resumed_) return;
+    const auto found = load_newest_checkpoint(
+        RunFolder::checkpoints(path_), *adapter_, *optimizer_, identity_,
+        [](const std::string& text) { log_warning(text); }, share_ ? &*share_ : nullptr);
     if (found) first_step_ = found->step;
   }
 
   bool finished_before() {
-    if (!folder_->resumed() || first_step_ < steps_) return false;
+    if (!resumed_ || first_step_ < steps_) return false;
+    if (!ranks_->first()) return true;
     log_info("this run is finished: " + std::to_string(first_step_) + " of " +
              std::to_string(steps_) + " steps are done");
     std::error_code error;
@@ -207,56 +295,31 @@ class Run {
   }
 
   void begin_books() {
-    write_atomically(folder_->recipe(), resolved_text(file_));
-    write_atomically(folder_->plan(), plan_json(plan_).dump(2) + "\n");
-    ledger_ = Ledger::open(recipe().cost.ledger.value_or(Ledger::default_place()), clock_);
-    RunFacts facts;
-    facts.run = folder_->run();
-    facts.name = recipe().name;
-    facts.project = recipe().cost.project.value_or("");
-    facts.output_dir = folder_->path();
-    facts.base_model = recipe().base_model;
-    facts.dataset_sha256 = data_.digest;
-    facts.recipe_text = resolved_text(file_);
-    facts.recipe_sha256 = sha256_hex(facts.recipe_text);
-    facts.code_version = TAILOR_VERSION;
-    facts.seed = recipe().seed;
-    facts.usd_micros_limit = recipe().budget.usd_micros;
-    if (recipe().budget.gpu_hours) {
-      facts.device_ms_limit = static_cast<std::int64_t>(*recipe().budget.gpu_hours * 3.6e6);
-    }
-    ledger_->begin_run(facts);
-    AttemptFacts attempt;
-    attempt.host = host_name();
-    attempt.device_kind = "cpu";
-    attempt.sku = sku_;
-    attempt.usd_micros_per_device_hour = plan_.price.usd_micros_per_device_hour;
-    attempt.no_price_reason = plan_.price.reason;
-    attempt.price_id = plan_.price.id;
-    attempt.price_kind = plan_.price.kind;
-    attempt.price_source = plan_.price.source;
-    attempt.resumed_from_step = first_step_;
-    attempt_ = ledger_->begin_attempt(folder_->run(), attempt);
-    timer_ = std::make_unique<SegmentTimer>(*ledger_, attempt_, Phase::load,
-                                            SegmentTimer::Heartbeats::thread, began_steady_ms_);
+    together(ranks_->all(), "opening the ledger", [&] {
+      if (!ranks_->first()) return;
+      write_atomically(folder_->recipe(), resolved_text(file_));
+      write_atomically(folder_->plan(), plan_json(plan_).dump(2) + "\n");
+      const RunBooks::Facts facts{resolved_text(file_), data_.digest, sku_,
+                                  first_step_,          steps_,       began_steady_ms_};
+      books_ = std::make_unique<RunBooks>(recipe(), plan_, *folder_, *ranks_, clock_, facts);
+    });
   }
 
   void load() {
+    const BaseRequest request = base_request();
+    if (request.pack) {
+      ranks_->in_turns("packing the base", [&] { pack_base(model_folder_, request); });
+    }
     model_ = open_model(
         model_folder_, recipe().compute.dtype == ComputeType::bfloat16 ? at::kBFloat16 : at::kFloat,
-        base_request());
+        request);
     log_info("model: " + count_text(spec_.parameters()) + " parameters, " +
              (model_.stream ? stream_text(*model_.stream)
                             : bytes_text(model_.weight_bytes) + " in memory") +
              ", loaded in " + seconds_text(model_.load_seconds));
-    metrics_ = std::make_unique<MetricsWriter>(
-        folder_->resumed() ? MetricsWriter::resume(folder_->metrics(), first_step_)
-                           : MetricsWriter::create(folder_->metrics()));
-    if (recipe().logging.tensorboard) {
-      tensorboard_ = std::make_unique<TensorboardWriter>(folder_->path(), clock_, first_step_);
-      if (first_step_ == 0)
-        tensorboard_->text("recipe", "```yaml\n" + resolved_text(file_) + "```");
-    }
+    together(ranks_->all(), "opening metrics.jsonl", [&] {
+      if (books_) books_->open_metrics();
+    });
   }
 
   /// What the recipe's `base:` block and the plan say about the frozen weights.
@@ -267,9 +330,10 @@ class Run {
     out.store = recipe_store(recipe());
     out.formats = store_formats(base);
     const bool streams = *plan_.stream_bytes_per_step.value > 0;
-    out.pack = out.store.empty() &&
-               (base.format != BaseFormat::as_is || base.non_expert_format != BaseFormat::as_is ||
-                base.device_memory || base.host_memory || streams);
+    out.ranks = ranks_->sharing_weights();
+    out.pack = out.store.empty() && (out.ranks != nullptr || base.format != BaseFormat::as_is ||
+                                     base.non_expert_format != BaseFormat::as_is ||
+                                     base.device_memory || base.host_memory || streams);
     out.all_resident = !streams && !base.device_memory && !base.host_memory;
     if (base.device_memory && base.host_memory) {
       out.device_bytes = base.device_memory;
@@ -280,12 +344,14 @@ class Run {
       const std::int64_t rest = std::max<std::int64_t>(0, plan_.device_tile_bytes - given);
       out.device_bytes = base.device_memory ? given : base.host_memory ? rest : given + rest;
       out.host_bytes = base.host_memory ? given : base.device_memory ? rest : 0;
+      // The plan speaks of the machine, the recipe of a rank.
+      if (!base.device_memory && !base.host_memory) *out.device_bytes /= ranks_->on_this_node();
     }
     return out;
   }
 
   /// Nameless files live below it, so that it is empty whenever a run ends.
-  fs::path scratch() const { return folder_->path() / "scratch"; }
+  const fs::path& scratch() const { return scratch_; }
 
   TrainerOptions trainer_options() const {
     TrainerOptions out;
@@ -295,6 +361,7 @@ class Run {
     out.seed = static_cast<std::uint64_t>(recipe().seed);
     out.keep = plan_.keep_activations ? Activations::kept : Activations::recomputed;
     if (experts_.on_disk()) out.paged_experts = experts_;
+    out.ranks = ranks_->others();
     return out;
   }
 
@@ -306,7 +373,7 @@ class Run {
   /// An evaluation that an interruption cut short, after the step this attempt goes on from.
   bool evaluation_is_owed() const {
     if (first_step_ == 0 || !evaluates_after(first_step_)) return false;
-    const Metrics metrics = read_metrics(folder_->metrics());
+    const Metrics metrics = read_metrics(RunFolder::metrics(path_));
     return std::none_of(metrics.evals.begin(), metrics.evals.end(),
                         [&](const EvalMetrics& line) { return line.step == first_step_; });
   }
@@ -315,28 +382,43 @@ class Run {
     if (plan_.activations == ActivationHome::disk) model_.decoder->keep_in({scratch()});
     Trainer trainer(*model_.decoder, *adapter_, *optimizer_, *source_, trainer_options());
     const Interrupt interrupt;
-    RunProgress progress(steps_, first_step_);
-    if (first_step_ > 0) progress.say("going on after step " + std::to_string(first_step_));
-    timer_->switch_to(Phase::train);
-    if (evaluation_is_owed()) evaluate_now(first_step_, progress, interrupt);
+    std::optional<RunProgress> progress;
+    if (books_) progress.emplace(steps_, first_step_);
+    if (progress && first_step_ > 0) {
+      progress->say("going on after step " + std::to_string(first_step_));
+    }
+    switch_to(Phase::train);
+    const auto evaluate_after = [&](std::int64_t step) {
+      evaluate_now(step, progress ? &*progress : nullptr, interrupt);
+    };
+    if (any_rank(ranks_->all(), books_ && evaluation_is_owed())) evaluate_after(first_step_);
     double saved_at = seconds_now();
     for (std::int64_t s = first_step_; s < steps_; ++s) {
+      ranks_->doing("step " + std::to_string(s + 1));
       const StepRecord record = trainer.step(s, s + 1 < steps_ && !evaluates_after(s + 1));
-      record_step(record);
-      progress.step(record, timer_->spent().usd());
+      if (books_) {
+        books_->step(record);
+        progress->step(record, books_->usd());
+      }
       const std::int64_t done = s + 1;
-      if (evaluates_after(done)) evaluate_now(done, progress, interrupt);
-      const Ending ending = done == steps_          ? Ending::finished
-                            : interrupt.asked()     ? Ending::interrupted
-                            : over_budget(progress) ? Ending::budget
-                                                    : Ending::finished;
-      const bool stop = done == steps_ || ending != Ending::finished;
+      if (evaluates_after(done)) evaluate_after(done);
+      // The first rank keeps clock and books; whoever is asked to stop asks for all.
       const CheckpointRecipe& when = recipe().checkpoint;
-      const bool due = (when.every_steps && done % *when.every_steps == 0) ||
-                       (when.every_minutes && seconds_now() - saved_at >= *when.every_minutes * 60);
+      const bool late = when.every_minutes && seconds_now() - saved_at >= *when.every_minutes * 60;
+      std::array<double, 3> wanted = {interrupt.asked() ? 1.0 : 0.0,
+                                      books_ && books_->over_budget(*progress) ? 1.0 : 0.0,
+                                      books_ && late ? 1.0 : 0.0};
+      ranks_->all().all_reduce(wanted, Reduce::max);
+      const Ending ending = done == steps_  ? Ending::finished
+                            : wanted[0] > 0 ? Ending::interrupted
+                            : wanted[1] > 0 ? Ending::budget
+                                            : Ending::finished;
+      const bool stop = done == steps_ || ending != Ending::finished;
+      const bool due = (when.every_steps && done % *when.every_steps == 0) || wanted[2] > 0;
       if (stop || due) {
+        ranks_->doing("saving after step " + std::to_string(done));
         trainer.flush();
-        save(done);
+        save(done, trainer.sharded());
         saved_at = seconds_now();
       }
       if (stop) return ending;
@@ -344,106 +426,49 @@ class Run {
     return Ending::finished;
   }
 
-  void record_step(const StepRecord& record) {
-    timer_->step_done({record.step, record.tokens, record.trained_tokens, record.stall_seconds});
-    const bool log_it =
-        record.step % recipe().logging.metrics_every_steps == 0 || record.step == steps_;
-    if (!log_it) return;
-    StepMetrics line;
-    line.step = record.step;
-    line.loss = record.loss;
-    line.learning_rate = record.learning_rate;
-    line.grad_norm = record.grad_norm;
-    line.tokens = record.tokens;
-    line.trained_tokens = record.trained_tokens;
-    line.seconds = record.seconds;
-    line.tokens_per_second = static_cast<double>(record.tokens) / record.seconds;
-    line.stream_bytes = record.stream_bytes;
-    line.stall_seconds = record.stall_seconds;
-    line.gpu_hours = timer_->spent().gpu_hours();
-    line.usd = timer_->spent().usd();
-    metrics_->write(line);
-    if (!tensorboard_) return;
-    tensorboard_->scalar("train/loss", line.loss, line.step);
-    tensorboard_->scalar("train/learning_rate", line.learning_rate, line.step);
-    tensorboard_->scalar("train/grad_norm", line.grad_norm, line.step);
-    tensorboard_->scalar("train/tokens_per_second", line.tokens_per_second, line.step);
-    if (line.usd) tensorboard_->scalar("cost/usd", *line.usd, line.step);
-    tensorboard_->flush();
+  void switch_to(Phase phase) {
+    if (books_) books_->switch_to(phase);
   }
 
-  void evaluate_now(std::int64_t step, RunProgress& progress, const Interrupt& interrupt) {
-    timer_->switch_to(Phase::evaluate);
+  void evaluate_now(std::int64_t step, RunProgress* progress, const Interrupt& interrupt) {
+    ranks_->doing("evaluating after step " + std::to_string(step));
+    switch_to(Phase::evaluate);
     model_.decoder->set_adapter(adapter_.get());
-    const std::int64_t rows = std::max<std::int64_t>(1, recipe().training.micro_batch_size);
+    const std::int64_t rows =
+        std::max<std::int64_t>(1, recipe().training.micro_batch_size) * ranks_->size();
     // Who asks to stop waits for a step, not for an evaluation: it is made up for on resuming.
-    const std::optional<Evaluation> done =
-        evaluate(*model_.decoder, EvaluationSource(validation_store_, rows, rows),
-                 [&] { return interrupt.asked(); });
-    timer_->switch_to(Phase::train);
-    if (!done) return;
-    const Evaluation& result = *done;
-    EvalMetrics line;
-    line.step = step;
-    line.eval_loss = result.loss;
-    line.tokens = result.tokens;
-    line.seconds = result.seconds;
-    line.gpu_hours = timer_->spent().gpu_hours();
-    line.usd = timer_->spent().usd();
-    metrics_->write(line);
-    if (tensorboard_) {
-      tensorboard_->scalar("eval/loss", result.loss, step);
-      tensorboard_->scalar("eval/token_accuracy", result.token_accuracy, step);
-      tensorboard_->flush();
-    }
-    progress.say("evaluation after step " + std::to_string(step) + ": loss " +
-                 number_text(result.loss) + ", token accuracy " +
-                 number_text(100 * result.token_accuracy, 3) + " %");
+    const std::optional<Evaluation> done = evaluate(
+        *model_.decoder,
+        EvaluationSource(validation_store_, rows, recipe().training.micro_batch_size),
+        [&] { return any_rank(ranks_->all(), interrupt.asked()); }, ranks_->others());
+    switch_to(Phase::train);
+    if (!done || !books_) return;
+    books_->evaluation(step, *done);
+    progress->say("evaluation after step " + std::to_string(step) + ": loss " +
+                  number_text(done->loss) + ", token accuracy " +
+                  number_text(100 * done->token_accuracy, 3) + " %");
   }
 
-  /// Spent plus what saving and leaving will cost against the budget; warns once on the way there.
-  bool over_budget(RunProgress& progress) {
-    const BudgetRecipe& budget = recipe().budget;
-    if (!budget.usd_micros && !budget.gpu_hours) return false;
-    const SegmentTimer::Spent spent = timer_->spent();
-    double share = 0;
-    const double reserve_hours = (checkpoint_seconds_ + 2) / 3600;
-    const double hours = spent.gpu_hours() + reserve_hours;
-    if (budget.gpu_hours) share = std::max(share, hours / *budget.gpu_hours);
-    if (budget.usd_micros && spent.usd_micros) {
-      const double rate = static_cast<double>(plan_.price.usd_micros_per_device_hour.value_or(0));
-      share = std::max(share, (static_cast<double>(*spent.usd_micros) + reserve_hours * rate) /
-                                  static_cast<double>(*budget.usd_micros));
-    }
-    if (share >= budget.warn && !warned_of_budget_) {
-      warned_of_budget_ = true;
-      progress.say("warning: " + number_text(100 * share, 3) + " % of the budget is spent");
-      ledger_->event(attempt_, std::nullopt, "budget_warning",
-                     number_text(100 * share, 3) + " % spent");
-    }
-    return share >= 1;
-  }
-
-  void save(std::int64_t step) {
-    const Phase before = timer_->switch_to(Phase::checkpoint);
+  void save(std::int64_t step, ShardedFactors* sharded) {
+    switch_to(Phase::checkpoint);
     const double began = seconds_now();
-    metrics_->sync();
-    const SavedCheckpoint saved = save_checkpoint(folder_->checkpoints(), step, *adapter_,
-                                                  *optimizer_, identity_, recipe().checkpoint.keep);
-    ledger_->artifact(attempt_,
-                      {"checkpoint", saved.folder.string(), step, saved.bytes, saved.sha256});
-    write_peft_adapter(
-        folder_->adapter(), *adapter_, spec_,
-        {model_.source.empty() ? recipe().base_model : model_.source, model_.prefix});
-    checkpoint_seconds_ = seconds_now() - began;
-    timer_->switch_to(before);
+    if (books_) books_->sync();
+    const SavedCheckpoint saved =
+        save_checkpoint(RunFolder::checkpoints(path_), step, *adapter_, *optimizer_, identity_,
+                        recipe().checkpoint.keep, share_ ? &*share_ : nullptr);
+    if (sharded != nullptr) sharded->gather_to_first();
+    together(ranks_->all(), "writing the adapter", [&] {
+      if (!books_) return;
+      write_peft_adapter(
+          folder_->adapter(), *adapter_, spec_,
+          {model_.source.empty() ? recipe().base_model : model_.source, model_.prefix});
+      books_->checkpoint(saved, seconds_now() - began);
+    });
+    if (sharded != nullptr) sharded->drop_gathered();
+    switch_to(Phase::train);
   }
 
   int finish(Ending ending) {
-    const fs::path adapter = folder_->adapter() / "adapter_model.safetensors";
-    ledger_->artifact(attempt_,
-                      {"adapter", adapter.string(), steps_,
-                       static_cast<std::int64_t>(fs::file_size(adapter)), sha256_file(adapter)});
     int code = 0;
     RunStatus status = RunStatus::succeeded;
     std::string reason;
@@ -456,36 +481,31 @@ class Run {
       status = RunStatus::stopped_budget;
       reason = "the budget is spent; saved, resumable with a larger one";
     }
-    timer_->finish(status, code, reason);
-    const RunReport report = write_report(*ledger_, folder_->run());
-    if (arguments_.json) {
-      std::printf("%s\n", summary_json(report).dump().c_str());
-    } else {
-      std::printf("%s", report_text(report).c_str());
-    }
-    if (ending == Ending::finished) return 0;
+    together(ranks_->all(), "closing the books", [&] {
+      if (!books_) return;
+      books_->adapter(folder_->adapter() / "adapter_model.safetensors", steps_);
+      const RunReport report = books_->finish(status, code, reason);
+      if (arguments_.json) {
+        std::printf("%s\n", summary_json(report).dump().c_str());
+      } else {
+        std::printf("%s", report_text(report).c_str());
+      }
+    });
+    if (ending == Ending::finished || !ranks_->first()) return code;
     const bool budget = ending == Ending::budget;
-    throw Error(budget ? Fault::budget : Fault::stopped,
-                {budget ? "stopped by the budget" : "interrupted", folder_->path().string(),
-                 "All work is saved. Go on with: tailor train " + arguments_.recipe + " " +
-                     join(arguments_.overrides, " ") + (arguments_.overrides.empty() ? "" : " ") +
-                     "--resume" + (budget ? " and a larger budget" : "")});
-  }
-
-  /// The attempt failed: its time stays on the books.
-  void close_books(const Error& error) {
-    if (timer_ == nullptr) return;
-    try {
-      timer_->finish(RunStatus::failed, error.exit_code(), error.parts().what);
-      write_report(*ledger_, folder_->run());
-    } catch (const Error& second) {
-      log_warning("the ledger could not be closed: " + second.parts().what);
-    }
+    stopped_ =
+        Error(budget ? Fault::budget : Fault::stopped,
+              {budget ? "stopped by the budget" : "interrupted", path_.string(),
+               "All work is saved. Go on with: tailor train " + arguments_.recipe + " " +
+                   join(arguments_.overrides, " ") + (arguments_.overrides.empty() ? "" : " ") +
+                   "--resume" + (budget ? " and a larger budget" : "")});
+    return code;
   }
 
   const TrainArguments& arguments_;
   RealClock clock_;
   std::int64_t began_steady_ms_;
+  std::unique_ptr<RunRanks> ranks_;
   RecipeFile file_;
   fs::path model_folder_;
   ModelSpec spec_;
@@ -499,16 +519,15 @@ class Run {
   RunIdentity identity_;
   std::string sku_;
   Plan plan_;
-  std::unique_ptr<RunFolder> folder_;
+  std::unique_ptr<RunFolder> folder_;  ///< the first rank's
+  fs::path path_, scratch_;            ///< of the run; of this rank's nameless files
+  bool resumed_ = false;
   std::unique_ptr<AdamW> optimizer_;
-  std::unique_ptr<Ledger> ledger_;
-  AttemptId attempt_;
-  std::unique_ptr<SegmentTimer> timer_;
+  std::optional<FactorShards> shards_;
+  std::optional<StateShare> share_;
+  std::unique_ptr<RunBooks> books_;  ///< the first rank's
   OpenedModel model_;
-  std::unique_ptr<MetricsWriter> metrics_;
-  std::unique_ptr<TensorboardWriter> tensorboard_;
-  double checkpoint_seconds_ = 1;
-  bool warned_of_budget_ = false;
+  std::optional<Error> stopped_;  ///< why a run that went well ended early
 };
 
 }  // namespace
