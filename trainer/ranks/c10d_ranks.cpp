@@ -77,9 +77,15 @@ class GlooRanks final : public Ranks {
         members_(std::move(members)),
         place_(place),
         owner_(owner) {
-    const RankWatch::Call call(watch(), "connecting" + of_name());
-    if (members_.size() > 1) group_ = open_gloo(*shared_, prefix_, members_, place_);
-    on_death_ = watch()->on_death([this] { abort(); });
+    const RankWatch::Call call(*watch(), "connecting" + of_name());
+    if (members_.size() > 1) {
+      try {
+        group_ = open_gloo(*shared_, prefix_, members_, place_);
+      } catch (const Error& fault) {
+        throw watch()->explain(fault);
+      }
+    }
+    on_death_ = watch()->on_death([this] { end_calls(); });
   }
   ~GlooRanks() override {
     if (owner_) watch()->close();  // all are done with each other before connections close
@@ -198,6 +204,14 @@ class GlooRanks final : public Ranks {
   }
 
   void abort() noexcept override {
+    watch()->end_conversation();
+    end_calls();
+  }
+
+  RankTraffic traffic() const override { return traffic_; }
+
+ private:
+  void end_calls() noexcept {
     const std::lock_guard lock(mutex_);
     aborted_ = true;
     for (const WorkPointer& work : works_) {
@@ -209,9 +223,6 @@ class GlooRanks final : public Ranks {
     }
   }
 
-  RankTraffic traffic() const override { return traffic_; }
-
- private:
   struct Piece {
     int peer;
     const void* data;  ///< written to where it is received
@@ -224,7 +235,9 @@ class GlooRanks final : public Ranks {
     Timed(GlooRanks& ranks, Collective what, std::int64_t payload_bytes)
         : line_(ranks.traffic_.of(what)),
           payload_bytes_(payload_bytes),
-          call_(ranks.watch(), ranks.begin(what)) {}
+          call_(*ranks.watch(), ranks.begin(what)) {
+      ranks.call_ = &call_;
+    }
     Timed(const Timed&) = delete;
     Timed& operator=(const Timed&) = delete;
     ~Timed() {
@@ -312,6 +325,7 @@ class GlooRanks final : public Ranks {
 
   void wait(const WorkPointer& work, int peer) {
     if (!work) return;
+    call_->wait_for(members_[index(peer)]);
     guarded(peer, [&] {
       const double limit = watch()->options().collective_timeout_s;
       if (!work->wait(std::chrono::milliseconds(static_cast<std::int64_t>(limit * 1000)))) {
@@ -368,6 +382,7 @@ class GlooRanks final : public Ranks {
   int on_death_ = 0, parts_ = 0;
   std::int64_t calls_ = 0, exchanges_ = 0;
   std::string doing_;
+  RankWatch::Call* call_ = nullptr;  ///< the one under way
   RankTraffic traffic_;
   std::vector<float> scratch_;
 
@@ -376,6 +391,18 @@ class GlooRanks final : public Ranks {
   std::vector<WorkPointer> works_;
   c10::intrusive_ptr<Gloo> group_;  ///< none where a rank is alone
 };
+
+/// A backend moves memory of one kind only.
+void require_backend(const ConnectOptions& options) {
+  if (options.backend == RankBackend::nccl && !options.cuda) {
+    throw Error(Fault::usage, {"backend nccl moves device memory, and this run computes on the CPU",
+                               "backend: nccl", "Use backend: auto or gloo, or device: cuda."});
+  }
+  if (options.backend == RankBackend::gloo && options.cuda) {
+    throw Error(Fault::usage, {"backend gloo moves host memory, and this run computes on CUDA",
+                               "backend: gloo", "Use backend: auto or nccl, or device: cpu."});
+  }
+}
 
 }  // namespace
 
@@ -388,6 +415,7 @@ RankBackend rank_backend(const std::string& name) {
 }
 
 std::unique_ptr<Ranks> connect_ranks(const RankEnv& env, const ConnectOptions& options) {
+  require_backend(options);
   RankMeeting meeting = meet_ranks(env, options.meet);
   auto shared = std::make_shared<Shared>();
   shared->connect_timeout_s = options.meet.connect_timeout_s;
