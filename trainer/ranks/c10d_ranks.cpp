@@ -3,6 +3,7 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -105,33 +106,29 @@ class GlooRanks final : public Ranks {
   void reduce_scatter(std::span<float> all, std::span<float> mine) override {
     TAILOR_CHECK(all.size() == mine.size() * count());
     const Timed timed(*this, Collective::reduce_scatter, parts_sent(mine.size_bytes()));
-    const std::size_t n = mine.size();
-    scratch_.resize(std::max(scratch_.size(), n * (count() - 1)));
+    const std::size_t n = mine.size(), others = count() - 1;
+    scratch_.resize(std::max(scratch_.size(), n * others));
+    // In pieces, so that what has come is summed while the rest is on its way.
     std::vector<Piece> sends, receives;
-    for (int step = 1; step < size(); ++step) {
-      const int to = (place_ + step) % size();
-      sends.push_back({to, all.data() + n * index(to), mine.size_bytes()});
+    for (std::size_t at = 0; at < n; at += kSumPiece) {
+      const std::size_t bytes = std::min(kSumPiece, n - at) * sizeof(float);
+      for (int step = 1; step < size(); ++step) {
+        const int to = (place_ + step) % size(), from = (place_ - step + size()) % size();
+        sends.push_back({to, all.data() + n * index(to) + at, bytes});
+        receives.push_back({from, scratch_.data() + n * index(step - 1) + at, bytes});
+      }
     }
-    for (int from = 0; from < size(); ++from) {
-      if (from == place_) continue;
-      receives.push_back({from, scratch_.data() + n * receives.size(), mine.size_bytes()});
+    std::vector<const float*> parts(count());  // by rank
+    for (int step = 0; step < size(); ++step) {
+      parts[index((place_ - step + size()) % size())] =
+          step == 0 ? all.data() + n * index(place_) : scratch_.data() + n * index(step - 1);
     }
-    // In rank order, each part as soon as it and those before it are there.
-    std::vector<float> sum(n, 0.0F);
-    const auto add = [&](const float* part) {
-      for (std::size_t i = 0; i < n; ++i) sum[i] += part[i];
-    };
-    int next = 0;
-    const auto add_own = [&] {
-      if (next++ == place_) add(all.data() + n * index(place_));
-    };
-    exchange(sends, receives, [&](std::size_t at) {
-      if (next == place_) add_own();
-      add(static_cast<const float*>(receives[at].data));
-      ++next;
+    if (others == 0) sum_in_order(parts, mine, 0, n);
+    exchange(sends, receives, [&](std::size_t done) {
+      if ((done + 1) % others != 0) return;
+      const std::size_t at = done / others * kSumPiece;
+      sum_in_order(parts, mine, at, std::min(n, at + kSumPiece));
     });
-    if (next == place_) add_own();
-    std::copy(sum.begin(), sum.end(), mine.begin());
   }
 
   void all_reduce(std::span<double> values, Reduce how) override {
@@ -253,6 +250,23 @@ class GlooRanks final : public Ranks {
     RankWatch::Call call_;
   };
 
+  /// out[i] = the parts' element i added to zero in rank order, for i in [begin, end). `out` may be
+  /// one of the parts.
+  static void sum_in_order(const std::vector<const float*>& parts, std::span<float> out,
+                           std::size_t begin, std::size_t end) {
+    constexpr std::size_t kBlock = 1024;
+    std::array<float, kBlock> sum;
+    for (std::size_t at = begin; at < end; at += kBlock) {
+      const std::size_t n = std::min(kBlock, end - at);
+      std::fill_n(sum.begin(), n, 0.0F);
+      for (const float* const part : parts) {
+        for (std::size_t i = 0; i < n; ++i) sum[i] += part[at + i];
+      }
+      std::copy_n(sum.begin(), n, out.begin() + static_cast<std::ptrdiff_t>(at));
+    }
+  }
+
+  static constexpr std::size_t kSumPiece = std::size_t{1} << 18;  // floats
   static std::size_t index(int rank) { return static_cast<std::size_t>(rank); }
   std::size_t count() const { return members_.size(); }
   std::int64_t parts_sent(std::size_t part_bytes) const {
