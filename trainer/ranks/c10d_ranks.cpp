@@ -14,6 +14,7 @@
 
 #include "base/clock.h"
 #include "trainer/ranks/c10d_store.h"
+#include "trainer/ranks/device_ranks.h"
 
 namespace tailor {
 namespace {
@@ -67,7 +68,7 @@ c10::intrusive_ptr<Gloo> open_gloo(Shared& shared, const std::string& prefix,
 /// Everything is made of sends and receives between pairs of ranks: Gloo's device thread moves them
 /// between socket and caller's memory without a copy, and a wait can be ended from outside, which
 /// Gloo's own collectives do not allow.
-class GlooRanks final : public Ranks {
+class GlooRanks final : public WatchedRanks {
  public:
   /// `members`: the ranks of the run that talk here; this process is members[place].
   GlooRanks(std::shared_ptr<Shared> shared, std::string prefix, std::string name,
@@ -93,7 +94,7 @@ class GlooRanks final : public Ranks {
     watch()->forget(on_death_);
   }
 
-  RankWatch* watch() const { return shared_->watch.get(); }
+  RankWatch* watch() const override { return shared_->watch.get(); }
   int rank() const override { return place_; }
   int size() const override { return static_cast<int>(members_.size()); }
 
@@ -440,11 +441,13 @@ std::unique_ptr<Ranks> connect_ranks(const RankEnv& env, const ConnectOptions& o
                                               meeting.agent_store, options.watch);
   std::vector<int> members(shared->peers.size());
   std::iota(members.begin(), members.end(), 0);
-  return std::make_unique<GlooRanks>(shared, "ranks", "", members, env.rank, true);
+  auto host = std::make_unique<GlooRanks>(shared, "ranks", "", members, env.rank, true);
+  if (!options.cuda) return host;
+  return device_ranks(std::move(host), *shared->store, "ranks");
 }
 
 RankWatch* watch_of(Ranks& ranks) {
-  auto* const ours = dynamic_cast<GlooRanks*>(&ranks);
+  auto* const ours = dynamic_cast<WatchedRanks*>(&ranks);
   return ours == nullptr ? nullptr : ours->watch();
 }
 

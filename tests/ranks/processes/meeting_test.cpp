@@ -191,6 +191,20 @@ TEST(RankMeeting, backends_that_do_not_fit_the_device) {
   }
 }
 
+/// On a machine with a GPU the first loads and talks over NCCL; elsewhere it says what is missing.
+TEST(RankMeeting, nccl_is_loaded_where_it_is_asked_for) {
+  RankProcesses ranks;
+  std::vector<std::string> command = kQuick;
+  command[1] = "cases";
+  command.insert(command.end(), {"backend=nccl", "cuda=1"});
+  ranks.start(command, place(0, 1, free_port()));
+  ASSERT_TRUE(ranks.wait(60)) << ranks.outputs();
+  if (ranks.exit_code(0) == 0) return;
+  EXPECT_TRUE(ranks.exit_code(0) == 69 || ranks.exit_code(0) == 2) << ranks.outputs();
+  EXPECT_THAT(ranks.output(0), ::testing::AnyOf(HasSubstr("error: NCCL: "),
+                                                HasSubstr("backend nccl cannot be loaded")));
+}
+
 std::vector<std::string> torchrun(const std::vector<std::string>& more) {
   std::vector<std::string> out = {(fs::path(TAILOR_PYTHON).parent_path() / "torchrun").string(),
                                   "--standalone", "--no-python", "--nproc-per-node=2"};
