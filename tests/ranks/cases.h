@@ -75,13 +75,13 @@ inline void sums_are_taken_in_rank_order(Ranks& ranks) {
     return std::ldexp(1.0F + static_cast<float>(at % 97) / 97,
                       static_cast<int>((rank * 13 + at) % 40));
   };
-  const std::size_t n = 1000;
+  const std::size_t n = 600'001;  // several pieces, the last one odd
   std::vector<float> all(n * count), mine(n);
   for (std::size_t i = 0; i < all.size(); ++i) {
     all[i] = value(static_cast<std::size_t>(ranks.rank()), i);
   }
   ranks.reduce_scatter(all, mine);
-  for (std::size_t i = 0; i < n; ++i) {
+  for (std::size_t i = 0; i < n; i += 1 + i % 5) {
     float sum = 0;
     for (std::size_t r = 0; r < count; ++r) {
       sum += value(r, i + n * static_cast<std::size_t>(ranks.rank()));

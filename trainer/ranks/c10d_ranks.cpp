@@ -3,6 +3,7 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -13,6 +14,7 @@
 
 #include "base/clock.h"
 #include "trainer/ranks/c10d_store.h"
+#include "trainer/ranks/device_ranks.h"
 
 namespace tailor {
 namespace {
@@ -66,7 +68,7 @@ c10::intrusive_ptr<Gloo> open_gloo(Shared& shared, const std::string& prefix,
 /// Everything is made of sends and receives between pairs of ranks: Gloo's device thread moves them
 /// between socket and caller's memory without a copy, and a wait can be ended from outside, which
 /// Gloo's own collectives do not allow.
-class GlooRanks final : public Ranks {
+class GlooRanks final : public WatchedRanks {
  public:
   /// `members`: the ranks of the run that talk here; this process is members[place].
   GlooRanks(std::shared_ptr<Shared> shared, std::string prefix, std::string name,
@@ -77,16 +79,22 @@ class GlooRanks final : public Ranks {
         members_(std::move(members)),
         place_(place),
         owner_(owner) {
-    const RankWatch::Call call(watch(), "connecting" + of_name());
-    if (members_.size() > 1) group_ = open_gloo(*shared_, prefix_, members_, place_);
-    on_death_ = watch()->on_death([this] { abort(); });
+    const RankWatch::Call call(*watch(), "connecting" + of_name());
+    if (members_.size() > 1) {
+      try {
+        group_ = open_gloo(*shared_, prefix_, members_, place_);
+      } catch (const Error& fault) {
+        throw watch()->explain(fault);
+      }
+    }
+    on_death_ = watch()->on_death([this] { end_calls(); });
   }
   ~GlooRanks() override {
     if (owner_) watch()->close();  // all are done with each other before connections close
     watch()->forget(on_death_);
   }
 
-  RankWatch* watch() const { return shared_->watch.get(); }
+  RankWatch* watch() const override { return shared_->watch.get(); }
   int rank() const override { return place_; }
   int size() const override { return static_cast<int>(members_.size()); }
 
@@ -99,33 +107,29 @@ class GlooRanks final : public Ranks {
   void reduce_scatter(std::span<float> all, std::span<float> mine) override {
     TAILOR_CHECK(all.size() == mine.size() * count());
     const Timed timed(*this, Collective::reduce_scatter, parts_sent(mine.size_bytes()));
-    const std::size_t n = mine.size();
-    scratch_.resize(std::max(scratch_.size(), n * (count() - 1)));
+    const std::size_t n = mine.size(), others = count() - 1;
+    scratch_.resize(std::max(scratch_.size(), n * others));
+    // In pieces, so that what has come is summed while the rest is on its way.
     std::vector<Piece> sends, receives;
-    for (int step = 1; step < size(); ++step) {
-      const int to = (place_ + step) % size();
-      sends.push_back({to, all.data() + n * index(to), mine.size_bytes()});
+    for (std::size_t at = 0; at < n; at += kSumPiece) {
+      const std::size_t bytes = std::min(kSumPiece, n - at) * sizeof(float);
+      for (int step = 1; step < size(); ++step) {
+        const int to = (place_ + step) % size(), from = (place_ - step + size()) % size();
+        sends.push_back({to, all.data() + n * index(to) + at, bytes});
+        receives.push_back({from, scratch_.data() + n * index(step - 1) + at, bytes});
+      }
     }
-    for (int from = 0; from < size(); ++from) {
-      if (from == place_) continue;
-      receives.push_back({from, scratch_.data() + n * receives.size(), mine.size_bytes()});
+    std::vector<const float*> parts(count());  // by rank
+    for (int step = 0; step < size(); ++step) {
+      parts[index((place_ - step + size()) % size())] =
+          step == 0 ? all.data() + n * index(place_) : scratch_.data() + n * index(step - 1);
     }
-    // In rank order, each part as soon as it and those before it are there.
-    std::vector<float> sum(n, 0.0F);
-    const auto add = [&](const float* part) {
-      for (std::size_t i = 0; i < n; ++i) sum[i] += part[i];
-    };
-    int next = 0;
-    const auto add_own = [&] {
-      if (next++ == place_) add(all.data() + n * index(place_));
-    };
-    exchange(sends, receives, [&](std::size_t at) {
-      if (next == place_) add_own();
-      add(static_cast<const float*>(receives[at].data));
-      ++next;
+    if (others == 0) sum_in_order(parts, mine, 0, n);
+    exchange(sends, receives, [&](std::size_t done) {
+      if ((done + 1) % others != 0) return;
+      const std::size_t at = done / others * kSumPiece;
+      sum_in_order(parts, mine, at, std::min(n, at + kSumPiece));
     });
-    if (next == place_) add_own();
-    std::copy(sum.begin(), sum.end(), mine.begin());
   }
 
   void all_reduce(std::span<double> values, Reduce how) override {
@@ -198,6 +202,14 @@ class GlooRanks final : public Ranks {
   }
 
   void abort() noexcept override {
+    watch()->end_conversation();
+    end_calls();
+  }
+
+  RankTraffic traffic() const override { return traffic_; }
+
+ private:
+  void end_calls() noexcept {
     const std::lock_guard lock(mutex_);
     aborted_ = true;
     for (const WorkPointer& work : works_) {
@@ -209,9 +221,6 @@ class GlooRanks final : public Ranks {
     }
   }
 
-  RankTraffic traffic() const override { return traffic_; }
-
- private:
   struct Piece {
     int peer;
     const void* data;  ///< written to where it is received
@@ -224,7 +233,9 @@ class GlooRanks final : public Ranks {
     Timed(GlooRanks& ranks, Collective what, std::int64_t payload_bytes)
         : line_(ranks.traffic_.of(what)),
           payload_bytes_(payload_bytes),
-          call_(ranks.watch(), ranks.begin(what)) {}
+          call_(*ranks.watch(), ranks.begin(what)) {
+      ranks.call_ = &call_;
+    }
     Timed(const Timed&) = delete;
     Timed& operator=(const Timed&) = delete;
     ~Timed() {
@@ -240,6 +251,23 @@ class GlooRanks final : public Ranks {
     RankWatch::Call call_;
   };
 
+  /// out[i] = the parts' element i added to zero in rank order, for i in [begin, end). `out` may be
+  /// one of the parts.
+  static void sum_in_order(const std::vector<const float*>& parts, std::span<float> out,
+                           std::size_t begin, std::size_t end) {
+    constexpr std::size_t kBlock = 1024;
+    std::array<float, kBlock> sum;
+    for (std::size_t at = begin; at < end; at += kBlock) {
+      const std::size_t n = std::min(kBlock, end - at);
+      std::fill_n(sum.begin(), n, 0.0F);
+      for (const float* const part : parts) {
+        for (std::size_t i = 0; i < n; ++i) sum[i] += part[at + i];
+      }
+      std::copy_n(sum.begin(), n, out.begin() + static_cast<std::ptrdiff_t>(at));
+    }
+  }
+
+  static constexpr std::size_t kSumPiece = std::size_t{1} << 18;  // floats
   static std::size_t index(int rank) { return static_cast<std::size_t>(rank); }
   std::size_t count() const { return members_.size(); }
   std::int64_t parts_sent(std::size_t part_bytes) const {
@@ -312,6 +340,7 @@ class GlooRanks final : public Ranks {
 
   void wait(const WorkPointer& work, int peer) {
     if (!work) return;
+    call_->wait_for(members_[index(peer)]);
     guarded(peer, [&] {
       const double limit = watch()->options().collective_timeout_s;
       if (!work->wait(std::chrono::milliseconds(static_cast<std::int64_t>(limit * 1000)))) {
@@ -368,6 +397,7 @@ class GlooRanks final : public Ranks {
   int on_death_ = 0, parts_ = 0;
   std::int64_t calls_ = 0, exchanges_ = 0;
   std::string doing_;
+  RankWatch::Call* call_ = nullptr;  ///< the one under way
   RankTraffic traffic_;
   std::vector<float> scratch_;
 
@@ -376,6 +406,18 @@ class GlooRanks final : public Ranks {
   std::vector<WorkPointer> works_;
   c10::intrusive_ptr<Gloo> group_;  ///< none where a rank is alone
 };
+
+/// A backend moves memory of one kind only.
+void require_backend(const ConnectOptions& options) {
+  if (options.backend == RankBackend::nccl && !options.cuda) {
+    throw Error(Fault::usage, {"backend nccl moves device memory, and this run computes on the CPU",
+                               "backend: nccl", "Use backend: auto or gloo, or device: cuda."});
+  }
+  if (options.backend == RankBackend::gloo && options.cuda) {
+    throw Error(Fault::usage, {"backend gloo moves host memory, and this run computes on CUDA",
+                               "backend: gloo", "Use backend: auto or nccl, or device: cpu."});
+  }
+}
 
 }  // namespace
 
@@ -388,6 +430,7 @@ RankBackend rank_backend(const std::string& name) {
 }
 
 std::unique_ptr<Ranks> connect_ranks(const RankEnv& env, const ConnectOptions& options) {
+  require_backend(options);
   RankMeeting meeting = meet_ranks(env, options.meet);
   auto shared = std::make_shared<Shared>();
   shared->connect_timeout_s = options.meet.connect_timeout_s;
@@ -398,11 +441,13 @@ std::unique_ptr<Ranks> connect_ranks(const RankEnv& env, const ConnectOptions& o
                                               meeting.agent_store, options.watch);
   std::vector<int> members(shared->peers.size());
   std::iota(members.begin(), members.end(), 0);
-  return std::make_unique<GlooRanks>(shared, "ranks", "", members, env.rank, true);
+  auto host = std::make_unique<GlooRanks>(shared, "ranks", "", members, env.rank, true);
+  if (!options.cuda) return host;
+  return device_ranks(std::move(host), *shared->store, "ranks");
 }
 
 RankWatch* watch_of(Ranks& ranks) {
-  auto* const ours = dynamic_cast<GlooRanks*>(&ranks);
+  auto* const ours = dynamic_cast<WatchedRanks*>(&ranks);
   return ours == nullptr ? nullptr : ours->watch();
 }
 

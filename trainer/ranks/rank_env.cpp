@@ -282,12 +282,14 @@ void write_error_file(const Error& error, const EnvLookup& lookup) noexcept {
   try {
     const auto path = Variables(lookup).text("TORCHELASTIC_ERROR_FILE");
     if (!path) return;
-    // Read by torch.distributed.elastic (ProcessFailure): a message, and in extraInfo the second it
-    // was written, by which the agent finds the first failure.
+    // Read by torch.distributed.elastic (ProcessFailure, ChildFailedError): the second it was
+    // written tells the agent which failure was first; of extraInfo's py_callstack it prints all,
+    // so the text of ours stands there.
     const Json document = {
         {"message",
          {{"message", to_text(error)},
-          {"extraInfo", {{"py_callstack", ""}, {"timestamp", std::to_string(std::time(nullptr))}}},
+          {"extraInfo",
+           {{"py_callstack", to_text(error)}, {"timestamp", std::to_string(std::time(nullptr))}}},
           {"errorCode", error.exit_code()}}}};
     write_atomically(*path, document.dump());
   } catch (const std::exception&) {

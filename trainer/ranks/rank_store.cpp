@@ -1,16 +1,18 @@
 #include "trainer/ranks/rank_store.h"
 
 #include <arpa/inet.h>
+#include <c10/util/Logging.h>
 #include <fcntl.h>
 #include <netdb.h>
 #include <poll.h>
+#include <signal.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <future>
-#include <map>
 #include <thread>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
@@ -339,24 +341,6 @@ void require_size(const RankPeer& one, const RankPeer& other) {
 
 }  // namespace
 
-std::string peer_text(const RankPeer& peer) {
-  return "rank " + std::to_string(peer.rank) + " (host " + peer.host + ", pid " +
-         std::to_string(peer.pid) + ")";
-}
-
-std::vector<int> nodes_of_ranks(const std::vector<RankPeer>& peers) {
-  std::vector<int> out;
-  std::map<std::pair<std::string, int>, int> numbers;
-  std::map<std::string, int> on_host;
-  for (const RankPeer& peer : peers) {
-    const int place = on_host[peer.host]++;
-    const int part = peer.local_world_size > 0 ? place / peer.local_world_size : 0;
-    const auto next = static_cast<int>(numbers.size());
-    out.push_back(numbers.try_emplace({peer.host, part}, next).first->second);
-  }
-  return out;
-}
-
 c10::intrusive_ptr<c10d::Store> c10d_store(RankStore& store) {
   auto* const ours = dynamic_cast<C10dStore*>(&store);
   TAILOR_CHECK(ours != nullptr, "not a store of meet_ranks()");
@@ -364,6 +348,13 @@ c10::intrusive_ptr<c10d::Store> c10d_store(RankStore& store) {
 }
 
 RankMeeting meet_ranks(const RankEnv& env, const MeetOptions& options) {
+  // c10d's store writes to sockets that may have closed; its errors are for us, not the signal.
+  struct sigaction pipe {};
+  if (sigaction(SIGPIPE, nullptr, &pipe) == 0 && pipe.sa_handler == SIG_DFL) {
+    signal(SIGPIPE, SIG_IGN);
+  }
+  // c10d prints a stack trace for each connection that fails; what matters of it is in our errors.
+  if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) FLAGS_caffe2_log_level = c10::GLOG_FATAL;
   RankMeeting out;
   out.place = place_of(env);
   out.agent_store = env.agent_store;
@@ -401,6 +392,7 @@ RankMeeting meet_ranks(const RankEnv& env, const MeetOptions& options) {
   const auto talk = [=]() -> std::vector<RankPeer> {
     auto store = C10dStore(connection, prefix, place_of(env));
     const Patience connect(connect_limit, 1);
+    RankPeer rank_0 = me;
     const auto rest = [] { std::this_thread::sleep_for(std::chrono::milliseconds(20)); };
     if (env.rank == 0) {
       connection->set(identity, bytes(Json{{"job", env.job}, {"peer", to_json(me)}}.dump()));
@@ -421,7 +413,7 @@ RankMeeting meet_ranks(const RankEnv& env, const MeetOptions& options) {
       const std::string job = JsonReader(first, "the meeting point of the ranks").text("job");
       if (job != env.job)
         throw foreign(env, "it belongs to job '" + job + "', this is '" + env.job + "'");
-      require_size(peer_from(first.at("peer").dump()), me);
+      rank_0 = peer_from(first.at("peer").dump());
     }
     const std::string mine = "rank/" + std::to_string(env.rank);
     if (store.add("came/" + std::to_string(env.rank), 1) != 1) {
@@ -431,7 +423,8 @@ RankMeeting meet_ranks(const RankEnv& env, const MeetOptions& options) {
                              " there already: two processes have the same RANK, or an earlier run "
                              "is still alive");
     }
-    store.set(mine, to_json(me).dump());
+    store.set(mine, to_json(me).dump());  // also when it is refused: the others shall see why
+    require_size(rank_0, me);
 
     std::vector<RankPeer> peers;
     for (int r = 0; r < env.world_size; ++r) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "trainer/ranks/rank_env.h"
+#include "trainer/ranks/rank_peer.h"
 
 namespace tailor {
 
@@ -24,21 +25,6 @@ class RankStore {
   /// Another connection to the same store, for another thread.
   virtual std::unique_ptr<RankStore> connect_again() = 0;
 };
-
-/// What every rank says of itself when it comes to the meeting point.
-struct RankPeer {
-  int rank = 0;
-  int world_size = 1;
-  int local_world_size = 0;  ///< ranks of its node; 0: it does not know
-  std::string host;          ///< its host name
-  std::string address;       ///< its own address on the way to the meeting point
-  std::int64_t pid = 0;
-};
-/// "rank 2 (host gpu03, pid 4711)".
-std::string peer_text(const RankPeer& peer);
-/// The node of every rank, numbered from 0 by each node's first rank: ranks of one host, and where
-/// LOCAL_WORLD_SIZE says that a host has several nodes of ranks, each so many.
-std::vector<int> nodes_of_ranks(const std::vector<RankPeer>& peers);
 
 struct MeetOptions {
   double connect_timeout_s = 30;  ///< until the meeting point must have answered

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <exception>
 #include <map>
 #include <mutex>
@@ -67,7 +68,11 @@ struct Record {
   }
 };
 
-std::string short_seconds(double seconds) { return number_text(seconds, 2) + " s"; }
+std::string short_seconds(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f s", seconds);
+  return text;
+}
 
 }  // namespace
 
@@ -78,6 +83,7 @@ struct RankWatch::State : std::enable_shared_from_this<RankWatch::State> {
     Record record;
     double changed_at = 0;
     double failed_at = 0;  ///< first seen so; 0: not
+    double left_at = 0;
   };
   using Lock = std::unique_lock<std::mutex>;
 
@@ -100,7 +106,12 @@ struct RankWatch::State : std::enable_shared_from_this<RankWatch::State> {
 
   Record mine;
   std::int64_t version = 1, published = 0;  ///< of `mine`: here, and in the store
-  std::map<int, std::string> calls;
+  struct Waiting {
+    std::string text;
+    int peer = -1;     ///< waited for
+    double since = 0;  ///< the wait for it began
+  };
+  std::map<int, Waiting> calls;
   int next_id = 0;
   std::vector<Seen> seen;
   std::set<int> suspects;
@@ -125,7 +136,7 @@ struct RankWatch::State : std::enable_shared_from_this<RankWatch::State> {
   }
   void list_calls() {
     mine.calls.clear();
-    for (const auto& [id, text] : calls) mine.calls.push_back(text);
+    for (const auto& [id, call] : calls) mine.calls.push_back(call.text);
   }
   template <class Test>
   bool all_others(const Test& test) {
@@ -189,22 +200,37 @@ struct RankWatch::State : std::enable_shared_from_this<RankWatch::State> {
         condemn(r, {"rank " + std::to_string(r) + " is dead: no sign of life for " +
                         short_seconds(silent),
                     about(r), kMend});
+      } else if (other.record.life != Life::alive) {
+        if (other.left_at == 0) other.left_at = now;
+        if (waits_for_one_that_left(r, now)) {
+          condemn(r, {"rank " + std::to_string(r) +
+                          " left, as one that is done, while others still wait for it",
+                      about(r),
+                      "The ranks do not do the same work: start every one with the same "
+                      "program, recipe and data."});
+        }
       } else if (suspects.count(r) != 0 && silent > 2.5 * beat_s()) {
         condemn(r, {"rank " + std::to_string(r) +
-                        (other.record.life == Life::alive
-                             ? " is dead: its connections closed and it is not heard of any more"
-                             : " left, as one that is done, while others still needed it"),
+                        " is dead: its connections closed and it is not heard of any more",
                     about(r), kMend});
       }
     }
+  }
+  /// A call that waits for a rank which is done: what that one sent before is on its way, no more.
+  bool waits_for_one_that_left(int r, double now) const {
+    const double since_left = seen[static_cast<std::size_t>(r)].left_at;
+    const double limit = std::min(options.timeout_s, 10.0);
+    return std::any_of(calls.begin(), calls.end(), [&](const auto& call) {
+      return call.second.peer == r && now - std::max(since_left, call.second.since) > limit;
+    });
   }
   void condemn_failed(int r) {
     const Record record = of(r).record;
     const bool by_itself = record.cause == r;
     if (record.cause == rank) {
-      condemn(rank, {"the other ranks gave this one up: " + record.words, about(r),
-                     "If this process or its host was stopped for a while, start again with "
-                     "--resume."});
+      condemn(r, {"the other ranks gave this one up: " + record.words, about(r),
+                  "If this process or its host was stopped for a while, start again with "
+                  "--resume."});
     } else if (by_itself) {
       condemn(r, {"rank " + std::to_string(r) + " failed: " + record.words,
                   about(r) + "\nit ended with exit code " + std::to_string(record.exit_code),
@@ -388,6 +414,10 @@ void RankWatch::fail(const Error& reason) noexcept {
     mine.cause = state_->rank;
     mine.words = reason.what();
     state_->changed_mine();
+  } else if (state_->culprit == state_->rank) {  // end_conversation() had no words
+    mine.exit_code = reason.exit_code();
+    mine.words = reason.what();
+    state_->changed_mine();
   }
   const std::int64_t version = state_->version;
   const auto over = [&] { return state_->store_lost || !state_->beating; };
@@ -407,24 +437,36 @@ void RankWatch::fail(const Error& reason) noexcept {
   });
 }
 
+void RankWatch::end_conversation() noexcept {
+  const State::Lock lock(state_->mutex);
+  state_->condemn(state_->rank, {"this rank ended the conversation of the ranks",
+                                 peer_text(state_->peer(state_->rank)),
+                                 "What failed before says why; then start again with --resume."});
+}
+
 std::optional<Error> RankWatch::verdict() const {
   const std::lock_guard lock(state_->mutex);
   return state_->verdict;
 }
 
-RankWatch::Call::Call(RankWatch* watch, std::string text) : watch_(watch) {
-  if (watch_ == nullptr) return;
-  const std::lock_guard lock(watch_->state_->mutex);
-  id_ = watch_->state_->next_id++;
-  watch_->state_->calls[id_] = std::move(text);
-  watch_->state_->list_calls();
+RankWatch::Call::Call(RankWatch& watch, std::string text) : watch_(watch) {
+  const std::lock_guard lock(watch_.state_->mutex);
+  id_ = watch_.state_->next_id++;
+  watch_.state_->calls[id_].text = std::move(text);
+  watch_.state_->list_calls();
+}
+
+void RankWatch::Call::wait_for(int peer) {
+  const std::lock_guard lock(watch_.state_->mutex);
+  State::Waiting& call = watch_.state_->calls[id_];
+  call.peer = peer;
+  call.since = seconds_now();
 }
 
 RankWatch::Call::~Call() {
-  if (watch_ == nullptr) return;
-  const std::lock_guard lock(watch_->state_->mutex);
-  watch_->state_->calls.erase(id_);
-  watch_->state_->list_calls();
+  const std::lock_guard lock(watch_.state_->mutex);
+  watch_.state_->calls.erase(id_);
+  watch_.state_->list_calls();
 }
 
 int RankWatch::on_death(std::function<void()> abort) {
@@ -460,6 +502,18 @@ Error RankWatch::explain(int suspect, const std::string& fault) {
   // Nothing was judged of a rank that already left.
   return state_->verdict.value_or(Error(
       Fault::device, {"the conversation of the ranks broke: " + fault, state_->place, kMend}));
+}
+
+Error RankWatch::explain(const Error& fault) {
+  State::Lock lock(state_->mutex);
+  for (int r = 0; r < state_->count(); ++r) {
+    if (r != state_->rank) state_->suspects.insert(r);
+  }
+  state_->urgent = true;
+  state_->changed.notify_all();
+  state_->changed.wait_for(lock, std::chrono::duration<double>(1 + 5 * state_->beat_s()),
+                           [&] { return state_->verdict.has_value() || !state_->beating; });
+  return state_->verdict.value_or(fault);
 }
 
 Error RankWatch::too_slow(const std::string& call) {

@@ -56,22 +56,28 @@ class RankWatch {
   /// Says what a call does while it waits.
   class Call {
    public:
-    Call(RankWatch* watch, std::string text);
+    Call(RankWatch& watch, std::string text);
     Call(const Call&) = delete;
     Call& operator=(const Call&) = delete;
     ~Call();
+    /// It waits for this rank now.
+    void wait_for(int peer);
 
    private:
-    RankWatch* watch_;
+    RankWatch& watch_;
     int id_ = 0;
   };
   /// `abort` is called once, from another thread, when a rank is found dead; it must not throw.
   /// Returns a number for forget(), after which it is not called and not running.
   int on_death(std::function<void()> abort);
   void forget(int id);
+  /// Ranks::abort(): calls throw here, and soon elsewhere. fail() may still say why.
+  void end_conversation() noexcept;
   /// The error of a call that was aborted, or whose connection to rank `suspect` broke with
   /// `fault`. Waits some beats for what the others have to say.
   Error explain(int suspect, const std::string& fault);
+  /// `fault`, unless a rank is found dead within some beats: then that is why.
+  Error explain(const Error& fault);
   /// The error of a call that took `collective_timeout_s`: what each rank is doing.
   Error too_slow(const std::string& call);
   const WatchOptions& options() const;

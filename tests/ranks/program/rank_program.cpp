@@ -35,7 +35,13 @@ double number_of(const Arguments& arguments, const std::string& name, double oth
 
 /// As a cut cable: every connection of this process ends, its descriptors stay.
 void cut_connections() {
-  for (int descriptor = 3; descriptor < 1024; ++descriptor) shutdown(descriptor, SHUT_RDWR);
+  for (int descriptor = 3; descriptor < 1024; ++descriptor) {
+    sockaddr_storage other{};
+    socklen_t length = sizeof other;
+    if (getpeername(descriptor, reinterpret_cast<sockaddr*>(&other), &length) == 0) {
+      shutdown(descriptor, SHUT_RDWR);
+    }
+  }
 }
 
 void run_cases(Ranks& ranks) {
@@ -110,7 +116,7 @@ void one_call(Ranks& ranks, const std::string& which, std::size_t n) {
 /// Calls go on until rank `victim` ends as `how` says, in the middle of them.
 void die_in(Ranks& ranks, const Arguments& arguments) {
   const std::string which = text_of(arguments, "call", "all-gather");
-  const std::string how = text_of(arguments, "how", "kill");
+  std::string how = text_of(arguments, "how", "kill");
   const auto n = static_cast<std::size_t>(number_of(arguments, "bytes", 1 << 20));
   const bool victim = ranks.rank() == static_cast<int>(number_of(arguments, "victim", 1));
   const double after_s = number_of(arguments, "after", 0.3);
@@ -121,13 +127,18 @@ void die_in(Ranks& ranks, const Arguments& arguments) {
       std::this_thread::sleep_for(std::chrono::duration<double>(after_s));
       std::printf("dying at %.3f\n", seconds_now());
       std::fflush(stdout);
-      if (how == "kill") kill(getpid(), SIGKILL);
+      if (how == "kill" || how == "busy") kill(getpid(), SIGKILL);
       if (how == "stop") kill(getpid(), SIGSTOP);
       if (how == "cut") cut_connections();
     });
     killer.detach();
   }
-  for (int step = 0;; ++step) {
+  // Only torchrun's first start fails.
+  const char* const restart = std::getenv("TORCHELASTIC_RESTART_COUNT");
+  if (text_of(arguments, "once", "") == "yes" && restart != nullptr && *restart != '0')
+    how = "none";
+  const int steps = static_cast<int>(number_of(arguments, "steps", 1e9));
+  for (int step = 0; step < steps; ++step) {
     watch.set_phase("step " + std::to_string(step) + ", forward");
     if (victim && how == "throw" && step == 20) {
       throw Error(Fault::io, {"the disk is full", "here", "Free some space."});
@@ -136,8 +147,12 @@ void die_in(Ranks& ranks, const Arguments& arguments) {
       watch.set_phase("looking out of the window");
       std::this_thread::sleep_for(std::chrono::seconds(600));
     }
-    if (how == "busy" && step == 20) {  // all but the victim do not come out of something else
+    if (how == "busy" && step == 20) {  // and the others do not come out of what they compute
       std::this_thread::sleep_for(std::chrono::seconds(600));
+    }
+    if (victim && how == "abort" && step == 20) {
+      ranks.abort();
+      throw Error(Fault::bad_file, {"row 7 is no JSON", "rows.jsonl:7", "Mend the row."});
     }
     if (victim && how == "leave" && step == 20) return;
     one_call(ranks, which, n);
