@@ -91,7 +91,7 @@ rm -rf "$codes"
 state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
 again=no
 case $code in
-  0 | 2 | 65 | 66 | 70 | 76) ;;
+  0 | 2 | 65 | 66 | 70 | 76 | 126 | 127) ;;
   75) again=yes ;;
   *) [ "${SLURM_RESTART_COUNT:-0}" -lt "$restarts_max" ] && again=yes ;;
 esac

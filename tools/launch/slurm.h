@@ -25,7 +25,7 @@ struct SlurmJob {
 ///   75                     the job requeues itself and goes on from its checkpoint, unless it was
 ///                          cancelled
 ///   69, 74, killed         requeues itself at most restarts_max times
-///   2, 65, 66, 70, 76      the job fails with that code
+///   2, 65, 66, 70, 76      the job fails with that code; as with 126 and 127, no program
 ///
 /// The code of a rank's own failure counts, not srun's, which is the largest of all. USR1 comes 300
 /// s before the time limit (a third of a shorter one). Throws Error{usage} for a partition or

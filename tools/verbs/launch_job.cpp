@@ -83,9 +83,6 @@ class JobMaker {
 
   /// What the plan says, in a few lines for people.
   std::string summary() const {
-    const auto figure = [](const Figure& value, const auto& words) {
-      return value.value ? words(*value.value) : "not known (" + value.working + ")";
-    };
     std::string out = recipe().name + " on " + cluster_name(arguments_.cluster) + ": " +
                       std::to_string(job_.ranks) + (job_.ranks == 1 ? " rank on " : " ranks on ") +
                       std::to_string(job_.nodes) + (job_.nodes == 1 ? " node" : " nodes");
@@ -93,12 +90,16 @@ class JobMaker {
       out += " with " + std::to_string(job_.gpus_per_node) +
              (job_.gpus_per_node == 1 ? " GPU" : " GPUs");
     }
-    const auto hours = [](double value) { return seconds_text(value * 3600); };
-    const auto plain = [](double value) { return number_text(value, 3); };
-    const auto usd = [](double value) { return usd_text(std::llround(value * 1e6)); };
-    return out + "\n  planned: " + figure(plan_.hours, hours) + ", " +
-           figure(plan_.gpu_hours, plain) + " device hours, " + figure(plan_.usd, usd) +
-           (plan_.fits ? "" : "; it does not fit");
+    out += "\n  planned: ";
+    if (plan_.hours.value && plan_.gpu_hours.value) {
+      out += seconds_text(*plan_.hours.value * 3600) + ", " +
+             number_text(*plan_.gpu_hours.value, 3) + " device hours, ";
+      out += plan_.usd.value ? usd_text(std::llround(*plan_.usd.value * 1e6))
+                             : "dollars not known (" + plan_.usd.working + ")";
+    } else {
+      out += "hours and dollars not known (" + plan_.hours.working + ")";
+    }
+    return out + (plan_.fits ? "" : "; it does not fit");
   }
 
   std::vector<std::string> warnings() const {
