@@ -138,15 +138,16 @@ END
 }
 
 start_records() { # PORT
-  local db=$dir/db client
+  local db=$dir/db client server
   mkdir -p "$db" && chown mysql: "$db"
   mariadb-install-db --no-defaults --datadir="$db" --user=mysql --auth-root-authentication-method=normal \
     >"$dir/log/mariadb" 2>&1
-  mariadbd --no-defaults --user=mysql --datadir="$db" --socket="$db/socket" --pid-file="$dir/pid/mariadb" \
+  mariadbd --no-defaults --user=mysql --datadir="$db" --socket="$db/socket" --pid-file="$db/pid" \
     --bind-address=127.0.0.1 --port=$(($1 + 2)) --innodb-buffer-pool-size=64M --innodb-lock-wait-timeout=900 \
     >>"$dir/log/mariadb" 2>&1 </dev/null &
+  server=$!
   client=(mariadb --no-defaults -uroot -S "$db/socket")
-  until_works 60 "${client[@]}" -e 'select 1' || return 1
+  until ! kill -0 $server 2>/dev/null || "${client[@]}" -e 'select 1' >/dev/null 2>&1; do sleep 0.2; done
   "${client[@]}" -e "create database slurm_acct; create user slurm@'127.0.0.1' identified by 'slurm';
     create user slurm@localhost identified by 'slurm'; grant all on slurm_acct.* to slurm@'127.0.0.1';
     grant all on slurm_acct.* to slurm@localhost" || return 1
@@ -190,7 +191,7 @@ stop() {
     local end=$((SECONDS + 8))
     while [ -n "$(timeout 2 squeue -h 2>/dev/null)" ] && [ $SECONDS -lt $end ]; do sleep 0.2; done
   fi
-  for file in "$dir"/pid/slurmd.* "$dir"/pid/{slurmctld,slurmdbd,mariadb,munged}; do
+  for file in "$dir"/pid/slurmd.* "$dir"/pid/{slurmctld,slurmdbd} "$dir/db/pid" "$dir/pid/munged"; do
     [ -s "$file" ] || continue
     pid=$(cat "$file")
     pids+=("$pid")

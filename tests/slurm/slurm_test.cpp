@@ -32,6 +32,9 @@ class Cluster : public testing::Environment {
  public:
   void SetUp() override {
     folder_ = std::make_unique<Sandbox>();
+    // The database runs as a user of its own and must be able to pass through.
+    fs::permissions(folder_->root(), fs::perms::group_exec | fs::perms::others_exec,
+                    fs::perm_options::add);
     const fs::path place = folder_->root() / "slurm";
     const ClientOutcome outcome =
         run_client({std::string(kFolder) + "/cluster.sh", "start", place.string()});

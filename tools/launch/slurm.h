@@ -66,7 +66,7 @@ SlurmState read_scontrol(std::string_view line);
 
 /// Fields that sacct is asked for.
 inline constexpr const char* kSacctFields =
-    "JobID,JobName,State,Start,End,ElapsedRaw,AllocTRES,ExitCode,Restarts";
+    "JobID,JobName,State,Start,End,ElapsedRaw,AllocTRES,ExitCode";
 
 /// From `sacct -D -P -n -j JOB -o kSacctFields`: -D, because without it a requeued attempt is not
 /// shown. The lines of steps belong to the attempt above them; their end carries the time that

@@ -147,13 +147,13 @@ TEST(Kubernetes, state_by_conditions) {
 
 // What sacct -D and scontrol of Slurm 22.05 printed for a job that was preempted once.
 constexpr const char* kSacct =
-    "3|r1|PREEMPTED|2026-11-24T01:00:00|2026-11-24T01:00:18|18|billing=8,cpu=4,gres/gpu=8,node=2|"
-    "0:0|0\n"
-    "3.batch|batch|CANCELLED|2026-11-24T01:00:00|2026-11-24T01:00:19|19|cpu=2,gres/gpu=4|0:15|0\n"
-    "3.0|bash|CANCELLED|2026-11-24T01:00:01|2026-11-24T01:00:22|22|cpu=4,gres/gpu=8|0:9|0\n"
+    "3|r1|REQUEUED|2026-11-24T01:00:00|2026-11-24T01:00:18|18|billing=8,cpu=4,gres/gpu=8,node=2|"
+    "0:0\n"
+    "3.batch|batch|CANCELLED|2026-11-24T01:00:00|2026-11-24T01:00:19|19|cpu=2,gres/gpu=4|0:15\n"
+    "3.0|bash|CANCELLED|2026-11-24T01:00:01|2026-11-24T01:00:22|22|cpu=4,gres/gpu=8|0:9\n"
     "3|r1|COMPLETED|2026-11-24T01:02:30|2026-11-24T01:02:33|3|billing=8,cpu=4,gres/gpu=8,node=2|"
-    "0:0|1\n"
-    "3.0|bash|COMPLETED|2026-11-24T01:02:30|2026-11-24T01:02:33|3|cpu=4,gres/gpu=8|0:0|1\n";
+    "0:0\n"
+    "3.0|bash|COMPLETED|2026-11-24T01:02:30|2026-11-24T01:02:33|3|cpu=4,gres/gpu=8|0:0\n";
 
 TEST(Slurm, accounting_counts_every_attempt_and_the_time_to_leave) {
   const auto state = read_sacct(kSacct);
