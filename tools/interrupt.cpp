@@ -27,7 +27,7 @@ Interrupt::Interrupt() {
 Interrupt::~Interrupt() {
   std::signal(SIGINT, SIG_DFL);
   std::signal(SIGTERM, SIG_DFL);
-  std::signal(SIGUSR1, SIG_DFL);
+  std::signal(SIGUSR1, SIG_IGN);  // a late warning must not end a process that has saved
 }
 
 bool Interrupt::asked() const { return asked_to_stop != 0; }

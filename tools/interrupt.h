@@ -10,7 +10,7 @@ class Interrupt {
   Interrupt();
   Interrupt(const Interrupt&) = delete;
   Interrupt& operator=(const Interrupt&) = delete;
-  ~Interrupt();  ///< restores what was there
+  ~Interrupt();  ///< restores what was there; from then on SIGUSR1 is ignored
   bool asked() const;
 };
 

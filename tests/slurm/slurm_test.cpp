@@ -10,6 +10,7 @@
 #include <set>
 
 #include "base/clock.h"
+#include "base/error.h"
 #include "base/text.h"
 #include "data/runs/ledger.h"
 #include "tests/tools/program.h"
@@ -127,12 +128,37 @@ class SlurmTest : public testing::Test {
     const fs::path file = box_.root() / "out/checkpoint";
     return fs::exists(file) && !read_text(file).empty() && std::stoi(read_text(file)) >= step;
   }
-  /// A requeued job waits two minutes by itself.
+  /// Whether a node still has a step of the job: slurmstepd names itself "slurmstepd: [7.batch]".
+  static bool has_steps(const std::string& job) {
+    for (const auto& entry : fs::directory_iterator("/proc")) {
+      try {
+        if (read_text(entry.path() / "cmdline").starts_with("slurmstepd: [" + job + "."))
+          return true;
+      } catch (const Error&) {  // no process, or one that has just ended
+      }
+    }
+    return false;
+  }
+  /// A requeued job waits two minutes by itself. Asked for too often, its time to begin moves on
+  /// before the scheduler looks; started within the second in which its last attempt was cleared
+  /// away, slurmd takes the new one for killed ("job credential revoked").
   static bool start_now(const std::string& job) {
-    return until(20, [&] {
+    const auto cleared = [&] {
+      return !has_steps(job) &&
+             run_client({"sinfo", "-h", "-N", "-p", "spot", "-t", "idle", "-o", "%N"}).out ==
+                 "n1\nn2\n";
+    };
+    if (!until(20, cleared)) return false;
+    ::usleep(1'500'000);
+    for (int tries = 0; tries < 10; ++tries) {
       run_client({"scontrol", "update", "jobid=" + job, "starttime=now"});
-      return state(job) == "RUNNING";
-    });
+      const bool started = until(2.5, [&] {
+        const std::string now = state(job);
+        return now == "RUNNING" || now == "COMPLETED";
+      });
+      if (started) return true;
+    }
+    return false;
   }
   std::string log(const std::string& job) const {
     return read_text(box_.root() / ("tiny." + job + ".log"));
@@ -270,6 +296,38 @@ TEST_F(SlurmTest, the_warning_before_the_time_limit_saves_and_requeues) {
   ASSERT_TRUE(until(20, [&] { return fields(job)["Restarts"] == "1"; })) << log(job);
   EXPECT_EQ(read_text(box_.root() / "out/left"), "[10]");
   run_client({"scancel", job});
+}
+
+TEST_F(SlurmTest, tailor_itself_goes_on_from_its_checkpoint_after_a_requeue) {
+  const Outcome outcome =
+      run_tailor(box_, {"launch", "slurm", "it's a \"run\".yaml", "machine.ranks=1",
+                        "training.num_epochs=1000", "training.max_steps=600",
+                        "checkpoint.every_steps=50", "--gpus-per-node", "1"});
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const std::string job(trim(outcome.out));
+  const fs::path metrics = box_.root() / "out/metrics.jsonl";
+  const auto done = [&] {
+    std::vector<std::int64_t> out;
+    if (!fs::exists(metrics)) return out;
+    for (const std::string& line : split(read_text(metrics), '\n')) {
+      const Json one = Json::parse(line, nullptr, false);  // the last line may be half written
+      if (one.is_object() && one.contains("loss")) out.push_back(one["step"].get<std::int64_t>());
+    }
+    return out;
+  };
+  ASSERT_TRUE(until(40, [&] { return done().size() >= 20; })) << log(job);
+  run_client({"scancel", "--signal=USR1", job});
+  ASSERT_TRUE(until(20, [&] { return fields(job)["Restarts"] == "1"; })) << log(job);
+  const std::size_t before = done().size();
+  EXPECT_LT(before, 600U) << "it was to be interrupted, not to end";
+  ASSERT_TRUE(start_now(job)) << run_client({"scontrol", "show", "job", job}).out << log(job);
+  ASSERT_TRUE(until(60, [&] { return state(job) == "COMPLETED"; })) << log(job);
+  std::vector<std::int64_t> all(600);
+  std::iota(all.begin(), all.end(), 1);
+  EXPECT_EQ(done(), all);
+  const Json summary = read_json(box_.root() / "out/summary.json");
+  EXPECT_EQ(summary["status"], "succeeded");
+  EXPECT_EQ(summary["attempts"], 2);
 }
 
 TEST_F(SlurmTest, status_has_the_cost_by_the_ledger) {

@@ -152,7 +152,7 @@ TEST_F(LaunchJobTest, impossible_places_and_flags_of_another_cluster_are_refused
   EXPECT_THAT(message(with({"launch", "slurm"}, {"--time", "soon", "--dry-run"})),
               HasSubstr("'soon' is no time limit"));
   EXPECT_THAT(message(with({"launch", "slurm"}, {"--memory", "much", "--dry-run"})),
-              HasSubstr("--memory"));
+              HasSubstr("--memory is 'much', needed: a size"));
   EXPECT_THAT(message(with({"launch", "kubernetes"}, {"--kind", "Pod"})),
               HasSubstr("'Pod' is no value of --kind"));
 }

@@ -1,5 +1,6 @@
 #include <unistd.h>
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <iostream>
@@ -31,15 +32,19 @@ std::string cluster_name(Cluster cluster) {
                                           : "skypilot";
 }
 
-/// Bytes of "64GiB", "64GB", "0"; as the recipe reads sizes.
+/// Bytes of "64GiB", "64GB", "0"; read as the recipe reads sizes.
 std::int64_t memory_bytes(const std::string& text) {
-  const Recipe recipe =
-      read_recipe_text(
-          "base_model: m\noutput_dir: o\ndata: {train: [d]}\nbase: {host_memory: " + text + "}\n",
-          "--memory")
-          .recipe;
-  if (recipe.base.host_memory) return *recipe.base.host_memory;
-  throw Error(Fault::usage, {"'" + text + "' is no size", "--memory", "Write bytes, or 64GiB."});
+  const Error refused(Fault::usage,
+                      {"--memory is '" + text + "', needed: a size", "the command line",
+                       "Write bytes or a size with its unit, such as 64GiB."});
+  try {
+    const Recipe recipe = read_recipe_text("base_model: m\noutput_dir: o\ndata: {train: [d]}\n",
+                                           "--memory", std::array{"base.host_memory=" + text})
+                              .recipe;
+    if (recipe.base.host_memory) return *recipe.base.host_memory;
+  } catch (const Error&) {  // in words about the recipe
+  }
+  throw Error(refused);
 }
 
 /// A recipe as a job: read, planned for its nodes, and laid out.
