@@ -95,6 +95,39 @@ TEST_F(LaunchLocal, a_task_of_a_bare_srun_is_told_its_place) {
   EXPECT_THAT(seen()[0], HasSubstr("rank 2 of 4\nat n3 20097 local 0 of 2"));
 }
 
+TEST_F(LaunchLocal, several_machines_share_the_ranks) {
+  EXPECT_EQ(run("bin/tailor launch local mine.yaml machine.ranks=4 --nodes 2 --node-rank 1 "
+                "--master-addr 10.0.0.7 --master-port 29500")
+                .code,
+            0);
+  ASSERT_EQ(seen().size(), 2U);
+  EXPECT_THAT(seen()[0], HasSubstr("rank 2 of 4\nat 10.0.0.7 29500 local 0 of 2"));
+  EXPECT_THAT(seen()[1], HasSubstr("rank 3 of 4\nat 10.0.0.7 29500 local 1 of 2"));
+}
+
+TEST_F(LaunchLocal, kubeflows_variables_say_the_same) {
+  EXPECT_EQ(run("env PET_NNODES=2 PET_NODE_RANK=1 PET_MASTER_ADDR=node-0 PET_MASTER_PORT=29400 "
+                "bin/tailor launch local mine.yaml")
+                .code,
+            0);
+  ASSERT_EQ(seen().size(), 1U);
+  EXPECT_THAT(seen()[0], HasSubstr("rank 1 of 2\nat node-0 29400 local 0 of 1"));
+}
+
+TEST_F(LaunchLocal, impossible_machines_are_refused) {
+  const auto message = [&](const std::string& flags) {
+    const Outcome outcome = run("bin/tailor launch local mine.yaml " + flags);
+    EXPECT_EQ(outcome.code, 2) << flags;
+    return outcome.err;
+  };
+  EXPECT_THAT(message("--nodes 3"), HasSubstr("2 ranks do not spread evenly over 3 nodes"));
+  EXPECT_THAT(message("--nodes 2"),
+              HasSubstr("several nodes need --master-addr and --master-port"));
+  EXPECT_THAT(message("--nodes 2 --node-rank 2 --master-addr x --master-port 1"),
+              HasSubstr("--node-rank is 2 of 2 nodes"));
+  EXPECT_TRUE(seen().empty());
+}
+
 TEST_F(LaunchLocal, a_wrong_recipe_starts_nothing) {
   const Outcome outcome = run("bin/tailor train mine.yaml nmae=3");
   EXPECT_EQ(outcome.code, 2);

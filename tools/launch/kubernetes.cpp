@@ -145,7 +145,8 @@ std::string kubernetes_job(const KubernetesJob& kubernetes) {
   pod["volumes"] = volumes(kubernetes);
 
   const Json rules = Json::array(
-      {{{"action", "Ignore"}, {"onPodConditions", Json::array({{{"type", "DisruptionTarget"}}})}},
+      {{{"action", "Ignore"},
+        {"onPodConditions", Json::array({{{"type", "DisruptionTarget"}, {"status", "True"}}})}},
        {{"action", "Ignore"},
         {"onExitCodes", {{"containerName", "tailor"}, {"operator", "In"}, {"values", {75}}}}},
        {{"action", "FailJob"},

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "base/error.h"
-#include "base/json.h"
+#include "base/text.h"
 #include "tools/launch/yaml_out.h"
 
 namespace tailor {
@@ -103,6 +103,28 @@ std::string skypilot_task(const SkyPilotJob& sky) {
       {"run", run_script(sky, recipe)}};
   return "# Written by tailor launch skypilot; sky jobs launch FILE starts it.\n" +
          yaml_document(task);
+}
+
+std::optional<SkyPilotState> read_skypilot_state(const Json& queue, const std::string& name) {
+  std::optional<SkyPilotState> out;
+  if (!queue.is_array()) return out;
+  const auto text = [](const Json& record, const char* key) {
+    const auto found = record.find(key);
+    return found != record.end() && found->is_string() ? found->get<std::string>() : std::string();
+  };
+  const auto number = [](const Json& record, const char* key) {
+    const auto found = record.find(key);
+    return found != record.end() && found->is_number() ? found->get<double>() : 0.0;
+  };
+  for (const Json& record : queue) {
+    if (!record.is_object() || text(record, "job_name") != name) continue;
+    const auto id = static_cast<std::int64_t>(number(record, "job_id"));
+    if (out && out->number > id) continue;
+    out = SkyPilotState{id, lower(text(record, "status")), text(record, "failure_reason"),
+                        static_cast<std::int64_t>(number(record, "recovery_count")),
+                        number(record, "job_duration")};
+  }
+  return out;
 }
 
 }  // namespace tailor

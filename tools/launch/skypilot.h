@@ -1,7 +1,10 @@
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 
+#include "base/json.h"
 #include "tools/launch/job.h"
 
 namespace tailor {
@@ -23,5 +26,16 @@ std::string skypilot_task(const SkyPilotJob& job);
 /// The accelerator's name for a SKU of the price book ("h100-80gb-sxm" -> "H100"); empty where that
 /// is not known.
 std::string skypilot_accelerator(const std::string& sku);
+
+/// The newest managed job named `name` in what `sky jobs queue --output json` prints; nothing where
+/// there is none.
+struct SkyPilotState {
+  std::int64_t number = 0;
+  std::string state;   ///< running, recovering, succeeded, failed, ...
+  std::string reason;  ///< of a failure
+  std::int64_t recoveries = 0;
+  double seconds = 0;
+};
+std::optional<SkyPilotState> read_skypilot_state(const Json& queue, const std::string& name);
 
 }  // namespace tailor

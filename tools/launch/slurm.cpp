@@ -91,7 +91,7 @@ rm -rf "$codes"
 state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
 again=no
 case $code in
-  0 | 2 | 65 | 66 | 70 | 76) ;;
+  0 | 2 | 65 | 66 | 70 | 76 | 126 | 127) ;;
   75) again=yes ;;
   *) [ "${SLURM_RESTART_COUNT:-0}" -lt "$restarts_max" ] && again=yes ;;
 esac
@@ -247,7 +247,7 @@ std::optional<SlurmState> read_sacct(std::string_view lines) {
   SlurmState out;
   for (const std::string& line : split(lines, '\n')) {
     const std::vector<std::string> parts = split(line, '|');
-    if (parts.size() < 9) continue;
+    if (parts.size() < 8) continue;
     const std::int64_t seconds = number_of(parts[5]);
     if (parts[0].find('.') != std::string::npos) {
       // Steps come below their attempt. One may end after it, by the time its tasks took to leave.
@@ -268,10 +268,10 @@ std::optional<SlurmState> read_sacct(std::string_view lines) {
     out.state = attempt.state;
     out.exit_code = attempt.exit_code;
     out.exit_signal = attempt.exit_signal;
-    out.restarts = static_cast<int>(number_of(parts[8]));
     out.attempts.push_back(attempt);
   }
   if (out.attempts.empty()) return std::nullopt;
+  out.restarts = static_cast<int>(out.attempts.size()) - 1;
   out.accounting = true;
   return out;
 }

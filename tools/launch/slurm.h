@@ -25,7 +25,7 @@ struct SlurmJob {
 ///   75                     the job requeues itself and goes on from its checkpoint, unless it was
 ///                          cancelled
 ///   69, 74, killed         requeues itself at most restarts_max times
-///   2, 65, 66, 70, 76      the job fails with that code
+///   2, 65, 66, 70, 76      the job fails with that code; as with 126 and 127, no program
 ///
 /// The code of a rank's own failure counts, not srun's, which is the largest of all. USR1 comes 300
 /// s before the time limit (a third of a shorter one). Throws Error{usage} for a partition or
@@ -66,7 +66,7 @@ SlurmState read_scontrol(std::string_view line);
 
 /// Fields that sacct is asked for.
 inline constexpr const char* kSacctFields =
-    "JobID,JobName,State,Start,End,ElapsedRaw,AllocTRES,ExitCode,Restarts";
+    "JobID,JobName,State,Start,End,ElapsedRaw,AllocTRES,ExitCode";
 
 /// From `sacct -D -P -n -j JOB -o kSacctFields`: -D, because without it a requeued attempt is not
 /// shown. The lines of steps belong to the attempt above them; their end carries the time that

@@ -1,5 +1,6 @@
 #include <unistd.h>
 
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <iostream>
@@ -31,15 +32,19 @@ std::string cluster_name(Cluster cluster) {
                                           : "skypilot";
 }
 
-/// Bytes of "64GiB", "64GB", "0"; as the recipe reads sizes.
+/// Bytes of "64GiB", "64GB", "0"; read as the recipe reads sizes.
 std::int64_t memory_bytes(const std::string& text) {
-  const Recipe recipe =
-      read_recipe_text(
-          "base_model: m\noutput_dir: o\ndata: {train: [d]}\nbase: {host_memory: " + text + "}\n",
-          "--memory")
-          .recipe;
-  if (recipe.base.host_memory) return *recipe.base.host_memory;
-  throw Error(Fault::usage, {"'" + text + "' is no size", "--memory", "Write bytes, or 64GiB."});
+  const Error refused(Fault::usage,
+                      {"--memory is '" + text + "', needed: a size", "the command line",
+                       "Write bytes or a size with its unit, such as 64GiB."});
+  try {
+    const Recipe recipe = read_recipe_text("base_model: m\noutput_dir: o\ndata: {train: [d]}\n",
+                                           "--memory", std::array{"base.host_memory=" + text})
+                              .recipe;
+    if (recipe.base.host_memory) return *recipe.base.host_memory;
+  } catch (const Error&) {  // in words about the recipe
+  }
+  throw Error(refused);
 }
 
 /// A recipe as a job: read, planned for its nodes, and laid out.
@@ -83,9 +88,6 @@ class JobMaker {
 
   /// What the plan says, in a few lines for people.
   std::string summary() const {
-    const auto figure = [](const Figure& value, const auto& words) {
-      return value.value ? words(*value.value) : "not known (" + value.working + ")";
-    };
     std::string out = recipe().name + " on " + cluster_name(arguments_.cluster) + ": " +
                       std::to_string(job_.ranks) + (job_.ranks == 1 ? " rank on " : " ranks on ") +
                       std::to_string(job_.nodes) + (job_.nodes == 1 ? " node" : " nodes");
@@ -93,12 +95,16 @@ class JobMaker {
       out += " with " + std::to_string(job_.gpus_per_node) +
              (job_.gpus_per_node == 1 ? " GPU" : " GPUs");
     }
-    const auto hours = [](double value) { return seconds_text(value * 3600); };
-    const auto plain = [](double value) { return number_text(value, 3); };
-    const auto usd = [](double value) { return usd_text(std::llround(value * 1e6)); };
-    return out + "\n  planned: " + figure(plan_.hours, hours) + ", " +
-           figure(plan_.gpu_hours, plain) + " device hours, " + figure(plan_.usd, usd) +
-           (plan_.fits ? "" : "; it does not fit");
+    out += "\n  planned: ";
+    if (plan_.hours.value && plan_.gpu_hours.value) {
+      out += seconds_text(*plan_.hours.value * 3600) + ", " +
+             number_text(*plan_.gpu_hours.value, 3) + " device hours, ";
+      out += plan_.usd.value ? usd_text(std::llround(*plan_.usd.value * 1e6))
+                             : "dollars not known (" + plan_.usd.working + ")";
+    } else {
+      out += "hours and dollars not known (" + plan_.hours.working + ")";
+    }
+    return out + (plan_.fits ? "" : "; it does not fit");
   }
 
   std::vector<std::string> warnings() const {

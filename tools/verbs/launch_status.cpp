@@ -8,6 +8,7 @@
 #include "data/runs/ledger.h"
 #include "tools/launch/client.h"
 #include "tools/launch/kubernetes.h"
+#include "tools/launch/skypilot.h"
 #include "tools/launch/slurm_log.h"
 #include "tools/table.h"
 #include "tools/verbs.h"
@@ -25,6 +26,15 @@ struct JobCost {
   double gpu_hours() const { return static_cast<double>(device_ms) / 3.6e6; }
 };
 
+/// Whether an attempt was this job's. SkyPilot's own names have the job's inside:
+/// sky-managed-2026-11-24-10-00-00-000000_r1-4xh100_7-0.
+bool is_of(const AttemptFacts& attempt, const std::string& launcher, const std::string& job) {
+  if (attempt.launcher != launcher) return false;
+  return attempt.launcher_job == job ||
+         (launcher == "skypilot" &&
+          attempt.launcher_job.find("_" + job + "_") != std::string::npos);
+}
+
 /// The newest run with an attempt by this job of this launcher.
 std::optional<JobCost> cost_of(const std::string& place, const std::string& launcher,
                                const std::string& job) {
@@ -38,7 +48,7 @@ std::optional<JobCost> cost_of(const std::string& place, const std::string& laun
     const RunRecord record = ledger->read(run);
     JobCost out;
     for (const AttemptRecord& attempt : record.attempts) {
-      if (attempt.facts.launcher != launcher || attempt.facts.launcher_job != job) continue;
+      if (!is_of(attempt.facts, launcher, job)) continue;
       const RunTotals totals = total(record, attempt.attempt);
       ++out.attempts;
       out.device_ms += totals.device_ms;
@@ -181,6 +191,37 @@ int kubernetes_status(const LaunchStatusArguments& arguments) {
   return 0;
 }
 
+int skypilot_status(const LaunchStatusArguments& arguments) {
+  if (arguments.follow) show_client({"sky", "jobs", "logs", "--follow", "--name", arguments.job});
+  const std::string printed = client_output({"sky", "jobs", "queue", "--output", "json"});
+  const auto state = read_skypilot_state(parse_json(printed, "sky jobs queue"), arguments.job);
+  if (!state) {
+    throw Error(Fault::usage, {"SkyPilot does not know job " + arguments.job, "sky jobs queue",
+                               "Check the name."});
+  }
+  const auto cost = cost_of(arguments.ledger, "skypilot", arguments.job);
+  if (arguments.json) {
+    const Json out = {{"cluster", "skypilot"},
+                      {"job", arguments.job},
+                      {"number", state->number},
+                      {"state", state->state},
+                      {"reason", state->reason.empty() ? Json() : Json(state->reason)},
+                      {"recoveries", state->recoveries},
+                      {"seconds", state->seconds},
+                      {"run", cost_json(cost)}};
+    std::cout << out.dump(2) << "\n";
+    return 0;
+  }
+  TextTable table({"", ""});
+  table.add({"job", arguments.job + "  " + std::to_string(state->number)});
+  table.add({"state", state->state + (state->reason.empty() ? "" : ": " + state->reason) + ", " +
+                          std::to_string(state->recoveries) + " recoveries, " +
+                          seconds_text(state->seconds)});
+  add_cost(table, cost);
+  std::cout << rows_text(table, "");
+  return 0;
+}
+
 }  // namespace
 
 int run_launch_status(const LaunchStatusArguments& arguments) {
@@ -190,9 +231,10 @@ int run_launch_status(const LaunchStatusArguments& arguments) {
   if (on.empty() && number) on = "slurm";
   if (on == "slurm") return slurm_status(arguments);
   if (on == "kubernetes") return kubernetes_status(arguments);
-  throw Error(Fault::usage,
-              {"whose job " + arguments.job + " is, is not known",
-               "the command line of tailor launch status", "Add --on slurm or --on kubernetes."});
+  if (on == "skypilot") return skypilot_status(arguments);
+  throw Error(Fault::usage, {"whose job " + arguments.job + " is, is not known",
+                             "the command line of tailor launch status",
+                             "Add --on kubernetes or --on skypilot."});
 }
 
 }  // namespace tailor
