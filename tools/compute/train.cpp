@@ -176,6 +176,7 @@ class Run {
   void open_folder() {
     folder_ = std::make_unique<RunFolder>(
         RunFolder::open(recipe().output_dir, arguments_.resume, clock_));
+    if (chosen_experts_) folder_->keep_experts(*recipe().lora.experts);
     AdamWOptions adamw;
     adamw.beta1 = recipe().training.adam_beta1;
     adamw.beta2 = recipe().training.adam_beta2;
