@@ -11,6 +11,7 @@
 #include "base/text.h"
 #include "base/units.h"
 #include "data/checkpoint/published.h"
+#include "recipes/lora_targets.h"
 
 namespace tailor {
 namespace {
@@ -76,18 +77,12 @@ std::optional<Projection> projection_of(MatrixRole role, bool moe) {
   }
 }
 
-/// True when a target of the recipe names this site: a group, "all", or a module name or suffix of
-/// the module path on a dot, as PEFT matches target_modules.
 bool matches(std::string_view target, const LoraSite& site) {
   const ProjectionRow& row = row_of(site.projection);
-  if (target == "all") return site.projection != Projection::kv_b_proj;
-  if (target == row.group || target == row.name) return true;
   std::string path = site.module;
   if (site.projection == Projection::experts_gate_up) path += ".gate_up_proj";
   if (site.projection == Projection::experts_down) path += ".down_proj";
-  if (path == target) return true;
-  return path.size() > target.size() + 1 && path.ends_with(target) &&
-         path[path.size() - target.size() - 1] == '.' && !site.is_experts();
+  return target_means(target, {row.group, row.name, path, site.is_experts()});
 }
 
 }  // namespace

@@ -8,23 +8,24 @@
 #include "base/units.h"
 #include "data/checkpoint/checkpoint.h"
 #include "data/checkpoint/published.h"
+#include "recipes/lora_targets.h"
 
 namespace tailor {
 namespace {
 
-bool names_module(const Recipe& recipe, const std::string& name) {
-  const auto& modules = recipe.lora.targets.modules;
-  return std::find(modules.begin(), modules.end(), name) != modules.end();
-}
-
-/// r * (in + out) of gate, up and down, those that the recipe targets.
-std::int64_t mlp_lora(const Recipe& recipe, bool whole_group, std::int64_t hidden,
-                      std::int64_t width, std::int64_t rank) {
-  std::int64_t matrices = 0;
-  for (const char* name : {"gate_proj", "up_proj", "down_proj"}) {
-    if (whole_group || names_module(recipe, name)) ++matrices;
+bool is_target(const LoraTargets& targets, const FactorMatrix& matrix) {
+  const std::pair<const char*, bool> groups[] = {{"attention", targets.attention},
+                                                 {"dense_mlp", targets.dense_mlp},
+                                                 {"shared_expert", targets.shared_expert},
+                                                 {"experts", targets.experts},
+                                                 {"router", targets.router}};
+  for (const auto& [group, wanted] : groups) {
+    if (wanted && matrix.group == group) return true;
   }
-  return matrices * rank * (hidden + width);
+  return std::any_of(
+      targets.modules.begin(), targets.modules.end(), [&](const std::string& target) {
+        return target_means(target, {matrix.group, matrix.name, matrix.path, matrix.routed});
+      });
 }
 
 /// What config.json says of the stored form.
@@ -66,29 +67,24 @@ std::int64_t ModelFacts::active_parameters() const {
 }
 
 LoraCounts count_lora(const Recipe& recipe, const ModelFacts& model) {
-  const LoraTargets& targets = recipe.lora.targets;
-  const std::int64_t rank = recipe.lora.rank;
   LoraCounts counts;
-  for (std::size_t i = 0; i < model.attention.size(); ++i) {
-    const std::string& name = model.attention_names[i];
-    const bool by_group = targets.attention && name != "kv_b_proj";
-    if (!by_group && !names_module(recipe, name)) continue;
-    counts.attention += model.layers * rank * (model.attention[i].in + model.attention[i].out);
+  std::int64_t routed = 0;
+  for (const FactorMatrix& matrix : model.factors) {
+    if (!is_target(recipe.lora.targets, matrix)) continue;
+    if (matrix.routed) {
+      TAILOR_CHECK(recipe.lora.expert_rank.has_value(), "resolve() the recipe first");
+      routed += *recipe.lora.expert_rank * matrix.parameters();
+      continue;
+    }
+    std::int64_t& count = matrix.group == "dense_mlp"       ? counts.dense_mlp
+                          : matrix.group == "shared_expert" ? counts.shared_expert
+                          : matrix.group == "router"        ? counts.router
+                                                            : counts.attention;
+    count += recipe.lora.rank * matrix.parameters();
   }
-  counts.dense_mlp = model.dense_layers *
-                     mlp_lora(recipe, targets.dense_mlp, model.hidden, model.dense_width, rank);
-  if (model.shared_experts > 0) {
-    counts.shared_expert = model.moe_layers * mlp_lora(recipe, targets.shared_expert, model.hidden,
-                                                       model.shared_width(), rank);
-  }
-  if (targets.router || names_module(recipe, "router") || names_module(recipe, "gate")) {
-    counts.router = model.moe_layers * rank * (model.hidden + model.experts);
-  }
-  if (model.experts > 0) {
-    TAILOR_CHECK(recipe.lora.expert_rank.has_value(), "resolve() the recipe first");
-    counts.per_expert = mlp_lora(recipe, targets.experts, model.hidden, model.expert_width,
-                                 *recipe.lora.expert_rank);
-    counts.all_experts = model.moe_layers * model.experts * counts.per_expert;
+  if (routed > 0) {
+    counts.per_expert = div_ceil(routed, model.moe_layers);
+    counts.all_experts = model.experts * routed;
     const auto& chosen = recipe.lora.chosen_experts;
     counts.experts = chosen ? chosen->experts * counts.per_expert : counts.all_experts;
   }
@@ -136,6 +132,34 @@ void add_attention(const ModelSpec& spec, ModelFacts& facts) {
   if (spec.is_latent()) facts.attention_expanded = spec.query_width() + spec.attention_width();
 }
 
+void add_factors(const ModelSpec& spec, ModelFacts& facts) {
+  const auto add = [&](std::string group, std::string name, const PublishedMatrix& matrix) {
+    facts.factors.push_back({std::move(group), std::move(name), module_of(matrix.name), false,
+                             matrix.rows, matrix.columns, 1});
+  };
+  for (std::int64_t l = 0; l < spec.layer_count(); ++l) {
+    const bool moe = spec.layers[static_cast<std::size_t>(l)].moe;
+    for (const PublishedMatrix& matrix : attention_projections(spec, l)) {
+      const std::string name = matrix.module_name();
+      add(matrix.role == MatrixRole::kv_b ? name : "attention", name, matrix);
+    }
+    for (const PublishedMatrix& matrix : feed_forward_matrices(spec, l)) {
+      if (matrix.is_vector()) continue;
+      const bool router = matrix.role == MatrixRole::router;
+      add(router ? "router"
+          : moe  ? "shared_expert"
+                 : "dense_mlp",
+          router ? "router" : matrix.module_name(), matrix);
+    }
+    if (!moe) continue;
+    const auto expert = expert_matrices(spec, l, 0, true);  // gate, up, down
+    for (const PublishedMatrix* matrix : {&expert[0], &expert[2]}) {
+      facts.factors.push_back({"experts", "experts." + matrix->module_name(), matrix->name, true,
+                               matrix->width, matrix->columns, matrix->width / matrix->rows});
+    }
+  }
+}
+
 }  // namespace
 
 ModelFacts model_facts(const ModelSpec& spec, const std::string& name) {
@@ -148,6 +172,7 @@ ModelFacts model_facts(const ModelSpec& spec, const std::string& name) {
   facts.qk_dim = spec.head_dim;
   facts.v_dim = spec.is_latent() ? spec.latent.value_dim : spec.head_dim;
   add_attention(spec, facts);
+  add_factors(spec, facts);
   facts.moe_layers = spec.moe_layer_count();
   facts.dense_layers = facts.layers - facts.moe_layers;
   facts.dense_width = spec.dense_width;

@@ -19,6 +19,16 @@ struct MatrixShape {
   std::int64_t parameters() const { return out * in; }
 };
 
+/// A matrix that can carry LoRA factors; of routed experts all of a layer's.
+struct FactorMatrix {
+  std::string group, name, path;  ///< see TargetNames
+  bool routed = false;
+  std::int64_t out = 0, in = 0;
+  std::int64_t parts = 1;  ///< matrices that `out` is made of: gate and up are two
+  /// Of rank 1, each part with an A of its own.
+  std::int64_t parameters() const { return out + parts * in; }
+};
+
 /// What the plan knows of a model: counts and widths, no weights. Vectors (norms, biases of q, k
 /// and v, a router's correction) are left out; they are below a ten-thousandth of the whole.
 struct ModelFacts {
@@ -39,9 +49,10 @@ struct ModelFacts {
   std::int64_t dense_layers = 0, dense_width = 0;
   bool tied_head = false;
   BaseFormat published =
-      BaseFormat::bf16;        ///< what as_is means; float32 checkpoints count as bf16 x 2
-  double published_bytes = 2;  ///< a parameter, when `published` is bf16: 2, or 4
-  RoutedModel routed;          ///< what an expert selection is held against
+      BaseFormat::bf16;               ///< what as_is means; float32 checkpoints count as bf16 x 2
+  double published_bytes = 2;         ///< a parameter, when `published` is bf16: 2, or 4
+  RoutedModel routed;                 ///< what an expert selection is held against
+  std::vector<FactorMatrix> factors;  ///< layer by layer
 
   ModelTraits traits() const { return {static_cast<int>(experts), static_cast<int>(top_k)}; }
   std::int64_t attention_parameters() const;  ///< one layer
@@ -58,11 +69,11 @@ struct ModelFacts {
 };
 
 /// Trainable parameters of a recipe's factors; by where they live. expert_rank must be resolved.
-/// Gate and up of an expert count an A each, as servers hold them. kv_b_proj carries factors only
-/// where it is named: no group has it.
+/// Gate and up of an expert count an A each, as servers hold them. A matrix has factors where
+/// training puts them: target_means() says so to both.
 struct LoraCounts {
   std::int64_t attention = 0, dense_mlp = 0, shared_expert = 0, router = 0;
-  std::int64_t per_expert = 0;   ///< one routed expert
+  std::int64_t per_expert = 0;   ///< one routed expert; the mean, rounded up, where layers differ
   std::int64_t experts = 0;      ///< the routed experts that are trained
   std::int64_t all_experts = 0;  ///< as many as an adapter's file has, zero for the others
   std::int64_t other() const { return attention + dense_mlp + shared_expert + router; }

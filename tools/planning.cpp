@@ -93,6 +93,11 @@ Machine recipe_machine(const Recipe& recipe) {
              : this_machine(recipe.output_dir);
 }
 
+PriceQuote recipe_price(const Recipe& recipe, const Machine& machine) {
+  return quote(PriceBook::read(recipes_folder() / "prices.yaml"), recipe.cost.price, machine.sku,
+               machine.tier, RealClock().unix_ms());
+}
+
 PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<DataStats>& data,
                           Measure measure, bool oracle_assumptions) {
   const Recipe& recipe = resolved.file.recipe;

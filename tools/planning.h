@@ -32,6 +32,9 @@ std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& m
 /// The machine the recipe names, or this one.
 Machine recipe_machine(const Recipe& recipe);
 
+/// What an hour of that machine costs the recipe's user today.
+PriceQuote recipe_price(const Recipe& recipe, const Machine& machine);
+
 struct PlannedRecipe {
   Machine machine;
   Plan plan;

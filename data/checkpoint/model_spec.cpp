@@ -135,9 +135,6 @@ RopeSpec read_rope(const JsonReader& config) {
 void read_common(const JsonReader& config, ModelSpec& spec) {
   spec.hidden = size_of(config, "hidden_size");
   spec.heads = size_of(config, "num_attention_heads");
-  spec.kv_heads =
-      config.has("num_key_value_heads") ? size_of(config, "num_key_value_heads") : spec.heads;
-  spec.head_dim = config.has("head_dim") ? size_of(config, "head_dim") : spec.hidden / spec.heads;
   spec.vocab = size_of(config, "vocab_size");
   spec.positions_max = config.integer("max_position_embeddings", 8192);
   spec.norm_eps = config.number("rms_norm_eps", 1e-5);
@@ -150,6 +147,13 @@ void read_common(const JsonReader& config, ModelSpec& spec) {
   refuse_option(config, "hidden_act", "silu");
   refuse_option(config, "mlp_bias", false);
   refuse_option(config, "attention_bias", false);
+}
+
+/// Heads that share keys and values among some of them; latent attention's are read with its ranks.
+void read_grouped_heads(const JsonReader& config, ModelSpec& spec) {
+  spec.kv_heads =
+      config.has("num_key_value_heads") ? size_of(config, "num_key_value_heads") : spec.heads;
+  spec.head_dim = config.has("head_dim") ? size_of(config, "head_dim") : spec.hidden / spec.heads;
   if (spec.heads % spec.kv_heads != 0 || spec.head_dim % 2 != 0) {
     refuse(config.where(),
            std::to_string(spec.heads) + " attention heads of width " +
@@ -197,6 +201,7 @@ void check_experts_per_token(const JsonReader& config, const ModelSpec& spec) {
 
 // Defaults follow transformers 5.17 configuration_llama4.py.
 void read_llama4(const JsonReader& config, ModelSpec& spec) {
+  read_grouped_heads(config, spec);
   spec.rope.pairs = true;
   spec.dense_width = size_of(config, "intermediate_size_mlp");
   spec.expert_width = spec.shared_width = size_of(config, "intermediate_size");
@@ -242,10 +247,12 @@ void read_llama4(const JsonReader& config, ModelSpec& spec) {
 }
 
 void read_llama(const JsonReader& config, ModelSpec& spec) {
+  read_grouped_heads(config, spec);
   spec.dense_width = size_of(config, "intermediate_size");
 }
 
 void read_qwen2(const JsonReader& config, ModelSpec& spec) {
+  read_grouped_heads(config, spec);
   spec.dense_width = size_of(config, "intermediate_size");
   spec.qkv_bias = true;
   refuse_option(config, "use_sliding_window", false);
@@ -269,9 +276,56 @@ void check_quantisation(const JsonReader& config) {
   }
 }
 
+/// A size that the others determine: written beside them by some programs, never another.
+void check_derived(const JsonReader& config, std::string_view key, std::int64_t needed,
+                   const std::string& as) {
+  if (!config.has(key)) return;
+  const std::int64_t found = config.integer(key);
+  if (found == needed) return;
+  refuse(config.where(),
+         std::string(key) + " is " + std::to_string(found) + ", needed: " + std::to_string(needed) +
+             ", " + as,
+         "Latent attention of deepseek_v3 expands keys and values for every head. Check that "
+         "config.json is the one published with the weights, or leave the key out.");
+}
+
+/// What later families put into attention, residuals and experts (DeepSeek V3.2 and V4;
+/// transformers 5.17 configuration_deepseek_v32.py, configuration_deepseek_v4.py): such a model may
+/// call itself deepseek_v3, but is another function.
+void refuse_later_families(const JsonReader& config) {
+  constexpr std::string_view kLater[] = {"index_topk",
+                                         "index_head_dim",
+                                         "index_n_heads",
+                                         "compress_ratios",
+                                         "compress_rates",
+                                         "compress_rope_theta",
+                                         "compress_rate_csa",
+                                         "compress_rate_hca",
+                                         "hc_mult",
+                                         "hc_sinkhorn_iters",
+                                         "hc_eps",
+                                         "num_hash_layers",
+                                         "mlp_layer_types",
+                                         "swiglu_limit",
+                                         "sliding_window",
+                                         "o_groups",
+                                         "o_lora_rank",
+                                         "layer_types"};
+  for (const std::string_view key : kLater) {
+    if (!config.has(key)) continue;
+    refuse(config.where(),
+           std::string(key) + " is " + config.at(key).dump().substr(0, 60) +
+               ", which Tailor does not implement: DeepSeek V3.2 and V4 have it",
+           "DeepSeek V3 and R1 can be trained, whose configs do not have this key: full latent "
+           "attention, plain residuals, every token routed by its scores.");
+  }
+  refuse_option(config, "expert_dtype", "fp8");
+}
+
 // Defaults follow transformers 5.17 configuration_deepseek_v3.py; what published configs say beside
 // (DeepSeek-V3, DeepSeek-R1) is checked against the one thing that is implemented.
 void read_deepseek_v3(const JsonReader& config, ModelSpec& spec) {
+  refuse_later_families(config);
   LatentSpec& latent = spec.latent;
   latent.q_rank = config.has("q_lora_rank") ? size_of(config, "q_lora_rank") : 0;
   latent.kv_rank = size_of(config, "kv_lora_rank");
@@ -284,6 +338,10 @@ void read_deepseek_v3(const JsonReader& config, ModelSpec& spec) {
     refuse(config.where(), "qk_rope_head_dim is " + std::to_string(latent.rope_dim),
            "Rotary embedding needs an even width.");
   }
+  check_derived(config, "num_key_value_heads", spec.heads, "as num_attention_heads");
+  check_derived(config, "head_dim", latent.rope_dim, "as qk_rope_head_dim");
+  check_derived(config, "qk_head_dim", spec.head_dim,
+                "the sum of qk_nope_head_dim and qk_rope_head_dim");
   spec.rope.pairs = config.boolean("rope_interleave", true);
 
   refuse_option(config, "topk_method", "noaux_tc");

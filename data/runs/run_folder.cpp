@@ -130,6 +130,28 @@ RunFolder::~RunFolder() {
   if (lock_descriptor_ >= 0) ::close(lock_descriptor_);
 }
 
+void RunFolder::keep_experts(const fs::path& source) const {
+  const std::string text = read_text(source), digest = sha256_hex(text);
+  Json document = read_json(marker(path_));
+  const std::string known = document.value("experts_sha256", std::string());
+  if (!known.empty() && known != digest) {
+    throw Error(Fault::usage,
+                {"lora.experts is not the choice of experts that this run was started with: its "
+                 "SHA-256 is " +
+                     digest.substr(0, 16) + "..., needed: " + known.substr(0, 16) + "...",
+                 source.string(),
+                 "Go on with the run's own copy, lora.experts=" + experts().string() +
+                     ", or train the other choice into another output_dir."});
+  }
+  std::error_code error;
+  if (!fs::exists(experts(), error) || sha256_file(experts()) != digest) {
+    write_atomically(experts(), text);
+  }
+  if (!known.empty()) return;
+  document["experts_sha256"] = digest;
+  write_atomically(marker(path_), document.dump(2) + "\n");
+}
+
 std::string RunFolder::run_in(const fs::path& folder) {
   const fs::path path = marker(folder);
   std::error_code error;

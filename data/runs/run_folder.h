@@ -39,7 +39,14 @@ class RunFolder {
   /// Absolute.
   const fs::path& path() const noexcept { return path_; }
 
+  /// Keeps the file of chosen experts (lora.experts) as experts() and its SHA-256 in the marker, so
+  /// that the run can be read, and gone on with, when the file is gone or changed. On a resumed run
+  /// that has one already it must be that file: Error{usage} if not. A copy that is missing or
+  /// damaged is made again.
+  void keep_experts(const fs::path& source) const;
+
   fs::path recipe() const { return recipe(path_); }
+  fs::path experts() const { return experts(path_); }
   fs::path plan() const { return plan(path_); }
   fs::path metrics() const { return metrics(path_); }
   fs::path checkpoints() const { return checkpoints(path_); }
@@ -51,6 +58,7 @@ class RunFolder {
   static fs::path marker(const fs::path& folder) { return folder / "run.json"; }
   static fs::path lock(const fs::path& folder) { return folder / "run.lock"; }
   static fs::path recipe(const fs::path& folder) { return folder / "recipe.resolved.yaml"; }
+  static fs::path experts(const fs::path& folder) { return folder / "experts.yaml"; }
   static fs::path plan(const fs::path& folder) { return folder / "plan.json"; }
   static fs::path metrics(const fs::path& folder) { return folder / "metrics.jsonl"; }
   static fs::path checkpoints(const fs::path& folder) { return folder / "checkpoints"; }

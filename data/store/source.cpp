@@ -93,10 +93,11 @@ void SourceReader::release() {
 
 std::int64_t SourceReader::memory_bytes(const PublishedMatrix& matrix,
                                         const WeightFormat& published, std::int64_t rows) {
+  const bool turned = matrix.fused && !matrix.outputs_first;  // an expert's whole tensor is read
   const std::int64_t elements =
-      matrix.fused ? matrix.columns * matrix.width : std::min(rows, matrix.rows) * matrix.columns;
+      turned ? matrix.columns * matrix.width : std::min(rows, matrix.rows) * matrix.columns;
   const std::int64_t scales =
-      scale_bytes(published, matrix.fused ? matrix.width : matrix.rows, matrix.columns);
+      scale_bytes(published, turned ? matrix.width : matrix.rows, matrix.columns);
   return code_bytes(published, 1, elements) + 2 * scales;
 }
 
@@ -231,21 +232,21 @@ void SourceReader::read_rows(const PublishedMatrix& matrix, std::int64_t begin, 
   if (matrix.fused && !matrix.outputs_first) {
     return read_fused_rows(matrix, source, begin, end, out);
   }
-  begin += matrix.first_row();
-  end += matrix.first_row();
   if (format.kind == WeightKind::int4) return read_int4_rows(matrix, source, begin, end, out);
   const std::int64_t columns = matrix.columns;
   const Dtype dtype = source.codes->info.dtype;
   const std::int64_t row_bytes = columns * dtype_bytes(dtype);
   if (format.kind != WeightKind::fp8) {
-    const std::byte* raw =
-        slice(*source.codes, begin * row_bytes, (end - begin) * row_bytes, kCodes);
+    const std::byte* raw = slice(*source.codes, (matrix.first_row() + begin) * row_bytes,
+                                 (end - begin) * row_bytes, kCodes);
     return to_floats(dtype, raw, (end - begin) * columns, out);
   }
-  const std::vector<float> scales = scales_of(*source.scales, 0, source.scales->info.elements());
+  const std::vector<float> scales =
+      scales_of(*source.scales, source.first_scale, source.scale_count);
   // Blocks are counted from the matrix's first row, so the rows are read from a block's border.
   const std::int64_t from = begin / format.block_rows * format.block_rows;
-  const std::byte* codes = slice(*source.codes, from * row_bytes, (end - from) * row_bytes, kCodes);
+  const std::byte* codes = slice(*source.codes, (matrix.first_row() + from) * row_bytes,
+                                 (end - from) * row_bytes, kCodes);
   const std::int64_t across =
       div_ceil(columns, format.block_columns == 0 ? columns : format.block_columns);
   decode_rows(
@@ -305,7 +306,7 @@ bool SourceReader::copy_encoded(const PublishedMatrix& matrix, const WeightForma
     const std::int64_t row_bytes = code_bytes(format, 1, matrix.columns);
     read(*source.codes, (matrix.first_row() + begin) * row_bytes, (end - begin) * row_bytes, codes);
     if (source.scales != nullptr) {
-      copy_scales(source, 0, source.scales->info.elements(), scales);
+      copy_scales(source, source.first_scale, source.scale_count, scales);
     }
   }
   const std::int64_t count = (end - begin) * matrix.columns;

@@ -105,7 +105,7 @@ SourceMatrix find_int4(const Checkpoint& checkpoint, const PublishedMatrix& matr
                sides_text(matrix),
            "Groups of 128, 64 or 32 columns are read. Check that the shards are of one download.");
   }
-  return {&packed, &scales, WeightFormat::int4(group)};
+  return {&packed, &scales, WeightFormat::int4(group), 0, scales.info.elements()};
 }
 
 bool fits_fused(const TensorInfo& scales, const TensorInfo& codes) {
@@ -116,32 +116,58 @@ bool fits_fused(const TensorInfo& scales, const TensorInfo& codes) {
          shape == std::vector{experts, std::int64_t{1}, outputs};
 }
 
+/// Blocks of an expert's matrix among those of its tensor, outputs first. Gate and up are halves of
+/// one tensor, so each has half of its rows of scales.
+SourceMatrix find_fused_blocks(const Checkpoint& checkpoint, const PublishedMatrix& matrix,
+                               const Checkpoint::Tensor& codes, const Checkpoint::Tensor& scales) {
+  const std::int64_t down = div_ceil(matrix.rows, kBlock),
+                     across = div_ceil(matrix.columns, kBlock);
+  const std::int64_t parts = matrix.width / matrix.rows;
+  TensorInfo needed = scales.info;
+  needed.shape = {codes.info.shape[0], parts * down, across};
+  if (parts > 1 && matrix.rows % kBlock != 0 && matrix.rows > kBlock) {
+    refuse(checkpoint, codes,
+           "blocks of " + std::to_string(kBlock) + " rows do not divide the " +
+               std::to_string(matrix.rows) + " outputs of gate and of up, which share this tensor",
+           "Fused fp8 experts are read where moe_intermediate_size is a multiple of 128 or below "
+           "it. Use a checkpoint with a tensor for every expert.");
+  }
+  if (scales.info.shape != needed.shape) {
+    refuse(checkpoint, scales,
+           "fp8 scales of shape " + scales.info.shape_text() + " are not " + needed.shape_text() +
+               ", one for 128 x 128 of weights of shape " + codes.info.shape_text(),
+           "Check that the shards are of one download.");
+  }
+  const std::int64_t row = matrix.expert * parts * down + matrix.first / matrix.rows * down;
+  return {&codes, &scales, WeightFormat::fp8_blocks(), row * across, down * across};
+}
+
 SourceMatrix find_fp8(const Checkpoint& checkpoint, const PublishedMatrix& matrix,
                       const Checkpoint::Tensor& codes) {
+  const bool blocks_only = matrix.fused && matrix.outputs_first;
+  const std::vector<std::string> names =
+      blocks_only ? std::vector{matrix.name + "_scale_inv"} : scale_names(matrix.name);
   const Checkpoint::Tensor* scales = nullptr;
-  for (const std::string& name : scale_names(matrix.name)) {
+  for (const std::string& name : names) {
     if (scales == nullptr && checkpoint.has(name)) scales = &checkpoint.find(name);
   }
   if (scales == nullptr) {
     refuse(checkpoint, codes, "fp8 weights without scales",
-           "The checkpoint should hold " + scale_names(matrix.name).front() +
-               ": check that every shard is there.");
+           "The checkpoint should hold " + names.front() + ": check that every shard is there.");
   }
   check_scale_type(checkpoint, *scales, false);
+  if (blocks_only) return find_fused_blocks(checkpoint, matrix, codes, *scales);
   const auto& shape = scales->info.shape;
-  if (matrix.fused && matrix.outputs_first) {
-    refuse(checkpoint, codes, "fp8 weights of all experts in one tensor are not supported",
-           "Use the checkpoint as published, with a tensor for every expert.");
-  }
+  const std::int64_t count = scales->info.elements();
   if (matrix.fused) {
     if (fits_fused(scales->info, codes.info)) return {&codes, scales, WeightFormat::fp8_rows()};
   } else {
     if (shape.size() == 2 && shape[0] == div_ceil(matrix.rows, kBlock) &&
         shape[1] == div_ceil(matrix.columns, kBlock)) {
-      return {&codes, scales, WeightFormat::fp8_blocks()};
+      return {&codes, scales, WeightFormat::fp8_blocks(), 0, count};
     }
     if (shape == std::vector{matrix.rows} || shape == std::vector{matrix.rows, std::int64_t{1}}) {
-      return {&codes, scales, WeightFormat::fp8_rows()};
+      return {&codes, scales, WeightFormat::fp8_rows(), 0, count};
     }
   }
   refuse(

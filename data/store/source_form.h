@@ -11,13 +11,20 @@ namespace tailor {
 /// F32, F16, BF16  plain, or all experts in one tensor (published.h)
 /// F8_E4M3         with one scale for 128 x 128 weights (`weight_scale_inv`, DeepSeek) or for each
 ///                 output (`weight_scale`; `gate_up_proj_scale` of [E, 1, outputs] or [E, outputs,
-///                 1] beside fused experts, Llama 4), F32 or BF16
+///                 1] beside fused experts, Llama 4), F32 or BF16. Fused experts of DeepSeek, as
+///                 transformers saves them: `gate_up_proj_scale_inv` [E, blocks of 2F, blocks of D]
+///                 (transformers 5.17 finegrained_fp8.py, FP8Experts), where no block lies in both
+///                 gate and up: F is a multiple of 128, or below 128 and each has a block of its
+///                 own
 /// INT4            compressed-tensors' pack-quantized: `weight_packed` I32 [rows, columns / 8],
 ///                 `weight_scale` [rows, groups] BF16, F16 or F32, `weight_shape`; symmetric
 struct SourceMatrix {
   const Checkpoint::Tensor* codes;
   const Checkpoint::Tensor* scales = nullptr;  ///< null where the form has none
   WeightFormat format;                         ///< F16 counts as f32, which holds it
+  /// The matrix's own scales where they lie one after the other; of inputs-first fused experts they
+  /// are strided, and read by the matrix's place.
+  std::int64_t first_scale = 0, scale_count = 0;
 };
 
 /// Throws Error{bad_file}, naming the tensor: missing or of another shape, scales missing or of a

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "recipes/model_facts.h"
 
 namespace tailor {
 namespace {
@@ -49,6 +50,87 @@ TEST(LoraTargets, groups) {
   EXPECT_EQ(create(spec, {"shared_expert"}).sites().size(), 6U);
   EXPECT_EQ(create(spec, {"all"}).sites().size(), all_sites(spec).size());
   EXPECT_EQ(create(spec, {"attention", "all"}).sites().size(), all_sites(spec).size());
+}
+
+/// Parameters of the sites that training makes, gate and up of experts with an A each, as plans and
+/// servers have them.
+std::int64_t trained(const ModelSpec& spec, const LoraOptions& options) {
+  std::int64_t total = 0;
+  for (const LoraSite& site : choose_sites(spec, options)) {
+    const std::int64_t parts = site.projection == Projection::experts_gate_up ? 2 : 1;
+    total += site.slots() * site.rank * (parts * site.in + site.out);
+  }
+  return total;
+}
+
+TEST(LoraTargets, plan_counts_the_factors_that_training_makes) {
+  const fs::path shipped = fs::path(TAILOR_SOURCE_DIR) / "recipes/models";
+  std::vector<ModelSpec> specs = {spec_of("llama4_maverick_tiny"), spec_of("deepseek_v3_tiny"),
+                                  spec_of("llama_tiny"), spec_of("qwen2_tiny")};
+  for (const char* name :
+       {"deepseek-ai--DeepSeek-R1", "meta-llama--Llama-4-Maverick-17B-128E-Instruct"}) {
+    specs.push_back(model_spec_from_config(read_json(shipped / (name + std::string(".json"))), ""));
+  }
+  const std::vector<std::vector<std::string>> all_targets = {
+      {"gate_proj"},
+      {"up_proj", "down_proj"},
+      {"gate_proj", "up_proj", "down_proj", "q_proj"},
+      {"gate_proj", "experts.down_proj"},
+      {"experts.gate_up_proj"},
+      {"experts.down_proj"},
+      {"shared_expert.gate_proj"},
+      {"shared_experts.gate_proj"},
+      {"mlp.gate_proj"},
+      {"gate"},
+      {"router"},
+      {"mlp.gate", "o_proj"},
+      {"kv_b_proj"},
+      {"q_a_proj", "self_attn.q_b_proj", "kv_a_proj_with_mqa"},
+      {"model.layers.1.self_attn.o_proj"},
+      {"layers.3.self_attn.o_proj", "layers.1.mlp.shared_experts.up_proj"},
+      {"model.layers.1.feed_forward.experts.down_proj"},
+      {"attention", "gate_proj"},
+      {"experts", "down_proj"}};
+  int compared = 0;
+  for (const ModelSpec& spec : specs) {
+    const ModelFacts facts = model_facts(spec, spec.architecture);
+    for (const std::vector<std::string>& targets : all_targets) {
+      LoraOptions options;
+      options.rank = 4;
+      options.expert_rank = 3;
+      options.targets = targets;
+      Recipe recipe;
+      recipe.lora.rank = 4;
+      recipe.lora.expert_rank = 3;
+      recipe.lora.targets = {false, false, false, false, false, {}};
+      for (const std::string& target : targets) {
+        if (target == "attention") {
+          recipe.lora.targets.attention = true;
+        } else if (target == "experts") {
+          recipe.lora.targets.experts = true;
+        } else {
+          recipe.lora.targets.modules.push_back(target);
+        }
+      }
+      std::int64_t want = 0;
+      try {
+        want = trained(spec, options);
+      } catch (const Error&) {
+        continue;  // a target that this model does not have: training refuses it
+      }
+      EXPECT_EQ(count_lora(recipe, facts).total(), want)
+          << spec.architecture << ": " << testing::PrintToString(targets);
+      ++compared;
+    }
+  }
+  EXPECT_GT(compared, 45);
+  // The bare name of an MLP's matrix is not the routed experts'.
+  const ModelFacts deepseek = model_facts(spec_of("deepseek_v3_tiny"), "tiny");
+  Recipe recipe;
+  recipe.lora.expert_rank = 3;
+  recipe.lora.targets = {false, false, false, false, false, {"gate_proj"}};
+  EXPECT_EQ(count_lora(recipe, deepseek).experts, 0);
+  EXPECT_GT(count_lora(recipe, deepseek).shared_expert, 0);
 }
 
 TEST(LoraTargets, module_names_as_peft_matches_them) {

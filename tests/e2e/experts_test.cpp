@@ -87,6 +87,33 @@ TEST_F(ExpertsProgram, a_scan_counts_every_token_and_writes_what_it_says) {
       << "a document's last token has no successor";
 }
 
+TEST_F(ExpertsProgram, progress_has_dollars_where_there_is_a_price) {
+  const auto last_line = [&](std::vector<std::string> more) {
+    std::vector<std::string> words = {"experts", "scan", "--recipe", "recipe.yaml"};
+    words.insert(words.end(), more.begin(), more.end());
+    const Outcome done = run(words);
+    EXPECT_EQ(done.code, 0) << done.err;
+    const std::size_t at = done.err.rfind("scanned ");
+    EXPECT_NE(at, std::string::npos) << done.err;
+    return done.err.substr(at, done.err.find('\n', at) - at);
+  };
+  const std::string dear = last_line({"cost.price={usd_per_gpu_hour: 3600000}"});
+  EXPECT_THAT(dear, HasSubstr("tokens/s  ETA "));
+  const std::size_t dollar = dear.rfind('$');
+  ASSERT_NE(dollar, std::string::npos) << dear;
+  // 1,000 dollars a second: of a scan that takes some time, and not an hour.
+  std::string digits;
+  for (const char c : dear.substr(dollar + 1)) {
+    if (c != ',') digits += c;
+  }
+  EXPECT_GT(std::stod(digits), 1) << dear;
+  EXPECT_LT(std::stod(digits), 600'000) << dear;
+  // Without a recipe there is no price to go by.
+  const Outcome free = scan({});
+  EXPECT_THAT(free.err, HasSubstr("scanned 40 of 40 rows"));
+  EXPECT_EQ(free.err.find('$'), std::string::npos) << free.err;
+}
+
 TEST_F(ExpertsProgram, every_rule_keeps_to_its_bound) {
   const Json all = scanned({"--top-p", "1"});
   for (const char* by : {"gate", "token"}) {
@@ -165,6 +192,18 @@ TEST_F(ExpertsProgram, training_takes_the_chosen_experts_and_the_plan_counts_the
   ASSERT_EQ(with({"output_dir=whole", "training.lr_scheduler=constant"}).code, 0);
   EXPECT_EQ(sha256_hex(file("halves/adapter/adapter_model.safetensors")),
             sha256_hex(file("whole/adapter/adapter_model.safetensors")));
+  // The run has its own copy of the choice, and goes on with nothing else.
+  EXPECT_EQ(file("halves/experts.yaml"), file("two.yaml"));
+  EXPECT_EQ(parse_json(file("halves/run.json"), "run.json").at("experts_sha256"),
+            sha256_hex(file("two.yaml")));
+  box_.write_text("edited.yaml", file("two.yaml") + "# by hand\n");
+  const auto on = [&](const std::string& experts) {
+    return run({"train", "recipe.yaml", "output_dir=halves", "training.lr_scheduler=constant",
+                "training.max_steps=7", "lora.experts=" + experts, "--resume"});
+  };
+  expect_refused(on("edited.yaml"), 2, "not the choice of experts that this run was started with");
+  const Outcome own = on("halves/experts.yaml");
+  EXPECT_EQ(own.code, 0) << own.err;
   ASSERT_EQ(with({"output_dir=paged", "lora.expert_state=disk"}).code, 0);
   EXPECT_EQ(sha256_hex(file("paged/adapter/adapter_model.safetensors")), sha256_hex(adapter));
 

@@ -34,6 +34,23 @@ std::map<std::string, double> named(const Json& row, const char* list) {
   return out;
 }
 
+/// What can carry factors in a model that is known by its sizes alone.
+void add_factors(ModelFacts& model) {
+  const auto add = [&](const char* group, std::int64_t out, std::int64_t in) {
+    model.factors.push_back({group, "", "", group == std::string("experts"), out, in, 1});
+  };
+  for (std::int64_t l = 0; l < model.layers; ++l) {
+    const bool moe = l < model.moe_layers;
+    for (const MatrixShape& shape : model.attention) add("attention", shape.out, shape.in);
+    const std::int64_t width = moe ? model.shared_width() : model.dense_width;
+    for (int i = 0; i < 3; ++i) {
+      if (width > 0) add(moe ? "shared_expert" : "dense_mlp", width, model.hidden);
+      if (moe) add("experts", model.expert_width, model.hidden);
+    }
+    if (moe) add("router", model.experts, model.hidden);
+  }
+}
+
 const ModelFacts& facts(const std::string& name) {
   static std::map<std::string, ModelFacts> known;
   if (known.contains(name)) return known[name];
@@ -58,6 +75,7 @@ const ModelFacts& facts(const std::string& name) {
   out.shared_experts = integer("shared");
   out.dense_layers = integer("dense_layers");
   out.dense_width = integer("ff_dense");
+  add_factors(out);
   return known[name] = out;
 }
 

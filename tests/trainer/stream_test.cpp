@@ -234,33 +234,57 @@ TEST(Fp8Blocks, forward_equals_transformers) {
   }
 }
 
-/// deepseek_v3_tiny as newer transformers save it: a layer's experts in one tensor, outputs first.
-fs::path fused_deepseek(const fs::path& folder) {
+/// A layer's experts of deepseek_v3_tiny: one tensor an expert, or as newer transformers save them,
+/// all in one, outputs first; as they are, or as fp8 with a scale for 128 x 128.
+fs::path deepseek_with(const fs::path& folder, bool all_in_one, bool fp8) {
   const fs::path from = golden("deepseek_v3_tiny") / "model";
   std::map<std::string, at::Tensor> tensors;
   for (const auto& entry : fs::directory_iterator(from)) {
     if (entry.path().extension() == ".safetensors") tensors.merge(load_tensors(entry.path()));
   }
   const ModelSpec spec = read_model_spec(from);
+  const auto put = [&](const std::string& name, const at::Tensor& codes, const at::Tensor& scales) {
+    tensors[name] = codes;
+    if (fp8) tensors[name + "_scale_inv"] = scales;
+  };
   for (std::int64_t l = 0; l < spec.layer_count(); ++l) {
     if (!spec.layers[static_cast<std::size_t>(l)].moe) continue;
-    std::vector<at::Tensor> gate_up, down;
+    std::vector<at::Tensor> codes[3], scales[3];
     for (std::int64_t e = 0; e < spec.experts; ++e) {
       const auto names = expert_matrices(spec, l, e, false);
-      gate_up.push_back(at::cat({tensors.at(names[0].name), tensors.at(names[1].name)}));
-      down.push_back(tensors.at(names[2].name));
-      for (const PublishedMatrix& matrix : names) tensors.erase(matrix.name);
+      for (std::size_t i = 0; i < 3; ++i) {
+        at::Tensor matrix = tensors.at(names[i].name);
+        TAILOR_CHECK(matrix.size(0) <= 128 && matrix.size(1) <= 128, "a block holds it all");
+        const at::Tensor scale = (matrix.to(at::kFloat).abs().max() / 448).reshape({1, 1});
+        if (fp8) matrix = (matrix.to(at::kFloat) / scale).to(at::kFloat8_e4m3fn);
+        codes[i].push_back(matrix);
+        scales[i].push_back(scale);
+        tensors.erase(names[i].name);
+        if (!all_in_one) put(names[i].name, matrix, scale);
+      }
     }
-    const auto fused = expert_matrices(spec, l, 0, true);
-    tensors[fused[0].name] = at::stack(gate_up);
-    tensors[fused[2].name] = at::stack(down);
+    if (!all_in_one) continue;
+    const auto bytes = [](const at::Tensor& tensor) {  // fp8 cannot be concatenated
+      return tensor.scalar_type() == at::kFloat8_e4m3fn ? tensor.view(at::kByte) : tensor;
+    };
+    std::vector<at::Tensor> gate_up, gate_up_scales, down;
+    for (std::size_t e = 0; e < codes[0].size(); ++e) {
+      gate_up.push_back(at::cat({bytes(codes[0][e]), bytes(codes[1][e])}));
+      gate_up_scales.push_back(at::cat({scales[0][e], scales[1][e]}));
+      down.push_back(bytes(codes[2][e]));
+    }
+    const auto all = expert_matrices(spec, l, 0, true);
+    put(all[0].name, at::stack(gate_up), at::stack(gate_up_scales));
+    put(all[2].name, at::stack(down), at::stack(scales[2]));
   }
   fs::create_directories(folder);
   fs::copy_file(from / "config.json", folder / "config.json");
   std::vector<TensorToWrite> files;
   for (auto& [name, tensor] : tensors) {
     tensor = tensor.contiguous();
-    const Dtype dtype = tensor.scalar_type() == at::kFloat ? Dtype::f32 : Dtype::bf16;
+    const Dtype dtype = tensor.scalar_type() == at::kFloat      ? Dtype::f32
+                        : tensor.scalar_type() == at::kBFloat16 ? Dtype::bf16
+                                                                : Dtype::f8_e4m3;
     files.push_back({name,
                      dtype,
                      tensor.sizes().vec(),
@@ -270,41 +294,92 @@ fs::path fused_deepseek(const fs::path& folder) {
   return folder;
 }
 
-TEST(FusedExperts, of_deepseek_are_those_of_one_tensor_an_expert) {
+/// Bytes of a packed store's matrices: the headers name the model's fingerprint.
+std::vector<std::byte> packed_bytes(const fs::path& model, const StoreFormats& formats) {
   const TemporaryFolder folder;
-  const fs::path fused = fused_deepseek(folder.path() / "model");
-  const fs::path single = golden("deepseek_v3_tiny") / "model";
-  const Tokens tokens = documents(read_model_spec(single).vocab, 2);
-  const auto losses = [&](const fs::path& model) {
-    return load_tiny(model, at::kFloat).decoder->evaluate(tokens.input()).losses;
-  };
-  const auto want = losses(single), got = losses(fused);
-  ASSERT_EQ(got.size(), want.size());
-  for (std::size_t t = 0; t < want.size(); ++t) EXPECT_NEAR(got[t], want[t], 1e-6);
+  PackOptions options;
+  options.formats = formats;
+  pack_store(model, folder.path() / "store", options);
+  const Store store = Store::open(folder.path() / "store");
+  std::vector<std::byte> all;
+  for (const StoredUnit& unit : store.layout().units) {
+    std::ifstream file(store.path_of(unit), std::ios::binary);
+    std::vector<std::byte> bytes(static_cast<std::size_t>(unit.bytes));
+    file.seekg(unit.offset);
+    file.read(reinterpret_cast<char*>(bytes.data()), unit.bytes);
+    for (const MatrixPlace& place : unit.matrices) {
+      const auto codes = bytes.begin() + place.codes_offset;
+      const auto scales = bytes.begin() + place.scales_offset;
+      all.insert(all.end(), codes, codes + place.codes_bytes);
+      all.insert(all.end(), scales, scales + place.scales_bytes);
+    }
+  }
+  return all;
+}
 
-  for (const WeightKind kind : {WeightKind::bf16, WeightKind::int4}) {
-    const auto bytes_of = [&](const fs::path& model, const char* name) {
-      PackOptions options;
-      options.formats = formats_of(kind);
-      pack_store(model, folder.path() / name, options);
-      const Store store = Store::open(folder.path() / name);
-      std::vector<std::byte> all;  // of the matrices: the headers name the model's fingerprint
-      for (const StoredUnit& unit : store.layout().units) {
-        std::ifstream file(store.path_of(unit), std::ios::binary);
-        std::vector<std::byte> bytes(static_cast<std::size_t>(unit.bytes));
-        file.seekg(unit.offset);
-        file.read(reinterpret_cast<char*>(bytes.data()), unit.bytes);
-        for (const MatrixPlace& place : unit.matrices) {
-          const auto codes = bytes.begin() + place.codes_offset;
-          const auto scales = bytes.begin() + place.scales_offset;
-          all.insert(all.end(), codes, codes + place.codes_bytes);
-          all.insert(all.end(), scales, scales + place.scales_bytes);
-        }
-      }
-      fs::remove_all(folder.path() / name);
-      return all;
+TEST(FusedExperts, of_deepseek_are_those_of_one_tensor_an_expert) {
+  for (const bool fp8 : {false, true}) {
+    const TemporaryFolder folder;
+    const fs::path fused = deepseek_with(folder.path() / "fused", true, fp8);
+    const fs::path single = deepseek_with(folder.path() / "single", false, fp8);
+    const Tokens tokens = documents(read_model_spec(single).vocab, 2);
+    const auto losses = [&](const fs::path& model) {
+      return load_tiny(model, at::kFloat).decoder->evaluate(tokens.input()).losses;
     };
-    EXPECT_EQ(bytes_of(fused, "fused"), bytes_of(single, "single"));
+    const auto want = losses(single), got = losses(fused);
+    ASSERT_EQ(got.size(), want.size());
+    for (std::size_t t = 0; t < want.size(); ++t) EXPECT_NEAR(got[t], want[t], 1e-6);
+    const auto plain = losses(golden("deepseek_v3_tiny") / "model");
+    double apart = 0;
+    for (std::size_t t = 0; t < want.size(); ++t) apart += std::abs(want[t] - plain[t]);
+    if (fp8) {
+      EXPECT_GT(apart, 1e-3) << "these are other numbers";
+      EXPECT_EQ(packed_bytes(fused, formats_of(WeightKind::fp8, true)),
+                packed_bytes(single, formats_of(WeightKind::fp8, true)));
+    } else {
+      EXPECT_EQ(apart, 0);
+    }
+    for (const WeightKind kind : {WeightKind::bf16, WeightKind::int4}) {
+      EXPECT_EQ(packed_bytes(fused, formats_of(kind)), packed_bytes(single, formats_of(kind)));
+    }
+  }
+}
+
+/// Loaded into memory as what fp8 and INT4 stand for: the numbers of a store of the same codes.
+TEST(QuantisedCheckpoint, loads_into_memory_as_its_store_streams) {
+  const fs::path folder = golden("deepseek_v3_fp8_tiny");
+  const Tokens tokens = fixture_tokens(folder, {0});
+  const Packed packed("deepseek_v3_fp8_tiny", formats_of(WeightKind::fp8, true));
+  const auto want = packed.decoder({}, at::kFloat)->evaluate(tokens.input()).losses;
+  const auto got = load_tiny(folder / "model", at::kFloat).decoder->evaluate(tokens.input());
+  ASSERT_EQ(got.losses.size(), want.size());
+  for (std::size_t t = 0; t < want.size(); ++t) EXPECT_NEAR(got.losses[t], want[t], 1e-6);
+  EXPECT_NEAR(got.loss_sum / static_cast<double>(got.tokens) /
+                  load_tensors(folder / "expected_forward.safetensors").at("loss").item<double>(),
+              1, 1e-5);
+}
+
+TEST(QuantisedCheckpoint, a_code_that_is_no_number_is_refused_by_tensor_row_and_column) {
+  const TemporaryFolder folder;
+  const fs::path model = deepseek_with(folder.path() / "model", true, true);
+  const ModelSpec spec = read_model_spec(model);
+  const PublishedMatrix up = expert_matrices(spec, 1, 2, true)[1];
+  {
+    const Checkpoint checkpoint = Checkpoint::open(model);
+    const TensorInfo& info = checkpoint.find(up.name).info;
+    std::fstream file(model / "model.safetensors", std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(info.offset + (up.first_row() + 3) * up.columns + 5);
+    file.put(static_cast<char>(0x7F));
+  }
+  try {
+    load_tiny(model, at::kFloat);
+    FAIL() << "a NaN was loaded";
+  } catch (const Error& error) {
+    const std::string text = to_text(error);
+    EXPECT_NE(text.find("a weight is infinite or not a number"), std::string::npos) << text;
+    EXPECT_NE(text.find(up.name), std::string::npos) << text;
+    EXPECT_NE(text.find("expert 2, up, row 3, column 5"), std::string::npos) << text;
+    EXPECT_EQ(error.fault(), Fault::bad_file);
   }
 }
 

@@ -46,9 +46,11 @@ void keep_tokens(Batch& batch, std::int64_t tokens) {
 /// One scan from its arguments to its files. Members in the order they come to be.
 class Scan {
  public:
-  explicit Scan(const ExpertsScanArguments& arguments) : arguments_(arguments) {
+  explicit Scan(const ExpertsScanArguments& arguments)
+      : arguments_(arguments), began_(seconds_now()) {
     check_arguments();
     read_recipe();
+    find_price();
     folder_ = find_model_folder(arguments.model.empty() ? resolved_->file.recipe.base_model
                                                         : arguments.model);
     const fs::path store = recipe_store_or_empty();
@@ -147,6 +149,19 @@ class Scan {
     resolved_ = resolve_recipe(std::move(file));
   }
 
+  void find_price() {
+    if (recipe() == nullptr) return;
+    const PriceQuote price = recipe_price(*recipe(), recipe_machine(*recipe()));
+    if (price.usd_micros_per_device_hour) {
+      usd_micros_per_hour_ = static_cast<double>(*price.usd_micros_per_device_hour);
+    }
+  }
+  /// Of the scan so far, everything before the first row included; nothing without a price.
+  std::string spent_text() const {
+    if (!usd_micros_per_hour_) return {};
+    return "  " + usd_text(std::llround((seconds_now() - began_) / 3600 * *usd_micros_per_hour_));
+  }
+
   const Recipe* recipe() const { return resolved_ ? &resolved_->file.recipe : nullptr; }
   fs::path recipe_store_or_empty() const {
     return recipe() == nullptr ? fs::path() : recipe_store(*recipe());
@@ -223,9 +238,12 @@ class Scan {
       count_routing(*model.decoder, batch, counted, last < rows, load);
       tokens += batch.tokens();
       const double spent = seconds_now() - began;
-      line.show("scanned " + count_text(last) + " of " + count_text(rows) + " rows  " +
-                number_text(static_cast<double>(tokens) / spent, 3) + " tokens/s  ETA " +
-                seconds_text(spent * static_cast<double>(rows - last) / static_cast<double>(last)));
+      const std::string text =
+          "scanned " + count_text(last) + " of " + count_text(rows) + " rows  " +
+          number_text(static_cast<double>(tokens) / spent, 3) + " tokens/s  ETA " +
+          seconds_text(spent * static_cast<double>(rows - last) / static_cast<double>(last)) +
+          spent_text();
+      last < rows ? line.show(text) : line.say(text);
     }
     seconds_ = seconds_now() - began;
     if (load.tokens == 0) {
@@ -409,6 +427,8 @@ class Scan {
   }
 
   const ExpertsScanArguments& arguments_;
+  double began_;
+  std::optional<double> usd_micros_per_hour_;  ///< of the device that scans
   std::optional<std::int64_t> max_bytes_, max_usd_micros_;
   std::optional<ResolvedRecipe> resolved_;
   fs::path folder_;

@@ -245,6 +245,7 @@ class Run {
       if (!ranks_->first()) return;
       folder_ = std::make_unique<RunFolder>(
           RunFolder::open(recipe().output_dir, arguments_.resume, clock_));
+      if (chosen_experts_) folder_->keep_experts(*recipe().lora.experts);
     });
     const std::vector<std::string> said = all_texts(
         ranks_->all(),

@@ -25,6 +25,12 @@ std::vector<AttentionSegment> cut(const TokenInput& input, TokenRange range, std
   return out;
 }
 
+/// theta^(2i/dim): what pair i's frequency is one over.
+float plain_power(const RopeSpec& rope, std::int64_t dim, std::size_t i) {
+  const float exponent = static_cast<float>(2 * i) / static_cast<float>(dim);
+  return std::pow(static_cast<float>(rope.theta), exponent);
+}
+
 /// Pairs that turn more than beta_fast times over the original length keep their frequency, those
 /// that turn less than beta_slow times get it divided by `factor`, a ramp lies between (Peng et
 /// al., arXiv 2309.00071, section 3.2; modeling_rope_utils.py, _compute_yarn_parameters).
@@ -46,8 +52,9 @@ void slow_by_yarn(const RopeSpec& rope, std::int64_t dim, std::vector<float>& fr
     const float ramp = std::clamp(
         (static_cast<float>(i) - static_cast<float>(low)) / static_cast<float>(high - low), 0.0F,
         1.0F);
-    const float kept = 1 - ramp, f = frequencies[i];
-    frequencies[i] = f / static_cast<float>(rope.factor) * (1 - kept) + f * kept;
+    const float kept = 1 - ramp;
+    const float slowed = 1.0F / (static_cast<float>(rope.factor) * plain_power(rope, dim, i));
+    frequencies[i] = slowed * (1 - kept) + frequencies[i] * kept;
   }
 }
 
@@ -57,8 +64,8 @@ std::vector<float> rope_frequencies(const RopeSpec& rope, std::int64_t head_dim)
   const std::int64_t half = head_dim / 2;
   std::vector<float> out(static_cast<std::size_t>(half));
   for (std::int64_t i = 0; i < half; ++i) {
-    const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
-    float f = 1.0F / std::pow(static_cast<float>(rope.theta), exponent);
+    const float power = plain_power(rope, head_dim, static_cast<std::size_t>(i));
+    float f = 1.0F / power;
     if (rope.kind == RopeSpec::Kind::llama3) {
       // Wave lengths above original/low are slowed by `factor`, those below original/high kept,
       // between them the two are blended (modeling_rope_utils.py, _compute_llama3_parameters).
@@ -76,8 +83,7 @@ std::vector<float> rope_frequencies(const RopeSpec& rope, std::int64_t head_dim)
       }
     }
     if (rope.kind == RopeSpec::Kind::longrope) {
-      f = 1.0F / (static_cast<float>(rope.factors[static_cast<std::size_t>(i)]) *
-                  std::pow(static_cast<float>(rope.theta), exponent));
+      f = 1.0F / (static_cast<float>(rope.factors[static_cast<std::size_t>(i)]) * power);
     }
     out[static_cast<std::size_t>(i)] = f;
   }

@@ -109,8 +109,9 @@ struct ModelWeights {
 
 /// Copies a checkpoint into memory, converted to `dtype` (float64, float32, bfloat16), shard pages
 /// let go as they are read. Every name and shape is checked before the first byte is copied.
-/// Reads fused experts (experts.gate_up_proj [E, D, 2F]) and one matrix an expert
-/// (experts.N.gate_proj.weight [F, D]). Throws Error{bad_file}.
+/// Reads fused experts (experts.gate_up_proj [E, D, 2F]; of DeepSeek [E, 2F, D]) and one matrix an
+/// expert (experts.N.gate_proj.weight [F, D]); fp8 and INT4 as source_form.h has them, decoded.
+/// Throws Error{bad_file}, naming tensor, row and column of a decoded weight that is no number.
 ModelWeights load_weights(const Checkpoint& checkpoint, const ModelSpec& spec,
                           at::ScalarType dtype);
 

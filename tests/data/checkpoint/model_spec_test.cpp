@@ -359,6 +359,107 @@ TEST(ModelSpec, what_deepseek_has_beside_v3_is_refused) {
               HasSubstr("first_k_dense_replace is 61"));
 }
 
+/// Each refusal whole: the key, what was found, what is supported.
+TEST(ModelSpec, what_deepseek_configs_ask_for_is_named_with_what_is_supported) {
+  const auto refused = [](const Json& config, const std::string& key, const std::string& found,
+                          const std::string& supported, const std::string& section = "") {
+    EXPECT_EQ(refusal(config), "error: " + key + " is " + found +
+                                   ", which Tailor does not implement\n  where: config.json" +
+                                   section + "\n  mend:  Models with " + key + ": " + supported +
+                                   " can be trained.\n");
+  };
+  for (const char* method : {"greedy", "group_limited_greedy", "hash"}) {
+    refused(with(r1(), "topk_method", method), "topk_method", '"' + std::string(method) + '"',
+            "\"noaux_tc\"");
+  }
+  for (const char* scores : {"softmax", "sqrtsoftplus"}) {
+    refused(with(r1(), "scoring_func", scores), "scoring_func", '"' + std::string(scores) + '"',
+            "\"sigmoid\"");
+  }
+  for (const char* block : {"[64,128]", "[128,64]", "[1,128]", "[256,256]", "[128]", "128"}) {
+    Json quant = r1();
+    quant["quantization_config"]["weight_block_size"] = Json::parse(block);
+    refused(quant, "weight_block_size", block, "[128,128]", ", quantization_config");
+  }
+  refused(with(r1(), "expert_dtype", "fp4"), "expert_dtype", "\"fp4\"", "\"fp8\"");
+  for (const char* type : {"linear", "dynamic", "su", "ntk"}) {
+    Json rope = r1();
+    rope["rope_scaling"]["type"] = type;
+    EXPECT_EQ(
+        refusal(rope),
+        "error: rope type '" + std::string(type) +
+            "' is not implemented\n"
+            "  where: config.json, rope_scaling\n"
+            "  mend:  Rope types 'default', 'llama3', 'yarn' and 'longrope' can be trained.\n");
+  }
+}
+
+TEST(ModelSpec, sizes_that_latent_attention_determines_must_agree) {
+  const auto refused = [](const char* key, std::int64_t found, const char* needed) {
+    EXPECT_EQ(
+        refusal(with(r1(), key, found)),
+        "error: " + std::string(key) + " is " + std::to_string(found) + ", needed: " + needed +
+            "\n  where: config.json\n"
+            "  mend:  Latent attention of deepseek_v3 expands keys and values for every head. "
+            "Check that config.json is the one published with the weights, or leave the key "
+            "out.\n");
+  };
+  for (const std::int64_t heads : {1, 3, 64, 256}) {
+    refused("num_key_value_heads", heads, "128, as num_attention_heads");
+  }
+  for (const std::int64_t width : {56, 63, 128, 192}) {
+    refused("head_dim", width, "64, as qk_rope_head_dim");
+  }
+  refused("qk_head_dim", 128, "192, the sum of qk_nope_head_dim and qk_rope_head_dim");
+  EXPECT_THAT(refusal(with(r1(), "head_dim", "64")), HasSubstr("head_dim"));
+  Json config = with(with(r1(), "head_dim", 64), "qk_head_dim", 192);
+  for (const Json& heads : {Json(128), Json()}) {  // null: as many as of queries
+    config["num_key_value_heads"] = heads;
+    EXPECT_EQ(spec_of(config).kv_heads, 128);
+    EXPECT_EQ(spec_of(config).head_dim, 192);
+  }
+  // 56 heads of hidden 7168 would be a width of 128: nothing is guessed from it.
+  config =
+      without(without(with(r1(), "num_attention_heads", 56), "num_key_value_heads"), "head_dim");
+  EXPECT_EQ(spec_of(config).kv_heads, 56);
+}
+
+TEST(ModelSpec, later_deepseeks_are_refused_by_what_they_have) {
+  // Of DeepSeek V3.2 and V4, each alone in a config that calls itself V3.
+  const std::vector<std::pair<const char*, Json>> later = {
+      {"index_topk", 2048},
+      {"index_head_dim", 128},
+      {"index_n_heads", 64},
+      {"compress_ratios", Json::array({0, 4, 128})},
+      {"compress_rates", {{"compressed_sparse_attention", 4}}},
+      {"compress_rope_theta", 160000.0},
+      {"compress_rate_csa", 4},
+      {"compress_rate_hca", 128},
+      {"hc_mult", 4},
+      {"hc_sinkhorn_iters", 20},
+      {"hc_eps", 1e-6},
+      {"num_hash_layers", 3},
+      {"mlp_layer_types", Json::array({"hash_moe"})},
+      {"swiglu_limit", 10.0},
+      {"sliding_window", 128},
+      {"o_groups", 8},
+      {"o_lora_rank", 1024},
+      {"layer_types", Json::array({"compressed_sparse_attention"})}};
+  for (const auto& [key, value] : later) {
+    EXPECT_EQ(refusal(with(r1(), key, value)),
+              "error: " + std::string(key) + " is " + value.dump() +
+                  ", which Tailor does not implement: DeepSeek V3.2 and V4 have it\n"
+                  "  where: config.json\n"
+                  "  mend:  DeepSeek V3 and R1 can be trained, whose configs do not have this key: "
+                  "full latent attention, plain residuals, every token routed by its scores.\n");
+    EXPECT_EQ(spec_of(with(r1(), key, Json())).layer_count(), 61) << key << ": null is none";
+  }
+  for (const char* type : {"deepseek_v2", "deepseek_v32", "deepseek_v4"}) {
+    EXPECT_THAT(refusal(with(r1(), "model_type", type)),
+                HasSubstr("model_type '" + std::string(type) + "' is not supported"));
+  }
+}
+
 /// deepseek() with longrope of `pairs` factors; qk_rope_head_dim is 8, so that 4 are needed.
 Json with_longrope(std::size_t pairs) {
   Json config = deepseek();

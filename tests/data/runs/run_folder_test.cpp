@@ -2,6 +2,7 @@
 
 #include <sys/wait.h>
 
+#include "base/json.h"
 #include "tests/data/runs/runs_fixture.h"
 
 namespace tailor {
@@ -72,6 +73,40 @@ TEST_F(RunFolderTest, newer_folders_are_refused) {
   make_folders(path());
   write_atomically(path() / "run.json", R"({"format": "tailor run", "version": 2, "run": "X"})");
   EXPECT_EQ(error_of([&] { take(true); }).fault(), Fault::usage);
+}
+
+TEST_F(RunFolderTest, keeps_the_chosen_experts_and_goes_on_with_those_alone) {
+  const fs::path first = path().parent_path() / "first.yaml",
+                 other = first.parent_path() / "b.yaml";
+  make_folders(path().parent_path());
+  write_atomically(first, "format: 1\n");
+  write_atomically(other, "format: 1\n# edited\n");
+  {
+    const RunFolder folder = take(false);
+    folder.keep_experts(first);
+    EXPECT_EQ(read_text(folder.experts()), "format: 1\n");
+    EXPECT_EQ(read_json(path() / "run.json").at("experts_sha256"), sha256_file(first));
+    EXPECT_EQ(read_json(path() / "run.json").at("run"), folder.run());
+  }
+  const RunFolder again = take(true);
+  again.keep_experts(first);
+  again.keep_experts(again.experts());  // its own copy
+  const Error error = error_of([&] { again.keep_experts(other); });
+  EXPECT_EQ(error.fault(), Fault::usage);
+  EXPECT_EQ(
+      to_text(error),
+      "error: lora.experts is not the choice of experts that this run was started with: its "
+      "SHA-256 is " +
+          sha256_file(other).substr(0, 16) + "..., needed: " + sha256_file(first).substr(0, 16) +
+          "...\n  where: " + other.string() +
+          "\n  mend:  Go on with the run's own copy, lora.experts=" + again.experts().string() +
+          ", or train the other choice into another output_dir.\n");
+  EXPECT_EQ(read_text(again.experts()), "format: 1\n");
+  // A copy that was edited is told, and made again from a file that fits.
+  write_atomically(again.experts(), "format: 2\n");
+  EXPECT_EQ(error_of([&] { again.keep_experts(again.experts()); }).fault(), Fault::usage);
+  again.keep_experts(first);
+  EXPECT_EQ(read_text(again.experts()), "format: 1\n");
 }
 
 TEST_F(RunFolderTest, one_process_at_a_time) {

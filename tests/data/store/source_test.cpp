@@ -46,6 +46,17 @@ double number_of(const MadeTensor& tensor, std::int64_t index) {
   }
 }
 
+/// Of a matrix's blocks of 128 x 128 the one that holds (r, c), and where the first one's scale is.
+std::int64_t block_of(const PublishedMatrix& matrix, std::int64_t r, std::int64_t c) {
+  return r / 128 * div_ceil(matrix.columns, 128) + c / 128;
+}
+std::int64_t first_block(const PublishedMatrix& matrix) {
+  if (!matrix.fused) return 0;
+  const std::int64_t of_one = div_ceil(matrix.rows, 128) * div_ceil(matrix.columns, 128);
+  if (matrix.role == MatrixRole::down) return matrix.expert * of_one;
+  return (2 * matrix.expert + (matrix.role == MatrixRole::up ? 1 : 0)) * of_one;
+}
+
 /// What the published tensors say an element is, one at a time.
 float published_value(ModelMaker& maker, const PublishedMatrix& matrix, Published as_published,
                       const TinyModel& tiny, std::int64_t r, std::int64_t c) {
@@ -63,14 +74,10 @@ float published_value(ModelMaker& maker, const PublishedMatrix& matrix, Publishe
                                         : bf16_to_float(bf16_from_float(product));
   }
   const MadeTensor& tensor = maker.tensor(matrix.name);
-  const std::int64_t at =
-      matrix.fused ? (matrix.expert * matrix.columns + c) * matrix.width + matrix.first + r
-                   : r * matrix.columns + c;
-  const auto value = static_cast<float>(number_of(tensor, at));
+  const auto value = static_cast<float>(number_of(tensor, element_at(matrix, r, c)));
   if (as_published == Published::fp8_blocks) {
-    const std::int64_t across = div_ceil(matrix.columns, 128);
     return value * static_cast<float>(number_of(maker.tensor(matrix.name + "_scale_inv"),
-                                                r / 128 * across + c / 128));
+                                                first_block(matrix) + block_of(matrix, r, c)));
   }
   if (as_published == Published::fp8_rows) {
     const std::int64_t row = matrix.fused ? matrix.expert * matrix.width + matrix.first + r : r;
@@ -86,6 +93,7 @@ struct SourceCase {
   Dtype scale_dtype = Dtype::bf16;
   bool narrow_scales = false, scales_last = false;
   std::int64_t group = 32;
+  std::int64_t deepseek_width = 0;  ///< of its experts; 0: Llama 4
 };
 const std::vector<SourceCase> kSources = {
     {"f32", Published::f32},
@@ -105,6 +113,11 @@ const std::vector<SourceCase> kSources = {
     {"int4_128_ragged", Published::int4, false, Dtype::bf16, false, false, 128},
     {"int4_f16_scales", Published::int4, false, Dtype::f16},
     {"int4_f32_scales", Published::int4, false, Dtype::f32},
+    {"bf16_fused_outputs_first", Published::bf16, true, Dtype::bf16, false, false, 32, 136},
+    {"fp8_fused_blocks", Published::fp8_blocks, true, Dtype::bf16, false, false, 32, 256},
+    {"fp8_fused_blocks_of_one", Published::fp8_blocks, true, Dtype::bf16, false, false, 32, 72},
+    {"fp8_fused_blocks_bf16_scales", Published::fp8_blocks, true, Dtype::bf16, true, false, 32,
+     128},
 };
 
 class Source : public StoreTest {
@@ -117,6 +130,12 @@ class Source : public StoreTest {
     tiny.narrow_scales = source.narrow_scales;
     tiny.scales_last = source.scales_last;
     tiny.int4_group = source.group;
+    if (source.deepseek_width > 0) {
+      tiny.deepseek = true;
+      tiny.expert_width = source.deepseek_width;
+      tiny.hidden = 200;
+      if (source.published == Published::fp8_blocks) tiny.others_as = source.published;
+    }
     if (!source.fused) tiny.others_as = source.published;
     return tiny;
   }
@@ -198,15 +217,15 @@ TEST_F(Source, codes_and_scales_of_the_same_format_are_kept) {
           for (std::int64_t r = 0; r < matrix.rows; ++r) {
             for (std::int64_t c = 0; c < matrix.columns; ++c) {
               wanted[static_cast<std::size_t>(r * matrix.columns + c)] =
-                  tensor.bytes[static_cast<std::size_t>(
-                      matrix.fused ? (e * matrix.columns + c) * matrix.width + matrix.first + r
-                                   : r * matrix.columns + c)];
+                  tensor.bytes[static_cast<std::size_t>(element_at(matrix, r, c))];
             }
           }
           EXPECT_EQ(codes, wanted);
           const MadeTensor& published = maker.tensor(
               matrix.name + (source.published == Published::fp8_rows ? "_scale" : "_scale_inv"));
-          const std::int64_t first = matrix.fused ? e * matrix.width + matrix.first : 0;
+          const std::int64_t first = source.published == Published::fp8_blocks ? first_block(matrix)
+                                     : matrix.fused ? e * matrix.width + matrix.first
+                                                    : 0;
           for (std::int64_t s = 0; s < static_cast<std::int64_t>(scales.size()) / 4; ++s) {
             ASSERT_EQ(double{element_of<float>(scales, s)}, number_of(published, first + s));
           }
@@ -266,10 +285,13 @@ struct BadCase {
   void (*spoil)(ModelMaker&);
   const char* what;
   const char* tensor;
+  std::int64_t deepseek_width = 0;
 };
 const std::string kGate = "model.layers.1.feed_forward.experts.1.gate_proj";
 const std::string kQ = "model.layers.0.self_attn.q_proj";
 const std::string kFused = "model.layers.1.feed_forward.experts.gate_up_proj";
+const std::string kDeepseek = "model.layers.1.mlp.experts.gate_up_proj";
+const std::string kKvA = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight";
 
 const std::vector<BadCase> kBad = {
     {"fp8_without_scales", Published::fp8_blocks, false,
@@ -361,6 +383,49 @@ const std::vector<BadCase> kBad = {
        fused.shape = {3, 272, 72};
      },
      "is [3, 272, 72], config.json asks for [experts, 72, 272]", "experts.gate_up_proj"},
+    {"deepseek_fused_fp8_without_scales", Published::fp8_blocks, true,
+     [](ModelMaker& m) { m.remove(kDeepseek + "_scale_inv"); }, "fp8 weights without scales",
+     "hold model.layers.1.mlp.experts.gate_up_proj_scale_inv", 256},
+    {"deepseek_fused_fp8_with_scales_of_outputs", Published::fp8_blocks, true,
+     [](ModelMaker& m) { m.rename(kDeepseek + "_scale_inv", kDeepseek + "_scale"); },
+     "fp8 weights without scales", "hold model.layers.1.mlp.experts.gate_up_proj_scale_inv", 256},
+    {"deepseek_fused_blocks_of_another_size", Published::fp8_blocks, true,
+     [](ModelMaker& m) {
+       m.tensor(kDeepseek + "_scale_inv") = {
+           Dtype::f32, {3, 8, 2}, std::vector<std::byte>(3 * 8 * 2 * 4)};
+     },
+     "fp8 scales of shape [3, 8, 2] are not [3, 4, 2], one for 128 x 128 of weights of shape "
+     "[3, 512, 200]",
+     "experts.gate_up_proj_scale_inv", 256},
+    {"deepseek_fused_blocks_not_square", Published::fp8_blocks, true,
+     [](ModelMaker& m) {
+       m.tensor(kDeepseek + "_scale_inv") = {
+           Dtype::f32, {3, 4, 4}, std::vector<std::byte>(3 * 4 * 4 * 4)};
+     },
+     "fp8 scales of shape [3, 4, 4] are not [3, 4, 2]", "experts.gate_up_proj_scale_inv", 256},
+    {"deepseek_fused_scales_turned", Published::fp8_blocks, true,
+     [](ModelMaker& m) {
+       m.tensor(kDeepseek + "_scale_inv").shape = {3, 2, 4};
+     },
+     "fp8 scales of shape [3, 2, 4] are not [3, 4, 2]", "experts.gate_up_proj_scale_inv", 256},
+    {"deepseek_fused_weights_turned", Published::fp8_blocks, true,
+     [](ModelMaker& m) {
+       m.tensor(kDeepseek).shape = {3, 200, 512};
+     },
+     "is [3, 200, 512], config.json asks for [experts, 512, 200]", "experts.gate_up_proj", 256},
+    {"deepseek_fused_blocks_in_gate_and_up", Published::fp8_blocks, true, [](ModelMaker&) {},
+     "blocks of 128 rows do not divide the 136 outputs of gate and of up, which share this tensor",
+     "experts.gate_up_proj", 136},
+    {"deepseek_fp8_without_scales", Published::fp8_blocks, true,
+     [](ModelMaker& m) { m.remove(kKvA + "_scale_inv"); }, "fp8 weights without scales",
+     "hold model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv", 256},
+    {"deepseek_blocks_not_square", Published::fp8_blocks, true,
+     [](ModelMaker& m) {
+       m.tensor(kKvA + "_scale_inv") = {Dtype::f32, {1, 4}, std::vector<std::byte>(16)};
+     },
+     "fp8 scales of shape [1, 4] fit neither blocks of 128 x 128 nor the outputs of weights of "
+     "shape [24, 200]",
+     "layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv", 256},
     {"a_missing_expert", Published::bf16, false, [](ModelMaker& m) { m.remove(kGate + ".weight"); },
      "experts.1.gate_proj.weight' is missing", ""},
 };
@@ -368,9 +433,10 @@ const std::vector<BadCase> kBad = {
 TEST_F(Source, what_cannot_be_read_is_refused_before_anything_is_written) {
   for (const BadCase& bad : kBad) {
     SCOPED_TRACE(bad.name);
-    TinyModel tiny;
-    tiny.fused = bad.fused;
-    tiny.experts_as = bad.published;
+    SourceCase source{bad.name, bad.published, bad.fused};
+    source.deepseek_width = bad.deepseek_width;
+    TinyModel tiny = tiny_of(source);
+    if (bad.deepseek_width == 0) tiny.others_as = Published::bf16;
     ModelMaker maker(tiny);
     bad.spoil(maker);
     maker.write(model());
@@ -380,6 +446,28 @@ TEST_F(Source, what_cannot_be_read_is_refused_before_anything_is_written) {
     EXPECT_FALSE(fs::exists(store()));
     fs::remove_all(store());
     fs::remove_all(model());
+  }
+}
+
+/// config.json is judged before a shard is opened: here there is none that could be.
+TEST_F(Source, a_model_of_another_family_is_refused_before_its_weights_are_opened) {
+  TinyModel tiny;
+  tiny.deepseek = true;
+  ModelMaker(tiny).write(model());
+  write_atomically(model() / "model.safetensors", "these are no weights");
+  for (const auto& [key, value, what] :
+       {std::tuple{"model_type", Json("deepseek_v4"), "model_type 'deepseek_v4' is not supported"},
+        std::tuple{"hc_mult", Json(4), "hc_mult is 4, which Tailor does not implement"},
+        std::tuple{"num_key_value_heads", Json(1), "num_key_value_heads is 1, needed: 4"},
+        std::tuple{"topk_method", Json("greedy"), "topk_method is \"greedy\", which"}}) {
+    Json config = tiny.config();
+    config[key] = value;
+    write_atomically(model() / "config.json", config.dump());
+    const std::string error =
+        error_of([&] { pack_store(model(), store(), options(int4_of())); }, folder_);
+    EXPECT_THAT(error, AllOf(HasSubstr(what), HasSubstr("DIR/model/config.json")));
+    EXPECT_FALSE(fs::exists(store() / kManifestName));
+    fs::remove_all(store());
   }
 }
 
@@ -403,6 +491,7 @@ TEST_F(Source, numbers_that_are_none_are_refused_by_tensor_row_and_column) {
     std::int64_t offset;
     std::vector<std::uint8_t> bytes;
     const char* place;
+    std::int64_t deepseek_width = 0;
   };
   // Row 3, column 5 of the expert 1's gate matrix [136, 72]; of fused ones [3, 72, 272].
   const std::int64_t plain = 3 * 72 + 5, fused = (72 + 5) * 272 + 3;
@@ -414,11 +503,20 @@ TEST_F(Source, numbers_that_are_none_are_refused_by_tensor_row_and_column) {
       {Published::f32, true, kFused, fused * 4, {0, 0, 0x80, 0xFF}, "row 3, column 5"},
       {Published::fp8_blocks, false, kGate + ".weight", plain, {0x7F}, "row 3, column 5"},
       {Published::fp8_rows, true, kFused, fused, {0xFF}, "row 3, column 5"},
+      // Of up, which begins at row 256 of expert 1's 512.
+      {Published::fp8_blocks,
+       true,
+       kDeepseek,
+       (512 + 256 + 3) * 200 + 5,
+       {0x7F},
+       "row 3, column 5",
+       256},
   };
   for (const NanCase& bad : cases) {
-    TinyModel tiny;
-    tiny.fused = bad.fused;
-    tiny.experts_as = bad.published;
+    SourceCase source{"", bad.published, bad.fused};
+    source.deepseek_width = bad.deepseek_width;
+    TinyModel tiny = tiny_of(source);
+    tiny.others_as = Published::bf16;
     ModelMaker maker(tiny);
     for (std::size_t i = 0; i < bad.bytes.size(); ++i) {
       maker.tensor(bad.tensor).bytes[static_cast<std::size_t>(bad.offset) + i] =

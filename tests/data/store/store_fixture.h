@@ -30,7 +30,8 @@ namespace tailor::testing_support {
 /// How a matrix is published.
 enum class Published { f32, f16, bf16, fp8_blocks, fp8_rows, int4 };
 
-/// A small Llama 4 with random weights. Its sizes are ragged on purpose: no multiple of 128 or 8.
+/// A small Llama 4, or DeepSeek V3, with random weights. Its sizes are ragged on purpose: no
+/// multiple of 128 or 8.
 struct TinyModel {
   std::int64_t hidden = 72, heads = 4, kv_heads = 2, head_dim = 18, vocab = 150;
   std::int64_t dense_width = 200, expert_width = 136, experts = 3, layers = 2;
@@ -44,8 +45,10 @@ struct TinyModel {
   int shards = 1;
   std::uint32_t seed = 1;
   const char* dtype = "bfloat16";
+  bool deepseek = false;
 
   Json config() const {
+    if (deepseek) return deepseek_config();
     return {{"architectures", {"Llama4ForCausalLM"}},
             {"model_type", "llama4_text"},
             {"torch_dtype", dtype},
@@ -61,7 +64,37 @@ struct TinyModel {
             {"num_experts_per_tok", 1},
             {"interleave_moe_layer_step", 2}};
   }
+  Json deepseek_config() const {
+    return {{"architectures", {"DeepseekV3ForCausalLM"}},
+            {"model_type", "deepseek_v3"},
+            {"torch_dtype", dtype},
+            {"hidden_size", hidden},
+            {"num_attention_heads", heads},
+            {"q_lora_rank", 24},
+            {"kv_lora_rank", 16},
+            {"qk_nope_head_dim", 10},
+            {"qk_rope_head_dim", 8},
+            {"v_head_dim", 12},
+            {"vocab_size", vocab},
+            {"num_hidden_layers", layers},
+            {"first_k_dense_replace", 1},
+            {"intermediate_size", dense_width},
+            {"moe_intermediate_size", expert_width},
+            {"n_shared_experts", 1},
+            {"n_routed_experts", experts},
+            {"n_group", 1},
+            {"topk_group", 1},
+            {"num_experts_per_tok", 2}};
+  }
 };
+
+/// Where element (r, c) of a matrix lies in its tensor.
+inline std::int64_t element_at(const PublishedMatrix& matrix, std::int64_t r, std::int64_t c) {
+  if (!matrix.fused) return r * matrix.columns + c;
+  return matrix.outputs_first
+             ? (matrix.expert * matrix.width + matrix.first + r) * matrix.columns + c
+             : (matrix.expert * matrix.columns + c) * matrix.width + matrix.first + r;
+}
 
 /// Tensors by name, with their bytes.
 struct MadeTensor {
@@ -169,7 +202,9 @@ class ModelMaker {
 
   static bool small(MatrixRole role) {
     return role == MatrixRole::input_norm || role == MatrixRole::post_norm ||
-           role == MatrixRole::final_norm || role == MatrixRole::router;
+           role == MatrixRole::final_norm || role == MatrixRole::router ||
+           role == MatrixRole::q_a_norm || role == MatrixRole::kv_a_norm ||
+           role == MatrixRole::router_bias;
   }
 
   /// Codes and scales of a matrix in its published form.
@@ -267,7 +302,7 @@ class ModelMaker {
     }
   }
 
-  /// All experts' gate and up, and all experts' down, inputs first.
+  /// All experts' gate and up, and all experts' down: inputs first, of DeepSeek outputs first.
   void add_fused(std::int64_t layer) {
     MadeTensor tensors[2], scales[2];
     std::string names[2];
@@ -281,7 +316,7 @@ class ModelMaker {
             static_cast<std::int64_t>(made.codes.size()) / matrix.rows / matrix.columns;
         MadeTensor& tensor = tensors[which];
         names[which] = matrix.name;
-        tensor.shape = {spec_.experts, matrix.columns, matrix.width};
+        tensor.shape = matrix.tensor_shape(spec_.experts);
         tensor.dtype = model_.experts_as == Published::f32    ? Dtype::f32
                        : model_.experts_as == Published::f16  ? Dtype::f16
                        : model_.experts_as == Published::bf16 ? Dtype::bf16
@@ -290,8 +325,7 @@ class ModelMaker {
             static_cast<std::size_t>(spec_.experts * matrix.columns * matrix.width * size));
         for (std::int64_t r = 0; r < matrix.rows; ++r) {
           for (std::int64_t c = 0; c < matrix.columns; ++c) {
-            std::memcpy(tensor.bytes.data() +
-                            ((e * matrix.columns + c) * matrix.width + matrix.first + r) * size,
+            std::memcpy(tensor.bytes.data() + element_at(matrix, r, c) * size,
                         made.codes.data() + (r * matrix.columns + c) * size,
                         static_cast<std::size_t>(size));
           }
@@ -300,12 +334,18 @@ class ModelMaker {
         const std::vector<std::int64_t> last = {spec_.experts, matrix.width, 1};
         const std::vector<std::int64_t> middle = {spec_.experts, 1, matrix.width};
         scales[which].shape = model_.scales_last ? last : middle;
+        if (model_.experts_as == Published::fp8_blocks) {
+          scales[which].shape = {spec_.experts,
+                                 matrix.width / matrix.rows * div_ceil(matrix.rows, 128),
+                                 div_ceil(matrix.columns, 128)};
+        }
       }
     }
     for (int which : {0, 1}) {
       tensors_.emplace_back(names[which], tensors[which]);
-      if (model_.experts_as != Published::fp8_rows) continue;
-      tensors_.emplace_back(names[which] + "_scale",
+      const bool blocks = model_.experts_as == Published::fp8_blocks;
+      if (!blocks && model_.experts_as != Published::fp8_rows) continue;
+      tensors_.emplace_back(names[which] + (blocks ? "_scale_inv" : "_scale"),
                             fp8_scales(raw_scales[which], scales[which].shape));
     }
   }

@@ -46,19 +46,15 @@ inline __attribute__((always_inline)) void tile_block(std::int64_t K, const A* a
                                                       std::int64_t a_k, const A* b,
                                                       std::int64_t b_k, A* c, std::int64_t c_m,
                                                       bool accumulate) {
-  Vec<A> acc[MR][NV];
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      acc[m][v] = accumulate ? load(c + m * c_m + v * kLanes<A>) : Vec<A>{};
-    }
-  }
+  Vec<A> acc[MR][NV] = {};
   tile_multiply<MR, NV, A>(K, a, a_m, a_k, b, b_k, acc);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) store(c + m * c_m + v * kLanes<A>, acc[m][v]);
+    for (int v = 0; v < NV; ++v) {
+      A* to = c + m * c_m + v * kLanes<A>;
+      store(to, accumulate ? load(to) + acc[m][v] : acc[m][v]);
+    }
   }
 }
 
@@ -72,7 +68,8 @@ inline void column_block(std::int64_t M, std::int64_t K, const A* a, std::int64_
 }
 
 /// c[M, N] (+)= a[M, K] b[K, N]; a has any strides, b and c are row-major, N a multiple of the
-/// lanes of A. The sum over k runs in order, in one accumulator, for every element.
+/// lanes of A. The sum over k runs in order, in one accumulator, for every element, and is then
+/// added to c: what many calls add up is rounded once a call, not once a product.
 template <class A>
 inline void multiply(std::int64_t M, std::int64_t N, std::int64_t K, const A* a, std::int64_t a_m,
                      std::int64_t a_k, const A* b, std::int64_t b_k, A* c, std::int64_t c_m,
