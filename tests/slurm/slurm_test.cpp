@@ -1,5 +1,6 @@
 // `tailor launch slurm` on a real Slurm (cluster.sh): submit, follow, fail, cancel, preempt and
-// requeue, status. The ranks are payload.py; where Slurm cannot be had the tests say SKIPPED.
+// requeue, status. The ranks are payload.py, in one test `tailor train`; where Slurm cannot be had
+// the tests say SKIPPED.
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -22,9 +23,6 @@ namespace {
 using testing::Each;
 using testing::HasSubstr;
 using testing::Not;
-
-// The one line to change once `tailor train` computes with several ranks.
-constexpr bool kTrainHasRanks = false;
 
 constexpr const char* kFolder = TAILOR_SOURCE_DIR "/tests/slurm";
 
@@ -99,12 +97,9 @@ class SlurmTest : public testing::Test {
   }
 
   std::vector<std::string> launch(const std::vector<std::string>& more) const {
-    std::vector<std::string> out = {
-        "launch", "slurm", "it's a \"run\".yaml", "--nodes", "2", "--gpus-per-node", "2"};
-    if (!kTrainHasRanks) {
-      out.emplace_back("--program");
-      out.push_back(std::string(kFolder) + "/payload.py");
-    }
+    std::vector<std::string> out = {"launch",  "slurm",     "it's a \"run\".yaml",
+                                    "--nodes", "2",         "--gpus-per-node",
+                                    "2",       "--program", std::string(kFolder) + "/payload.py"};
     out.insert(out.end(), more.begin(), more.end());
     return out;
   }
@@ -198,7 +193,6 @@ TEST_F(SlurmTest, four_ranks_on_two_nodes_followed_to_their_end) {
   const Outcome outcome = run_tailor(box_, launch({"--follow"}));
   ASSERT_EQ(outcome.code, 0) << outcome.err << outcome.out;
   EXPECT_THAT(outcome.err, HasSubstr("tiny on slurm: 4 ranks on 2 nodes with 2 GPUs\n  planned: "));
-  if (kTrainHasRanks) return;
   EXPECT_THAT(outcome.out, HasSubstr("\nstep 10\n"));
   EXPECT_EQ(steps(), up_to(10));
   const std::vector<Json> ranks = told("");
@@ -281,7 +275,6 @@ TEST_F(SlurmTest, a_preempted_job_saves_requeues_itself_and_goes_on) {
   EXPECT_EQ(status["accounting"], false);
   EXPECT_THAT(outcome.err, HasSubstr("restart 0"));
   EXPECT_THAT(outcome.err, HasSubstr("restart 1"));
-  if (kTrainHasRanks) return;
   // Every step once: it went on from where it had saved.
   EXPECT_EQ(steps(), up_to(25));
   ASSERT_EQ(told("1").size(), 4U);
@@ -298,11 +291,11 @@ TEST_F(SlurmTest, the_warning_before_the_time_limit_saves_and_requeues) {
   run_client({"scancel", job});
 }
 
-TEST_F(SlurmTest, tailor_itself_goes_on_from_its_checkpoint_after_a_requeue) {
+TEST_F(SlurmTest, training_on_four_ranks_of_two_nodes_goes_on_from_its_checkpoint_after_a_requeue) {
   const Outcome outcome =
-      run_tailor(box_, {"launch", "slurm", "it's a \"run\".yaml", "machine.ranks=1",
-                        "training.num_epochs=1000", "training.max_steps=600",
-                        "checkpoint.every_steps=50", "--gpus-per-node", "1"});
+      run_tailor(box_, {"launch", "slurm", "it's a \"run\".yaml", "training.num_epochs=1000",
+                        "training.max_steps=400", "checkpoint.every_steps=50", "--nodes", "2",
+                        "--gpus-per-node", "2"});
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   const std::string job(trim(outcome.out));
   const fs::path metrics = box_.root() / "out/metrics.jsonl";
@@ -319,15 +312,23 @@ TEST_F(SlurmTest, tailor_itself_goes_on_from_its_checkpoint_after_a_requeue) {
   run_client({"scancel", "--signal=USR1", job});
   ASSERT_TRUE(until(20, [&] { return fields(job)["Restarts"] == "1"; })) << log(job);
   const std::size_t before = done().size();
-  EXPECT_LT(before, 600U) << "it was to be interrupted, not to end";
+  EXPECT_LT(before, 400U) << "it was to be interrupted, not to end";
   ASSERT_TRUE(start_now(job)) << run_client({"scontrol", "show", "job", job}).out << log(job);
   ASSERT_TRUE(until(60, [&] { return state(job) == "COMPLETED"; })) << log(job);
-  std::vector<std::int64_t> all(600);
+  std::vector<std::int64_t> all(400);
   std::iota(all.begin(), all.end(), 1);
   EXPECT_EQ(done(), all);
   const Json summary = read_json(box_.root() / "out/summary.json");
   EXPECT_EQ(summary["status"], "succeeded");
   EXPECT_EQ(summary["attempts"], 2);
+  // The job is found in the books by its number.
+  const Outcome told =
+      run_tailor(box_, {"launch", "status", job, "--ledger", "ledger.db", "--json"});
+  ASSERT_EQ(told.code, 0) << told.err;
+  const Json run = parse_json(told.out, "status")["run"];
+  EXPECT_EQ(run["status"], "succeeded");
+  EXPECT_DOUBLE_EQ(run["gpu_hours"].get<double>(), summary["gpu_hours"].get<double>());
+  EXPECT_GT(run["usd"].get<double>(), 0);
 }
 
 TEST_F(SlurmTest, status_has_the_cost_by_the_ledger) {

@@ -8,6 +8,7 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "base/text.h"
+#include "tools/launch/rank_environment.h"
 
 namespace tailor {
 namespace {
@@ -45,8 +46,9 @@ RunBooks::RunBooks(const Recipe& recipe, const Plan& plan, const RunFolder& fold
   }
   ledger_->begin_run(run);
   AttemptFacts attempt;
-  attempt.launcher = ranks.launcher().name;
-  attempt.launcher_job = ranks.launcher().job_id;
+  const LauncherFacts launcher = launcher_facts(environment_value);
+  attempt.launcher = launcher.launcher;
+  attempt.launcher_job = launcher.job;
   attempt.world_size = ranks.size();
   attempt.nodes = ranks.nodes();
   attempt.devices = devices_;

@@ -10,11 +10,10 @@
 
 namespace tailor {
 
-RunRanks::RunRanks() : launcher_(read_launcher()) {
+RunRanks::RunRanks() {
   const std::optional<RankEnv> env = read_rank_env();
   ranks_ = env && env->world_size > 1 ? connect_ranks(*env) : single_rank();
   if (ranks_->alone()) return;
-  launcher_ = env->launcher;
   if (!first()) start_log(LogLevel::warning);
   node_ = ranks_->node_channel("node");
   place_on_node_ = node_->rank();

@@ -29,7 +29,6 @@ class RunRanks {
   int on_this_node() const { return on_this_node_; }
   int sharing_cores() const { return sharing_cores_; }  ///< ranks that may use the same ones
   int nodes() const { return nodes_; }
-  const Launcher& launcher() const { return launcher_; }
   std::string name() const;  ///< "rank 2"
 
   /// For the other ranks' messages, should this one go missing.
@@ -44,7 +43,6 @@ class RunRanks {
  private:
   std::unique_ptr<Ranks> ranks_, node_;
   bool nodes_alike_ = true;  ///< as many ranks on each
-  Launcher launcher_;
   int place_on_node_ = 0, on_this_node_ = 1, sharing_cores_ = 1, nodes_ = 1;
 };
 
