@@ -3,6 +3,9 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <array>
+
+#include "data/quant/format.h"
 #include "trainer/kernels/kernels.h"
 
 namespace tailor {
@@ -67,17 +70,25 @@ void swiglu_backward(const at::Tensor& gate_up, const at::Tensor& dm_TF,
   });
 }
 
+/// body(begin, end) over ranges of `outputs`, each of `weights` weights, in multiples of 256.
+template <class Body>
+void split_few_rows(std::int64_t outputs, std::int64_t weights, const Body& body) {
+  constexpr std::int64_t kOutputs = 256, kWeights = 1 << 17;  // enough to pay for a hand-over
+  const std::int64_t grain =
+      std::max<std::int64_t>(1, kWeights / std::max<std::int64_t>(1, kOutputs * weights));
+  at::parallel_for(0, (outputs + kOutputs - 1) / kOutputs, grain,
+                   [&](std::int64_t begin, std::int64_t end) {
+                     body(begin * kOutputs, std::min(outputs, end * kOutputs));
+                   });
+}
+
 /// out = x w, w row-major [K, N], where the level has few_rows; rows of all three any stride apart.
 inline void few_rows(const at::Tensor& x, const at::Tensor& w, const at::Tensor& out) {
-  const std::int64_t M = x.size(0), K = w.size(0), N = w.size(1);
-  constexpr std::int64_t kColumns = 64, kWeights = 1 << 17;  // enough to pay for a hand-over
-  const std::int64_t grain = std::max<std::int64_t>(1, kWeights / (kColumns * K));
-  at::parallel_for(0, (N + kColumns - 1) / kColumns, grain,
-                   [&](std::int64_t begin, std::int64_t end) {
-                     kernels<Bf16>().few_rows(begin * kColumns, std::min(N, end * kColumns), M, K,
-                                              data<Bf16>(x), x.stride(0), data<Bf16>(w),
-                                              w.stride(0), data<Bf16>(out), out.stride(0));
-                   });
+  const std::int64_t K = w.size(0), N = w.size(1);
+  split_few_rows(N, K, [&](std::int64_t begin, std::int64_t end) {
+    kernels<Bf16>().few_rows(begin, end, x.size(0), K, data<Bf16>(x), x.stride(0), data<Bf16>(w),
+                             w.stride(0), data<Bf16>(out), out.stride(0));
+  });
 }
 
 /// Few enough rows for few_rows. Measured on two cores with AMX beside at::mm (bench_kernels): with
@@ -90,17 +101,75 @@ inline bool few_enough_rows(std::int64_t rows, std::int64_t weights) {
   return rows <= (weights >= kBeyondL2 ? 512 : 128);
 }
 
+/// out = x w^T, w row-major [N, K], where the level has few_rows_t.
+inline void few_rows_t(const at::Tensor& x, const at::Tensor& w, const at::Tensor& out) {
+  split_few_rows(w.size(0), w.size(1), [&](std::int64_t begin, std::int64_t end) {
+    kernels<Bf16>().few_rows_t(begin, end, x.size(0), w.size(1), data<Bf16>(x), x.stride(0),
+                               data<Bf16>(w), w.stride(0), data<Bf16>(out), out.stride(0));
+  });
+}
+
+/// Few enough rows for few_rows_t, which has x laid out anew beside each core and reads it once for
+/// every 32 rows of w: it must stay in L2.
+inline bool few_enough_rows_t(std::int64_t rows, std::int64_t K) {
+  constexpr std::int64_t kOfX = 1 << 19;
+  return rows * K <= kOfX;
+}
+
 /// out = x w for w [K, N] of either orientation. Which of two products runs depends on shapes,
 /// strides and the instruction-set level, not on where the weights came from.
 inline void multiply(const at::Tensor& x, const at::Tensor& w, const at::Tensor& out) {
-  if (x.scalar_type() == at::kBFloat16 && kernels<Bf16>().few_rows != nullptr &&
-      few_enough_rows(x.size(0), w.numel()) && w.numel() > 0 && w.stride(1) == 1 &&
+  if (x.scalar_type() == at::kBFloat16 && kernels<Bf16>().few_rows != nullptr && w.numel() > 0 &&
       x.stride(1) == 1 && out.stride(1) == 1) {
-    few_rows(x, w, out);
-    return;
+    if (w.stride(1) == 1 && few_enough_rows(x.size(0), w.numel())) return few_rows(x, w, out);
+    if (w.stride(0) == 1 && w.stride(1) > 1 && few_enough_rows_t(x.size(0), w.size(0))) {
+      return few_rows_t(x, w.t(), out);
+    }
   }
   at::Tensor to = out;
   at::mm_out(to, x, w);
+}
+
+/// Whether products with `rows` rows of a bfloat16 x and with matrices of this form [rows, columns]
+/// may be made without decoding them: then both of them give the bits of multiply() on what they
+/// decode to.
+inline bool multiplies_stored(const EncodedMatrix& w, std::int64_t all_rows, std::int64_t rows) {
+  const bool coded = w.format.kind == WeightKind::int4 || w.format.kind == WeightKind::nf4 ||
+                     w.format.kind == WeightKind::fp8;
+  const bool whole = w.rows % 64 == 0 && w.columns % 128 == 0 &&
+                     (w.format.kind != WeightKind::int4 || 128 % w.format.group == 0) &&
+                     (w.format.block_columns == 0 || 128 % w.format.block_columns == 0);
+  return coded && whole && kernels<Bf16>().few_rows_stored != nullptr &&
+         few_enough_rows(rows, all_rows * w.columns) && few_enough_rows_t(rows, w.columns);
+}
+
+/// A frozen matrix of a product: decoded, or as it is stored where that is faster.
+struct ProductWeights {
+  at::Tensor w_KN;                        ///< any strides; undefined: as stored
+  std::array<EncodedMatrix, 2> stored{};  ///< rows of w_KN^T, one matrix below the other
+  std::int64_t stored_count = 0;
+
+  StoredParts parts() const { return {stored.data(), stored_count}; }
+  std::int64_t stored_rows() const {
+    return stored[0].rows + (stored_count > 1 ? stored[1].rows : 0);
+  }
+};
+
+/// out = x w.
+inline void multiply(const at::Tensor& x, const ProductWeights& w, const at::Tensor& out) {
+  if (w.w_KN.defined()) return multiply(x, w.w_KN, out);
+  split_few_rows(w.stored_rows(), w.stored[0].columns, [&](std::int64_t begin, std::int64_t end) {
+    kernels<Bf16>().few_rows_t_stored(begin, end, x.size(0), data<Bf16>(x), x.stride(0), w.parts(),
+                                      data<Bf16>(out), out.stride(0));
+  });
+}
+/// out = x w^T.
+inline void multiply_t(const at::Tensor& x, const ProductWeights& w, const at::Tensor& out) {
+  if (w.w_KN.defined()) return multiply(x, w.w_KN.t(), out);
+  split_few_rows(w.stored[0].columns, w.stored_rows(), [&](std::int64_t begin, std::int64_t end) {
+    kernels<Bf16>().few_rows_stored(begin, end, x.size(0), data<Bf16>(x), x.stride(0), w.parts(),
+                                    data<Bf16>(out), out.stride(0));
+  });
 }
 
 /// y = x W^T, W as published [out, in].

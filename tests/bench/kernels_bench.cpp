@@ -292,6 +292,10 @@ void report_frozen_weights(const LevelList& levels, const std::map<std::string, 
 }
 
 int run(int argc, char** argv) {
+  if (argc == 2 && std::string(argv[1]) == "--few-rows") {
+    report_few_rows();
+    return 0;
+  }
   const LevelList levels = runnable_levels();
   const std::vector<Case> all = cases();
   for (const Case& one : all) {

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "base/random.h"
+#include "data/quant/codec.h"
 #include "trainer/kernels/levels.h"
 
 namespace tailor {
@@ -214,6 +215,123 @@ TEST(FewRows, what_is_no_number_stays_in_its_row_and_column) {
           EXPECT_EQ(got, kInf);
         } else {
           EXPECT_EQ(product.y.at(m, n).bits, clean.y.at(m, n).bits);
+        }
+      }
+    }
+  });
+}
+
+// ------------------------------------------------------------------ y = x W^T, and W as stored
+
+/// y = x w^T by few_rows_t for rows [begin, end) of w.
+void run_t(const Kernels<Bf16>& kernels, const Matrix& x, const Matrix& w, Matrix& y,
+           std::int64_t begin, std::int64_t end) {
+  kernels.few_rows_t(begin, end, x.rows, x.columns, x.all.data(), x.stride, w.all.data(), w.stride,
+                     y.all.data(), y.stride);
+}
+
+// few_rows is compared with double above; both take a sum's pairs in the same order.
+TEST(FewRowsT, has_the_bits_of_few_rows) {
+  at_each_level([](const Kernels<Bf16>& kernels) {
+    for (const auto& [M, K, N] : kShapes) {
+      SCOPED_TRACE(testing::Message() << M << "x" << K << "x" << N);
+      Product product(M, K, N, 3);
+      const auto draw = [](double unit) { return 2 * unit - 1; };
+      product.x.fill(11, draw);
+      product.w.fill(12, draw);
+      Matrix turned(N, K, 5), y(M, N, 9);
+      for (std::int64_t k = 0; k < K; ++k) {
+        for (std::int64_t n = 0; n < N; ++n) turned.at(n, k) = product.w.at(k, n);
+      }
+      product.run(kernels, 0, N);
+      run_t(kernels, product.x, turned, y, 0, N);
+      EXPECT_TRUE(same_bits(y, product.y));
+      Matrix pieces(M, N, 9);
+      for (std::int64_t begin = 0, step = 1; begin < N; step = step * 5 % 71 + 1) {
+        const std::int64_t end = std::min(N, begin + step);
+        run_t(kernels, product.x, turned, pieces, begin, end);
+        begin = end;
+      }
+      EXPECT_TRUE(same_bits(pieces, product.y));
+    }
+  });
+}
+
+/// Two matrices, encoded; and decoded, one below the other, with rows that lie `gap` apart.
+struct Stored {
+  std::vector<std::vector<std::byte>> bytes;
+  std::vector<EncodedMatrix> parts;
+  Matrix decoded;
+
+  Stored(const WeightFormat& format, const std::vector<std::int64_t>& rows, std::int64_t columns)
+      : decoded(rows[0] + rows[1], columns, 0) {
+    std::int64_t first = 0;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const auto codes = aligned(code_bytes(format, rows[i], columns));
+      const auto scales = aligned(scale_bytes(format, rows[i], columns));
+      MatrixEncoder encoder(format, rows[i], columns, codes, scales);
+      for (std::int64_t r = 0; r < rows[i]; ++r) {
+        std::vector<float> row;
+        for (std::int64_t c = 0; c < columns; ++c) {
+          const auto index = static_cast<std::uint64_t>((first + r) * columns + c);
+          row.push_back(static_cast<float>(random_unit(21, RandomStream::sample, index) - 0.5));
+        }
+        encoder.add_rows(r, r + 1, row.data());
+      }
+      encoder.finish();
+      parts.push_back({format, rows[i], columns, codes, scales});
+      decode_rows_bf16(parts[i], 0, rows[i],
+                       &decoded.all[static_cast<std::size_t>(first * columns)].bits);
+      first += rows[i];
+    }
+  }
+  std::byte* aligned(std::int64_t size) {
+    bytes.emplace_back(static_cast<std::size_t>(size + 64));
+    const auto at = reinterpret_cast<std::uintptr_t>(bytes.back().data());
+    return bytes.back().data() + (64 - at % 64) % 64;
+  }
+  StoredParts all() const { return {parts.data(), 2}; }
+};
+
+const WeightFormat kStoredFormats[] = {WeightFormat::int4(128),    WeightFormat::int4(64),
+                                       WeightFormat::int4(32),     WeightFormat::nf4(),
+                                       WeightFormat::fp8_blocks(), WeightFormat::fp8_rows()};
+
+TEST(FewRowsStored, have_the_bits_of_decoding_first) {
+  at_each_level([](const Kernels<Bf16>& kernels) {
+    for (const WeightFormat& format : kStoredFormats) {
+      for (const std::int64_t columns : {128, 640, 1152}) {
+        const Stored w(format, {64, 192}, columns);
+        for (const std::int64_t M : {1, 16, 37}) {
+          SCOPED_TRACE(testing::Message() << format_text(format) << " " << M << " " << columns);
+          const auto draw = [](double unit) { return 2 * unit - 1; };
+          Matrix dy(M, 256, 2), x(M, columns, 4);
+          dy.fill(22, draw);
+          x.fill(23, draw);
+          Matrix want(M, columns, 6), whole = want, split = want;
+          kernels.few_rows(0, columns, M, 256, dy.all.data(), dy.stride, w.decoded.all.data(),
+                           columns, want.all.data(), want.stride);
+          const auto run = [&](std::int64_t begin, std::int64_t end, Matrix& y) {
+            kernels.few_rows_stored(begin, end, M, dy.all.data(), dy.stride, w.all(), y.all.data(),
+                                    y.stride);
+          };
+          run(0, columns, whole);
+          EXPECT_TRUE(same_bits(whole, want));
+          run(0, 128, split);
+          run(128, columns, split);
+          EXPECT_TRUE(same_bits(split, want));
+
+          Matrix want_t(M, 256, 8), whole_t = want_t, split_t = want_t;
+          run_t(kernels, x, w.decoded, want_t, 0, 256);
+          const auto run_stored_t = [&](std::int64_t begin, std::int64_t end, Matrix& y) {
+            kernels.few_rows_t_stored(begin, end, M, x.all.data(), x.stride, w.all(), y.all.data(),
+                                      y.stride);
+          };
+          run_stored_t(0, 256, whole_t);
+          EXPECT_TRUE(same_bits(whole_t, want_t));
+          run_stored_t(0, 128, split_t);
+          run_stored_t(128, 256, split_t);
+          EXPECT_TRUE(same_bits(split_t, want_t));
         }
       }
     }

@@ -66,6 +66,13 @@ struct QkShape {
   double eps;
 };
 
+/// Stored matrices (data/quant/format.h: fp8, int4 or nf4) of one number of columns, one below the
+/// other. `first` belongs to the caller.
+struct StoredParts {
+  const EncodedMatrix* first;
+  std::int64_t count;
+};
+
 /// What is known of a row's softmax after some runs of its classes.
 template <class A>
 struct SoftmaxRow {
@@ -123,6 +130,19 @@ struct Kernels {
   void (*few_rows)(std::int64_t begin, std::int64_t end, std::int64_t M, std::int64_t K, const S* x,
                    std::int64_t x_stride, const S* w, std::int64_t w_stride, S* y,
                    std::int64_t y_stride);
+
+  /// The same, to the bit, for w as it is stored: each matrix of a multiple of 64 rows, and of 128
+  /// columns; `begin` a multiple of 128.
+  void (*few_rows_stored)(std::int64_t begin, std::int64_t end, std::int64_t M, const S* x,
+                          std::int64_t x_stride, const StoredParts& w, S* y, std::int64_t y_stride);
+  /// y[M, N] = x[M, K] w[N, K]^T for rows [begin, end) of w, which are read once; else as few_rows.
+  void (*few_rows_t)(std::int64_t begin, std::int64_t end, std::int64_t M, std::int64_t K,
+                     const S* x, std::int64_t x_stride, const S* w, std::int64_t w_stride, S* y,
+                     std::int64_t y_stride);
+  /// The same, to the bit, for w as it is stored, rows and `begin` multiples of 64.
+  void (*few_rows_t_stored)(std::int64_t begin, std::int64_t end, std::int64_t M, const S* x,
+                            std::int64_t x_stride, const StoredParts& w, S* y,
+                            std::int64_t y_stride);
 
   /// LoRA's three thin products, r small. xa[T, R] = x[T, D] a[R, D]^T.
   void (*lora_down)(std::int64_t begin, std::int64_t end, std::int64_t R, std::int64_t D,

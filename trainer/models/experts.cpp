@@ -86,7 +86,7 @@ void Experts<S>::each_expert(const Routing<AccumOf<S>>& routing, const Use& use)
       const std::int64_t n = routing.expert_begin[static_cast<std::size_t>(e) + 1] - begin;
       if (n == 0) continue;
       const Frame of_expert(context_.scratch_stack());
-      use(e, begin, n, weights.expert(tile, e, context_.scratch_stack()));
+      use(e, begin, n, weights.expert(tile, e, padded(n), context_.scratch_stack()));
     }
   }
 }
@@ -179,7 +179,7 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
       ops::multiply(x_p, weights.gate_up_DO, gate_up_p);
       if (lora_gate_up_.has(e)) lora_gate_up_.forward(x, gate_up, xa_gate_up, e, ids);
     }
-    ops::multiply(dy_p, weights.down_FD.t(), dm_p);
+    ops::multiply_t(dy_p, weights.down_FD, dm_p);
     if (lora_down_.has(e) && !kept.gate_up.defined()) {
       ops::swiglu<S>(gate_up, m);
       if (!scales_input()) gather<S>(m, own_rows(n), routing.gate_of_row.data() + begin, m);
@@ -193,7 +193,7 @@ void Experts<S>::backward(const at::Tensor& n_TD, const Routing<AccumOf<S>>& rou
                         e, d_gate);
     }
     zero_past(d_gate_up_p, n);
-    ops::multiply(d_gate_up_p, weights.gate_up_DO.t(), slice(dx, begin, p));
+    ops::multiply_t(d_gate_up_p, weights.gate_up_DO, slice(dx, begin, p));
     if (lora_gate_up_.has(e)) {
       lora_gate_up_.backward(x, d_gate_up, xa_gate_up, slice(dx, begin, n), e, ids);
     }

@@ -8,6 +8,7 @@
 
 #include "data/checkpoint/model_spec.h"
 #include "trainer/models/weights.h"
+#include "trainer/ops.h"
 #include "trainer/stream/tile_ring.h"
 #include "trainer/workspace.h"
 
@@ -15,8 +16,8 @@ namespace tailor {
 
 /// One routed expert's matrices as products x W want them.
 struct ExpertWeights {
-  at::Tensor gate_up_DO;  ///< [D, 2F], gate then up; any strides
-  at::Tensor down_FD;     ///< [F, D]
+  ops::ProductWeights gate_up_DO;  ///< [D, 2F], gate then up
+  ops::ProductWeights down_FD;     ///< [F, D]
 };
 
 /// The frozen base, part by part. A part is asked for when it is needed and let go right after: it
@@ -54,8 +55,8 @@ class FrozenWeights {
   };
   virtual std::int64_t expert_tiles() const = 0;  ///< of a layer
   virtual ExpertTile experts(std::int64_t layer, std::int64_t tile) = 0;
-  /// Expert `expert` of a tile that is leased.
-  virtual ExpertWeights expert(const ExpertTile& tile, std::int64_t expert,
+  /// Expert `expert` of a tile that is leased, for products with `rows` rows.
+  virtual ExpertWeights expert(const ExpertTile& tile, std::int64_t expert, std::int64_t rows,
                                TensorStack& scratch) = 0;
 
   virtual at::Tensor final_norm_D() = 0;

@@ -39,9 +39,10 @@ class ResidentWeights final : public FrozenWeights {
   ExpertTile experts(std::int64_t layer, std::int64_t) override {
     return {{}, layer, 0, spec_.experts};
   }
-  ExpertWeights expert(const ExpertTile& tile, std::int64_t expert, TensorStack&) override {
+  ExpertWeights expert(const ExpertTile& tile, std::int64_t expert, std::int64_t,
+                       TensorStack&) override {
     const LayerWeights& from = of(tile.layer);
-    return {from.experts_gate_up_EDO[expert], from.experts_down_EFD[expert]};
+    return {{from.experts_gate_up_EDO[expert]}, {from.experts_down_EFD[expert]}};
   }
   at::Tensor final_norm_D() override { return weights_.norm_D; }
   std::int64_t head_runs() const override { return (spec_.vocab + run_rows_ - 1) / run_rows_; }

@@ -152,15 +152,16 @@ class StoreStream final : public StoreWeights {
             layer, first, std::min(map_.experts_per_tile, spec_.experts - first)};
   }
 
-  ExpertWeights expert(const ExpertTile& tile, std::int64_t expert, TensorStack& scratch) override {
+  ExpertWeights expert(const ExpertTile& tile, std::int64_t expert, std::int64_t rows,
+                       TensorStack& scratch) override {
     const int index = map_.first_expert_tile[static_cast<std::size_t>(tile.layer)] +
                       narrow<int>(tile.first / map_.experts_per_tile);
     const StoredUnit& unit = *unit_of(index, static_cast<std::size_t>(expert - tile.first));
     const auto matrices =
         matrices_of(unit, tile.lease.bytes() +
                               (unit.offset - map_.tiles[static_cast<std::size_t>(index)].offset));
-    return {stacked(std::span(&matrices[0], 2), dtype_, scratch).t(),
-            stacked(std::span(&matrices[2], 1), dtype_, scratch).t()};
+    return {for_products(std::span(&matrices[0], 2), rows, scratch),
+            for_products(std::span(&matrices[2], 1), rows, scratch)};
   }
 
   at::Tensor final_norm_D() override { return norm_D_; }
@@ -207,6 +208,24 @@ class StoreStream final : public StoreWeights {
   }
 
  private:
+  /// As stored where few rows are multiplied, else decoded.
+  ops::ProductWeights for_products(std::span<const EncodedMatrix> matrices, std::int64_t rows,
+                                   TensorStack& scratch) const {
+    std::int64_t all_rows = 0;
+    for (const EncodedMatrix& matrix : matrices) all_rows += matrix.rows;
+    ops::ProductWeights out;
+    if (dtype_ != at::kBFloat16 ||
+        !std::all_of(matrices.begin(), matrices.end(), [&](const EncodedMatrix& matrix) {
+          return ops::multiplies_stored(matrix, all_rows, rows);
+        })) {
+      out.w_KN = stacked(matrices, dtype_, scratch).t();
+      return out;
+    }
+    std::copy(matrices.begin(), matrices.end(), out.stored.begin());
+    out.stored_count = std::ssize(matrices);
+    return out;
+  }
+
   template <class Place>
   void place(const StoredUnit& unit, const Lease& lease, TensorStack& scratch, LayerWeights& out,
              const Place& place_part) const {

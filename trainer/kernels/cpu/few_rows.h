@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "trainer/kernels/cpu/stored_rows.h"
 #include "trainer/kernels/simd.h"
 
 namespace tailor {
@@ -16,9 +17,8 @@ namespace {
 // A block of W is kDepth rows of kWide columns: two AMX tiles deep and two wide. Two tiles deep
 // halves how often sums go to L1 or L2 and back; with three more for x and the sums that is all 8.
 constexpr std::int64_t kDepth = 64, kWide = 32;
-// Columns that are summed at once: half a KiB of each row of W is fetched in a run, and the sums of
-// 16 rows take 16 KiB of L1, those of 256 rows 256 KiB of L2.
-constexpr std::int64_t kPanel = 256;
+// A panel is columns that are summed at once: of 256, half a KiB of each row of W is fetched in a
+// run, and the sums of 16 rows take 16 KiB of L1, those of 256 rows 256 KiB of L2.
 constexpr std::int64_t kTileRows = 16, kTileDepth = 32;
 constexpr std::int64_t kTile = kTileRows * kTileDepth;    // bfloat16 of x or W: 1 KiB
 constexpr std::int64_t kSumTile = kTileRows * kTileRows;  // floats: 1 KiB
@@ -179,36 +179,66 @@ struct AmxBlock {
 };
 #endif
 
-/// Every sum takes pairs of k in order, in one accumulator, whichever columns a call is for.
-template <class Block>
-void few_rows(std::int64_t begin, std::int64_t end, std::int64_t M, std::int64_t K, const Bf16* x,
-              std::int64_t x_stride, const Bf16* w, std::int64_t w_stride, Bf16* y,
-              std::int64_t y_stride) {
+/// W as it lies in memory.
+struct PlainRows {
+  const Bf16* w;
+  std::int64_t stride;
+  static constexpr std::int64_t kPanel = 256;
+
+  RowBlock block(std::int64_t k, std::int64_t, std::int64_t column, std::int64_t) const {
+    return {w + k * stride + column, stride};
+  }
+  Prefetch ahead(std::int64_t k, std::int64_t rows, std::int64_t column, std::int64_t width) const {
+    return {w + k * stride + column, stride, rows, width};
+  }
+};
+
+/// W decoded block by block; codes are prefetched by their decoder. Wider panels: a panel of a row
+/// has a quarter of the bytes.
+struct DecodedRows {
+  const StoredRows& rows;
+  static constexpr std::int64_t kPanel = 512;
+
+  RowBlock block(std::int64_t k, std::int64_t n, std::int64_t column, std::int64_t width) const {
+    return rows.block(k, n, column, width);
+  }
+  Prefetch ahead(std::int64_t, std::int64_t, std::int64_t, std::int64_t) const {
+    return {nullptr, 0, 0, 0};
+  }
+};
+
+/// Every sum takes pairs of k in order, in one accumulator, whichever columns a call is for and
+/// however W is stored.
+template <class Block, class Rows>
+void few_rows_of_source(std::int64_t begin, std::int64_t end, std::int64_t M, std::int64_t K,
+                        const Bf16* x, std::int64_t x_stride, const Rows& source, Bf16* y,
+                        std::int64_t y_stride) {
   const std::int64_t row_tiles = (M + kTileRows - 1) / kTileRows;
-  const std::int64_t blocks_most = (std::min(kPanel, end - begin) + kWide - 1) / kWide;
+  const std::int64_t blocks_most = (std::min(Rows::kPanel, end - begin) + kWide - 1) / kWide;
   const Scratch<Bf16> x_tiles(row_tiles * kDeepTiles * kTile), w_tiles(kDeepTiles * 2 * kTile);
   const Scratch<float> sums(blocks_most * row_tiles * 2 * kSumTile);
   std::memset(x_tiles.get(), 0,
               static_cast<std::size_t>(row_tiles * kDeepTiles * kTile) * sizeof(Bf16));
   [[maybe_unused]] const Block block;
-  for (std::int64_t panel = begin; panel < end; panel += kPanel) {
-    const std::int64_t width = std::min(kPanel, end - panel);
+  for (std::int64_t panel = begin; panel < end; panel += Rows::kPanel) {
+    const std::int64_t width = std::min(Rows::kPanel, end - panel);
     const std::int64_t blocks = (width + kWide - 1) / kWide;
     for (std::int64_t k = 0; k < K; k += kDepth) {
       lay_out_x(M, K, k, x, x_stride, x_tiles.get());
       // The rows that follow, or the next panel's first.
       const bool last = k + kDepth >= K;
       const std::int64_t next_rows = std::min(kDepth, last ? K : K - k - kDepth);
-      const std::int64_t next_width = last ? std::min(kPanel, end - panel - width) : width;
-      Prefetch next(last ? w + panel + width : w + (k + kDepth) * w_stride + panel, w_stride,
-                    next_rows, next_width);
+      const std::int64_t next_width = last ? std::min(Rows::kPanel, end - panel - width) : width;
+      Prefetch next = last ? source.ahead(0, next_rows, panel + width, next_width)
+                           : source.ahead(k + kDepth, next_rows, panel, next_width);
+      const RowBlock rows = source.block(k, std::min(kDepth, K - k), panel, width);
       for (std::int64_t b = 0; b < blocks; ++b) {
         const std::int64_t columns = width - b * kWide;
-        const Bf16* from = w + k * w_stride + panel + b * kWide;
+        const Bf16* from = rows.w + b * kWide;
         if (K - k >= kDepth && columns >= kWide) {
-          lay_out_w<true>(kDepth, kWide, from, w_stride, w_tiles.get(), next);
+          lay_out_w<true>(kDepth, kWide, from, rows.stride, w_tiles.get(), next);
         } else {
-          lay_out_w<false>(K - k, columns, from, w_stride, w_tiles.get(), next);
+          lay_out_w<false>(K - k, columns, from, rows.stride, w_tiles.get(), next);
         }
         block.multiply(row_tiles, x_tiles.get(), w_tiles.get(),
                        sums.get() + b * row_tiles * 2 * kSumTile, k == 0);
@@ -224,15 +254,22 @@ void few_rows(std::int64_t begin, std::int64_t end, std::int64_t M, std::int64_t
   }
 }
 
-#endif
-
-template <class S>
-constexpr decltype(Kernels<S>::few_rows) few_rows_of() {
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<S, Bf16>) return few_rows<Avx512Block>;
-#endif
-  return nullptr;
+template <class Block>
+void few_rows(std::int64_t begin, std::int64_t end, std::int64_t M, std::int64_t K, const Bf16* x,
+              std::int64_t x_stride, const Bf16* w, std::int64_t w_stride, Bf16* y,
+              std::int64_t y_stride) {
+  few_rows_of_source<Block>(begin, end, M, K, x, x_stride, PlainRows{w, w_stride}, y, y_stride);
 }
+
+template <class Block>
+void few_rows_stored(std::int64_t begin, std::int64_t end, std::int64_t M, const Bf16* x,
+                     std::int64_t x_stride, const StoredParts& w, Bf16* y, std::int64_t y_stride) {
+  const StoredRows rows(w, kDepth, DecodedRows::kPanel);
+  few_rows_of_source<Block>(begin, end, M, rows.count(), x, x_stride, DecodedRows{rows}, y,
+                            y_stride);
+}
+
+#endif
 
 }  // namespace
 }  // namespace tailor

@@ -3,7 +3,7 @@
 #pragma GCC diagnostic ignored "-Wsign-conversion"
 #include "trainer/kernels/cpu/attention.h"
 #include "trainer/kernels/cpu/dequantise.h"
-#include "trainer/kernels/cpu/few_rows.h"
+#include "trainer/kernels/cpu/few_rows_t.h"
 #include "trainer/kernels/cpu/lora.h"
 #include "trainer/kernels/cpu/rows.h"
 #include "trainer/kernels/levels.h"
@@ -21,7 +21,10 @@ constexpr Kernels<S> kTable = {
     .attention_backward = attention_backward<S>,
     .swiglu = swiglu<S>,
     .swiglu_backward = swiglu_backward<S>,
-    .few_rows = few_rows_of<S>(),
+    .few_rows = nullptr,
+    .few_rows_stored = nullptr,
+    .few_rows_t = nullptr,
+    .few_rows_t_stored = nullptr,
     .lora_down = lora_down<S>,
     .lora_up = lora_up<S>,
     .lora_gradient = lora_gradient<S>,
@@ -35,18 +38,27 @@ constexpr Kernels<S> kTable = {
     .dequantise = dequantise<S>,
 };
 
-#if defined(__AMX_BF16__)
-constexpr Kernels<Bf16> with_amx() {
+#if defined(__AVX512BF16__)
+template <class Block, class RowsOfW>
+constexpr Kernels<Bf16> with_products() {
   Kernels<Bf16> all = kTable<Bf16>;
-  all.few_rows = few_rows<AmxBlock>;
+  all.few_rows = few_rows<Block>;
+  all.few_rows_stored = few_rows_stored<Block>;
+  all.few_rows_t = few_rows_t<RowsOfW>;
+  all.few_rows_t_stored = few_rows_t_stored<RowsOfW>;
   return all;
 }
-constexpr Kernels<Bf16> kAmxTable = with_amx();
+constexpr Kernels<Bf16> kBf16Table = with_products<Avx512Block, Avx512RowsOfW>();
+#else
+constexpr Kernels<Bf16> kBf16Table = kTable<Bf16>;
+#endif
+#if defined(__AMX_BF16__)
+constexpr Kernels<Bf16> kAmxTable = with_products<AmxBlock, AmxRowsOfW>();
 #endif
 
 }  // namespace
 
-const LevelTables TAILOR_LEVEL = {&kTable<double>, &kTable<float>, &kTable<Bf16>};
+const LevelTables TAILOR_LEVEL = {&kTable<double>, &kTable<float>, &kBf16Table};
 #if defined(__AMX_BF16__)
 const LevelTables kLevelV4Amx = {&kTable<double>, &kTable<float>, &kAmxTable};
 #endif

@@ -107,9 +107,10 @@ class Sixteen {
     hold(bits);
   }
 
-  /// out[0, n) from codes `begin` .. begin + n of a stream.
+  /// out[0, n) from codes `begin` .. begin + n of a stream; asks for bytes `ahead` of them.
   template <Store how>
-  void expand(const std::uint8_t* stream, std::int64_t begin, std::int64_t n, S* out) const {
+  void expand(const std::uint8_t* stream, std::int64_t begin, std::int64_t n, S* out,
+              std::int64_t ahead = kPrefetchBytes) const {
     if (n > 0 && begin % 2 != 0) {
       *out++ = values_[code(stream[begin / 2], 1)];
       ++begin;
@@ -118,7 +119,7 @@ class Sixteen {
     const std::uint8_t* bytes = stream + begin / 2;
     std::int64_t i = 0;
     for (; i + kStep <= n; i += kStep) {
-      __builtin_prefetch(bytes + i / 2 + kPrefetchBytes);
+      __builtin_prefetch(bytes + i / 2 + ahead);
       whole<how>(bytes + i / 2, out + i);
     }
     for (; i < n; ++i) out[i] = values_[code(bytes[i / 2], i % 2)];
@@ -291,14 +292,15 @@ inline __m256i both_halves(const std::uint8_t* from) {
 
 /// out[i] = the magnitude of code i, with the code's sign.
 template <Store how, class S>
-void expand_fp8(const Magnitudes<S>& table, const std::uint8_t* codes, std::int64_t n, S* out) {
+void expand_fp8(const Magnitudes<S>& table, const std::uint8_t* codes, std::int64_t n, S* out,
+                [[maybe_unused]] std::int64_t ahead = kPrefetchBytes) {
   std::int64_t i = 0;
 #if defined(__AVX512F__)
   if constexpr (kIsBf16<S>) {
     __m512i part[4];
     std::memcpy(part, table.values, sizeof part);
     for (; i + 32 <= n; i += 32) {
-      __builtin_prefetch(codes + i + kPrefetchBytes);
+      __builtin_prefetch(codes + i + ahead);
       __m256i raw;
       std::memcpy(&raw, codes + i, sizeof raw);
       const __m512i wide = _mm512_cvtepu8_epi16(raw);
@@ -338,7 +340,7 @@ void expand_fp8(const Magnitudes<S>& table, const std::uint8_t* codes, std::int6
     // codes of that table.
     const __m256i sign_bit = _mm256_set1_epi8(-128);
     for (; i + 32 <= n; i += 32) {
-      __builtin_prefetch(codes + i + kPrefetchBytes);
+      __builtin_prefetch(codes + i + ahead);
       __m256i raw;
       std::memcpy(&raw, codes + i, sizeof raw);
       const __m256i size = _mm256_andnot_si256(sign_bit, raw);
