@@ -26,11 +26,6 @@ bool quantised(const WeightFormat& format) {
 
 bool vocabulary(UnitKind kind) { return kind == UnitKind::embedding || kind == UnitKind::head; }
 
-bool norm(MatrixRole role) {
-  return role == MatrixRole::input_norm || role == MatrixRole::post_norm ||
-         role == MatrixRole::final_norm;
-}
-
 /// "…q_proj.weight" -> "…q_proj"
 Dtype plain_dtype(const WeightFormat& format) {
   return format.kind == WeightKind::f32 ? Dtype::f32 : Dtype::bf16;
@@ -73,7 +68,7 @@ ExportForm ExportPlan::form_of(const StoredUnit& unit, const MatrixPlace& place)
   const bool reordered =
       store_.spec().family == Family::llama4 &&
       (place.role == MatrixRole::q || place.role == MatrixRole::k || place.role == MatrixRole::v);
-  if (bfloat16_ || reordered || vocabulary(unit.id.kind) || norm(place.role)) {
+  if (bfloat16_ || reordered || vocabulary(unit.id.kind) || is_vector_role(place.role)) {
     return ExportForm::bfloat16;
   }
   return place.format.kind == WeightKind::int4 ? ExportForm::packed : ExportForm::fp8;
@@ -129,7 +124,7 @@ void ExportPlan::list_linears() {
     TAILOR_CHECK(published.size() == unit.matrices.size(), store_.where(unit));
     for (std::size_t i = 0; i < published.size(); ++i) {
       const MatrixPlace& place = unit.matrices[i];
-      if (norm(place.role)) continue;
+      if (is_vector_role(place.role)) continue;
       const ExportForm form = form_of(unit, place);
       ExportedLinear linear;
       linear.module = prefix_ + module_of(published[i].name);
@@ -185,7 +180,7 @@ void ExportPlan::make_tensors() {
         continue;
       }
       std::vector<std::int64_t> shape = {rows, columns};
-      if (norm(matrix.role)) shape = {columns};
+      if (matrix.is_vector()) shape = {columns};
       if (matrix.fused) shape = {store_.spec().experts, columns, matrix.width};
       add(name, form == ExportForm::plain ? plain_dtype(place.format) : Dtype::bf16, shape);
     }

@@ -101,7 +101,8 @@ TEST_F(Layouts, int4_of_a_dense_llama_takes_q_k_and_v_along) {
 }
 
 TEST_F(Layouts, what_is_not_quantised_comes_back_as_published_to_the_byte) {
-  for (const char* name : {"llama4_maverick_tiny", "llama4_scout_tiny", "llama_tiny"}) {
+  for (const char* name : {"llama4_maverick_tiny", "llama4_scout_tiny", "llama_tiny",
+                           "deepseek_v3_tiny", "qwen2_tiny"}) {
     SCOPED_TRACE(name);
     pack(golden(name));
     const ExportReport report = export_to(out());
