@@ -62,8 +62,10 @@ ExportPlan::ExportPlan(const Store& store, bool bfloat16, std::int64_t shard_byt
 
 ExportForm ExportPlan::form_of(const StoredUnit& unit, const MatrixPlace& place) const {
   if (!quantised(place.format)) {
-    return bfloat16_ && place.format.kind != WeightKind::bf16 ? ExportForm::bfloat16
-                                                              : ExportForm::plain;
+    // Experts are chosen by differences of the router's biases: they stay float32.
+    const bool kept =
+        place.format.kind == WeightKind::bf16 || place.role == MatrixRole::router_bias;
+    return bfloat16_ && !kept ? ExportForm::bfloat16 : ExportForm::plain;
   }
   const bool reordered =
       store_.spec().family == Family::llama4 &&

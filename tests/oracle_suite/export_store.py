@@ -40,7 +40,8 @@ NOISE_RATIO = 1.25
 TOWERS = ("re:vision_model.*", "re:multi_modal_projector.*")
 
 # Model, options of `tailor model pack`, and whether transformers reads the export as stored. Not so
-# fp8 in blocks: of Llama 4 it reads other names, and the tiny models are narrower than a block.
+# fp8 in blocks: of Llama 4 it reads other names, and the tiny models are narrower than a block. Nor
+# DeepSeek's experts one by one as INT4.
 CASES = {
     "experts": ("llama4_maverick_tiny", ["--format", "int4"], True),
     "all": ("llama4_maverick_tiny",
@@ -50,6 +51,9 @@ CASES = {
     "wrapper": ("llama4_conditional_tiny", ["--format", "int4"], True),
     "dense": ("llama_tiny", ["--non-expert-format", "int4"], True),
     "fp8": ("llama4_maverick_tiny", ["--format", "fp8", "--non-expert-format", "fp8"], False),
+    "deepseek": ("deepseek_v3_tiny",
+                 ["--format", "int4", "--non-expert-format", "int4", "--group", "16"], False),
+    "qwen": ("qwen2_tiny", ["--non-expert-format", "int4", "--group", "16"], True),
     "mixed": ("llama4_maverick_tiny", ["--format", "int4", "--non-expert-format", "fp8"], False),
 }
 
@@ -169,11 +173,14 @@ def decode_export(folder):
     decoded, quantised, linears = {}, set(), set()
     for module, parts in modules.items():
         if any(part.startswith("weight_") for part in parts):
+            if "bias" in parts:
+                decoded[module + ".bias"] = parts.pop("bias").bfloat16()
             decoded[module + ".weight"] = schemes.decode(module, parts)
             quantised.add(module)
             continue
         for part, tensor in parts.items():
-            decoded[f"{module}.{part}"] = tensor.bfloat16()
+            kept = part == "e_score_correction_bias" and tensor.dtype == torch.float32
+            decoded[f"{module}.{part}"] = tensor if kept else tensor.bfloat16()
             if tensor.dim() == 2 and "embed_tokens" not in module:
                 linears.add(module)
                 if schemes.of(module) is not None:
@@ -189,20 +196,23 @@ def decode_export(folder):
     return decoded, quantised
 
 
-def fuse_experts(tensors):
-    """Experts one by one as Llama 4 is published: [experts, in, out], gate and up side by side."""
+def fuse_experts(tensors, inputs_first):
+    """Experts one by one as one tensor a layer, gate and up side by side: [experts, in, out], as
+    Llama 4 is published, or [experts, out, in], as transformers holds DeepSeek's.
+    """
     out, experts = {}, {}
     for name, tensor in tensors.items():
         found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
         if found is None:
             out[name] = tensor
             continue
-        experts.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = tensor.T
+        experts.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = tensor
     for base, parts in experts.items():
         stacked = {
             name: torch.stack([of[i] for i in range(len(of))]) for name, of in parts.items()}
-        out[base + ".gate_up_proj"] = torch.cat((stacked["gate_proj"], stacked["up_proj"]), dim=-1)
-        out[base + ".down_proj"] = stacked["down_proj"]
+        gate_up = torch.cat((stacked["gate_proj"], stacked["up_proj"]), dim=1)
+        for name, tensor in (("gate_up_proj", gate_up), ("down_proj", stacked["down_proj"])):
+            out[f"{base}.{name}"] = tensor.transpose(1, 2) if inputs_first else tensor
     return out
 
 
@@ -219,6 +229,7 @@ def load_wrapper(folder, dtype):
 class Case:
     def __init__(self, program, name, work):
         self.model, pack, self.readable = CASES[name]
+        self.deepseek = self.model == "deepseek_v3_tiny"
         self.wrapper = self.model == "llama4_conditional_tiny"
         self.source = ROOT / "tests" / "golden" / self.model / "model"
         self.stored, self.decoded = work / "stored", work / "decoded"
@@ -242,7 +253,8 @@ class Case:
     def compare_values(self):
         """Returns compressed-tensors' values, by the names of the bfloat16 export."""
         decoded, quantised = decode_export(self.stored)
-        wanted, ours = fuse_experts(decoded), read_tensors(self.decoded)
+        ours = read_tensors(self.decoded)
+        wanted = decoded if self.deepseek else fuse_experts(decoded, inputs_first=True)
         if set(wanted) != set(ours):
             sys.exit(f"names differ: {sorted(set(wanted) ^ set(ours))}")
         for name, tensor in ours.items():
@@ -251,7 +263,7 @@ class Case:
                          f" {wanted[name].dtype} {tuple(wanted[name].shape)}")
         print(f"{len(quantised)} quantised matrices decoded as compressed-tensors does,"
               f" {len(ours)} tensors equal bit for bit")
-        return wanted
+        return fuse_experts(wanted, inputs_first=False) if self.deepseek else wanted
 
     def compare_logits(self, values):
         torch.manual_seed(0)
@@ -265,7 +277,7 @@ class Case:
         original = load(self.source, torch.bfloat16)
         exact = logits(load(self.source, torch.float32))
         ours = logits(load(self.decoded, torch.bfloat16))
-        named = dict(original.named_parameters())
+        named = {**dict(original.named_parameters()), **dict(original.named_buffers())}
         scales = {}
         for name, value in values.items():
             own = named[name]
@@ -280,7 +292,7 @@ class Case:
                          f" {(ours - as_stored).abs().max()}")
         # Random errors of the same size, several times: what this quantisation may cost.
         noisy = load(self.source, torch.float32)
-        named = dict(noisy.named_parameters())
+        named = {**dict(noisy.named_parameters()), **dict(noisy.named_buffers())}
         clean = {name: tensor.data.clone() for name, tensor in named.items()}
         distances = []
         for _ in range(4):

@@ -161,6 +161,15 @@ TEST_F(Layouts, bfloat16_rounds_a_float32_model_too) {
   EXPECT_EQ(read_json(out() / "config.json")["dtype"], "bfloat16");
 }
 
+TEST_F(Layouts, biases_of_deepseeks_router_stay_float32) {
+  pack(golden("deepseek_v3_tiny"), as(WeightKind::int4));
+  export_to(out(), bfloat16());
+  const std::string bias = "model.layers.1.mlp.gate.e_score_correction_bias";
+  const Checkpoint exported = Checkpoint::open(out());
+  EXPECT_EQ(form_of(exported, bias), "F32 [8]");
+  EXPECT_EQ(bytes_of(exported, bias), bytes_of(Checkpoint::open(golden("deepseek_v3_tiny")), bias));
+}
+
 TEST_F(Layouts, fp8_blocks_alone_are_as_deepseek_publishes) {
   pack(golden("llama_tiny"), {}, as(WeightKind::fp8));
   const ExportReport report = export_to(out());
