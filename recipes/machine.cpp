@@ -70,6 +70,7 @@ const std::vector<MachineKey>& machine_keys() {
       count("devices", Need::cuda, &Machine::devices),
       size("host_memory", Need::both, &Machine::host_bytes),
       number("disk_bytes_per_second", Need::both, &Machine::disk_bytes_per_second),
+      number("download_bytes_per_second", Need::optional, &Machine::download_bytes_per_second),
       {"disk_free", Need::optional,
        [](Machine& machine, const YamlNode& node, Problems& problems) {
          if (const auto value = read_bytes(node, "disk_free", problems)) {

@@ -22,6 +22,7 @@ struct Machine {
   double host_bytes = 0;               ///< RAM
   double disk_bytes_per_second = 1e9;  ///< sequential reads, all devices together
   std::optional<double> disk_free_bytes;
+  double download_bytes_per_second = 125e6;  ///< from the outside; assumed: 1 Gbit/s
 
   // cuda: one device
   double peak_flops = 0;    ///< dense bf16
@@ -31,8 +32,9 @@ struct Machine {
   double to_device_bytes_per_second = 0, from_device_bytes_per_second = 0;  ///< link of one device
   double between_devices_bytes_per_second = 0;  ///< each device, all-gather; 0: none
 
+  int cores = 1;  ///< that pack; on the CPU those that train
+
   // cpu
-  int cores = 1;
   double gflops_bfloat16 = 0, gflops_float32 = 0;  ///< what a step reaches with all cores
   std::string gflops_source;                       ///< measured or assumed, and where
   /// What dequantising moves with all cores, packed bytes and values together; assumed.

@@ -21,13 +21,18 @@ Planner::Planner(const Recipe& recipe, const ModelFacts& model, const Machine& m
       model_(model),
       machine_(machine),
       extras_(extras),
-      lora_(count_lora(recipe, model)),
+      lora_(count_lora(
+          extras.oracle_assumptions ? scheduled_recipe(recipe, Schedule::oracle()) : recipe,
+          model)),
       base_(base_bytes(recipe, model)),
       ranks_(recipe.machine.ranks),
       tokens_(as_double(recipe.tokens_per_step())) {
   if (extras.data && extras.data->rows > 0) {
-    loss_share_ = std::min(1.0, as_double(extras.data->trained_tokens) /
-                                    as_double(extras.data->rows * recipe.data.sequence_len));
+    const double positions = as_double(extras.data->rows * recipe.data.sequence_len);
+    const double tokens =
+        extras.data->tokens > 0 ? std::min(positions, as_double(extras.data->tokens)) : positions;
+    fill_ = tokens / positions;
+    loss_share_ = std::min(1.0, as_double(extras.data->trained_tokens) / tokens);
   }
 }
 
@@ -64,8 +69,10 @@ void Planner::run(const PriceBook& prices) {
   }
   add_disk();
   plan.tokens_per_second = {
-      tokens_ / *plan.seconds_per_step.value, "tokens/s",
-      whole(tokens_) + " tokens / " + short_text(*plan.seconds_per_step.value) + " s"};
+      tokens_ * fill_ / *plan.seconds_per_step.value, "tokens/s",
+      whole(tokens_ * fill_) + " tokens" +
+          (fill_ < 1 ? ", rows " + short_text(100 * fill_) + " % full," : "") + " / " +
+          short_text(*plan.seconds_per_step.value) + " s"};
   add_job(prices);
   plan.fits = plan.misfits.empty();
   plan.fits_working =
@@ -140,11 +147,9 @@ void Planner::add_scratch(double value_bytes, double kept) {
 }
 
 void Planner::add_disk() {
-  const bool packed = !recipe_.base.store && (recipe_.base.format != BaseFormat::as_is ||
-                                              recipe_.base.non_expert_format != BaseFormat::as_is);
-  if (packed) {
+  if (packs()) {
     item(Home::disk, "streaming store", base_.all(),
-         "packed once into the cache as " + std::string(choice_word(recipe_.base.format)));
+         "packed once into the cache, experts " + std::string(choice_word(recipe_.base.format)));
   }
   const double kept = as_double(std::min<std::int64_t>(recipe_.checkpoint.keep, 1'000'000)) + 1;
   item(Home::disk, "checkpoints", kept * as_double(lora_.total()) * kCheckpointBytes,
@@ -163,80 +168,6 @@ void Planner::add_disk() {
         {"disk: " + gb(sum(Home::disk)) + " needed, " + gb(*machine_.disk_free_bytes) + " free",
          "Free space, lower checkpoint.keep, or set TAILOR_CACHE and output_dir to another "
          "disk."});
-  }
-}
-
-/// Forward passes over the validation rows: every eval_every_steps and after the last step.
-Figure Planner::evaluation(double steps) const {
-  const bool wanted = !recipe_.data.validation.empty() || recipe_.data.validation_split;
-  if (!extras_.data || !wanted) {
-    return {0.0, "seconds",
-            wanted ? "evaluations, not counted before the data is tokenised" : "no evaluation"};
-  }
-  const double every = as_double(recipe_.training.eval_every_steps);
-  const double times = every > 0 ? std::ceil(steps / every) : 1.0;
-  const double tokens = as_double(extras_.data->validation_rows * recipe_.data.sequence_len);
-  const double each = tokens * forward_seconds_per_token_;
-  return {times * each, "seconds",
-          whole(times) + (times == 1 ? " evaluation" : " evaluations") + " x " + short_text(each) +
-              " s"};
-}
-
-void Planner::add_job(const PriceBook& prices) {
-  const auto& max_steps = recipe_.training.max_steps;
-  std::optional<double> steps;
-  std::string working;
-  if (extras_.data && extras_.data->rows > 0) {
-    const double rows = as_double(extras_.data->rows) * as_double(recipe_.training.num_epochs);
-    steps = std::ceil(rows / as_double(recipe_.global_batch_rows()));
-    working = whole(as_double(extras_.data->rows)) + " rows x " +
-              whole(as_double(recipe_.training.num_epochs)) + " epochs / " +
-              whole(as_double(recipe_.global_batch_rows())) + " rows a step";
-  }
-  if (max_steps && (!steps || as_double(*max_steps) < *steps)) {
-    steps = as_double(*max_steps);
-    working = "training.max_steps";
-  }
-  const std::string unknown =
-      "the data is not tokenised yet and training.max_steps is null; run `tailor data prepare`, "
-      "or set it";
-  if (!steps) {
-    plan.steps = {std::nullopt, "steps", unknown};
-    plan.hours = {std::nullopt, "hours", unknown};
-    plan.gpu_hours = {std::nullopt, "device hours", unknown};
-    plan.usd = {std::nullopt, "usd", unknown};
-  } else {
-    const Figure evaluations = evaluation(*steps);
-    const double hours =
-        (*steps * *plan.seconds_per_step.value + *evaluations.value + load_seconds_) / 3600;
-    plan.steps = {*steps, "steps", working};
-    plan.hours = {hours, "hours",
-                  "(" + whole(*steps) + " steps x " + short_text(*plan.seconds_per_step.value) +
-                      " s + " + evaluations.working + " + " + short_text(load_seconds_) +
-                      " s to load) / 3600"};
-    plan.gpu_hours = {
-        hours * ranks_, "device hours",
-        short_text(hours) + " h x " + whole(ranks_) + (ranks_ == 1 ? " rank" : " ranks")};
-  }
-  plan.price = quote(prices, recipe_.cost.price, machine_.sku, machine_.tier, extras_.at_unix_ms);
-  if (!plan.price.usd_micros_per_device_hour) {
-    plan.usd = {std::nullopt, "usd", plan.price.reason};
-    return;
-  }
-  if (!steps) return;
-  const double rate = as_double(*plan.price.usd_micros_per_device_hour) / 1e6;
-  plan.usd = {*plan.gpu_hours.value * rate, "usd",
-              short_text(*plan.gpu_hours.value) + " device hours x " +
-                  usd_text(*plan.price.usd_micros_per_device_hour) + " (" + plan.price.id + ", " +
-                  plan.price.kind + ")"};
-  const auto& budget = recipe_.budget;
-  if (budget.usd_micros && *plan.usd.value > as_double(*budget.usd_micros) / 1e6) {
-    plan.warnings.push_back("the run is forecast to cost more than budget.usd " +
-                            usd_text(*budget.usd_micros) + ": it will stop at a checkpoint");
-  }
-  if (budget.gpu_hours && *plan.gpu_hours.value > *budget.gpu_hours) {
-    plan.warnings.push_back("the run is forecast to take more than budget.gpu_hours " +
-                            short_text(*budget.gpu_hours) + ": it will stop at a checkpoint");
   }
 }
 

@@ -44,12 +44,30 @@ struct PlanDifference {
   std::string working;
 };
 
+/// A part of a job that takes hours and dollars of its own.
+struct JobPhase {
+  std::string name;      ///< training, evaluation, loading, packing, download
+  bool in_hours = true;  ///< counted in Plan::hours, gpu_hours and usd; else only with preparation
+  std::optional<double> seconds;
+  std::optional<double> usd;
+  std::string working;  ///< or why there are none
+};
+
+/// The job at the price of a tier, whatever price the recipe chose.
+struct TierCost {
+  std::string tier;  ///< spot, on-demand
+  PriceQuote price;
+  Figure usd, usd_with_preparation;
+};
+
 /// What is known of the tokenised data.
 struct DataStats {
   std::int64_t rows = 0;            ///< of sequence_len, a pass
   std::int64_t trained_tokens = 0;  ///< that carry loss, a pass
   std::int64_t store_bytes = 0;
   std::int64_t validation_rows = 0;  ///< of sequence_len, an evaluation; 0: none
+  /// That are no padding, a pass and an evaluation; 0: not known, rows count as full.
+  std::int64_t tokens = 0, validation_tokens = 0;
 };
 
 /// A measured speed that replaces the machine profile's assumption.
@@ -79,7 +97,11 @@ struct Plan {
   Figure trainable_parameters;
   Figure seconds_per_step, tokens_per_second;
   Figure crossover_tokens_per_step;  ///< from here on compute hides the stream
-  Figure steps, hours, gpu_hours, usd;
+  Figure steps;
+  Figure hours, gpu_hours, usd;                         ///< the run: loading, steps and evaluations
+  Figure hours_with_preparation, usd_with_preparation;  ///< download and packing as well
+  std::vector<JobPhase> phases;
+  std::vector<TierCost> tiers;
   Bound bound = Bound::compute;
   std::string bound_working;
   std::vector<MemoryItem> items;
@@ -102,6 +124,8 @@ struct PlanExtras {
   std::optional<DataStats> data;
   std::optional<Calibration> calibration;
   std::int64_t at_unix_ms = 0;  ///< the day whose prices hold
+  bool weights_here = false;    ///< the published model is on the machine: nothing to download
+  bool store_here = false;      ///< so is the packed store: nothing to download or to pack
   /// Every term in which our step departs from the oracle is left out: Plan::differences is empty.
   /// For GPUs only; Error{usage} otherwise.
   bool oracle_assumptions = false;

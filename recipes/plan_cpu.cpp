@@ -227,7 +227,8 @@ void Planner::add_cpu_time(bool keep, double value_bytes) {
           : 1.0;
   const double gflops =
       std::max(1e-3, measured ? extras_.calibration->gflops : profile * threads_share);
-  const double compute = flops.total() * tokens_ / (gflops * 1e9);
+  const double computed = tokens_ * fill_;  // there is no padding in a step
+  const double compute = flops.total() * computed / (gflops * 1e9);
   forward_seconds_per_token_ =
       (flops.forward_other + flops.forward_expert + flops.head) / (gflops * 1e9);
   const double unpacked = dequantise_bytes(value_bytes);
@@ -244,7 +245,7 @@ void Planner::add_cpu_time(bool keep, double value_bytes) {
       from_disk > 0 ? "2 passes x " + gb(from_disk / 2) + " from disk" : "all weights are in RAM"};
   plan.seconds_per_step = {
       std::max(busy, disk), "seconds",
-      "max(" + short_text(flops.total() / 1e9) + " GFLOP x " + whole(tokens_) + " tokens / " +
+      "max(" + short_text(flops.total() / 1e9) + " GFLOP x " + whole(computed) + " tokens / " +
           short_text(gflops) + " GFLOP/s = " + short_text(compute) +
           (dequantise > 0
                ? " + dequantise 2 passes x " + gb(unpacked) + " packed and unpacked / " +
@@ -266,7 +267,7 @@ void Planner::add_cpu_time(bool keep, double value_bytes) {
   } else {
     plan.crossover_tokens_per_step = {std::nullopt, "tokens", "nothing is streamed"};
   }
-  load_seconds_ = weights / machine_.disk_bytes_per_second;
+  load_bytes_ = weights - streamed_bytes_;
   if (measured && extras_.calibration->disturbed) {
     plan.warnings.push_back(
         "CPU speed was measured while others used this machine: run `tailor calibrate` again");

@@ -34,7 +34,10 @@ void Planner::run_gpu() {
   add_gpu_time(step);
   add_crossover(step);
   if (!extras_.oracle_assumptions) add_differences(step);
-  load_seconds_ = base_.all() / machine_.disk_bytes_per_second;
+  // What stays on disk is not loaded; the oracle loads the experts and nothing else.
+  const double beyond = base_.routed - step.device.resident_bytes() * ranks_ - step.host.tile_bytes;
+  load_bytes_ =
+      extras_.oracle_assumptions ? step.geometry.base.routed : base_.all() - std::max(0.0, beyond);
   if (model_.experts > 0 && plan.bound != Bound::compute) {
     plan.warnings.push_back("the step waits for weights (" + std::string(bound_name(plan.bound)) +
                             "): more tokens a step cost little time; raise "
@@ -89,7 +92,12 @@ Planner::GpuStep Planner::gpu_step(const Schedule& schedule) const {
   if (options.host_tile_bytes && *options.host_tile_bytes >= base.routed)
     options.host_tile_bytes.reset();
   step.host = host_memory(step.geometry, node, options);
-  step.time = estimate(step.geometry, node, options);
+  StreamOptions timed = options;
+  if (schedule.padding_left_out && fill_ < 1) {  // memory is planned for full rows
+    timed.tokens *= fill_;
+    timed.resident_fraction = step.device.resident_fraction;
+  }
+  step.time = estimate(step.geometry, node, timed);
   return step;
 }
 
@@ -175,11 +183,12 @@ void Planner::add_gpu_time(const GpuStep& step) {
                        " s, network " + short_text(time.network()) + " s";
   forward_seconds_per_token_ =
       std::max({time.compute_forward, time.link_forward, time.disk_forward, time.network_forward}) /
-      tokens_;
+      time.tokens;
 }
 
 void Planner::add_crossover(const GpuStep& step) {
-  if (step.time.stream_bytes == 0) {
+  // Factors and kept inputs cross the link all the same, and the oracle counts them.
+  if (step.time.stream_bytes == 0 && !extras_.oracle_assumptions) {
     plan.crossover_tokens_per_step = {std::nullopt, "tokens", "nothing is streamed"};
     return;
   }
@@ -220,6 +229,12 @@ void Planner::add_differences(const GpuStep& ours) {
         {"placement", 0, "bytes",
          "resident tiles are spread evenly over a pass; the oracle's sums hold for any placement"});
   }
+  if (count_lora(scheduled_recipe(recipe_, Schedule::oracle()), model_).attention !=
+      lora_.attention) {
+    differ("kv_b_proj without factors", &Schedule::kv_b_by_name, "bytes", device,
+           "latent attention's kv_b_proj has factors only where lora.targets names it, since "
+           "servers ignore them; the oracle puts factors on every projection");
+  }
   if (options.micro_tokens > tokens_ / ranks_) {
     differ("short micro-batch", &Schedule::short_micro_batch, "bytes", device,
            "a rank's " + whole(tokens_ / ranks_) + " tokens are less than a micro-batch of " +
@@ -229,6 +244,11 @@ void Planner::add_differences(const GpuStep& ours) {
     differ("tokens that carry loss", &Schedule::loss_positions, "seconds", seconds,
            "the vocabulary head meets " + short_text(100 * loss_share_) +
                " % of the tokens, in the oracle all of them");
+  }
+  if (fill_ < 1) {
+    differ("rows that are not full", &Schedule::padding_left_out, "seconds", seconds,
+           "rows are " + short_text(100 * fill_) +
+               " % full and padding is not computed; the oracle takes full rows");
   }
   if (options.stream_head) {
     differ("streamed vocabulary head", &Schedule::head_may_stream, "seconds", seconds,

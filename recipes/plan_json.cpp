@@ -19,6 +19,36 @@ Json figure_json(const Figure& figure) {
   return {{"value", value}, {"unit", figure.unit}, {"working", figure.working}};
 }
 
+Json number_or_null(const std::optional<double>& value) {
+  return value ? Json(*value) : Json(nullptr);
+}
+
+Json phases_json(const Plan& plan) {
+  Json out = Json::array();
+  for (const JobPhase& phase : plan.phases) {
+    out.push_back({{"name", phase.name},
+                   {"in_hours", phase.in_hours},
+                   {"hours", phase.seconds ? Json(*phase.seconds / 3600) : Json(nullptr)},
+                   {"usd", number_or_null(phase.usd)},
+                   {"working", phase.working}});
+  }
+  return out;
+}
+
+Json tiers_json(const Plan& plan) {
+  Json out = Json::array();
+  for (const TierCost& tier : plan.tiers) {
+    const auto& micros = tier.price.usd_micros_per_device_hour;
+    out.push_back(
+        {{"tier", tier.tier},
+         {"id", tier.price.id},
+         {"usd_per_gpu_hour", micros ? Json(static_cast<double>(*micros) / 1e6) : Json(nullptr)},
+         {"usd", figure_json(tier.usd)},
+         {"usd_with_preparation", figure_json(tier.usd_with_preparation)}});
+  }
+  return out;
+}
+
 }  // namespace
 
 Json plan_json(const Plan& plan) {
@@ -38,6 +68,10 @@ Json plan_json(const Plan& plan) {
   out["hours"] = figure_json(plan.hours);
   out["gpu_hours"] = figure_json(plan.gpu_hours);
   out["usd"] = figure_json(plan.usd);
+  out["hours_with_preparation"] = figure_json(plan.hours_with_preparation);
+  out["usd_with_preparation"] = figure_json(plan.usd_with_preparation);
+  out["phases"] = phases_json(plan);
+  out["tiers"] = tiers_json(plan);
   out["bound"] = {
       {"value", bound_name(plan.bound)}, {"unit", "resource"}, {"working", plan.bound_working}};
   out["flops_per_token"] = figure_json(plan.flops_per_token);

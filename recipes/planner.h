@@ -56,8 +56,16 @@ class Planner {
   /// Traffic of what is on disk though it changes; `kept` bytes of activations are among it.
   void add_scratch(double value_bytes, double kept);
   void add_disk();
+
+  // plan_job.cpp
   Figure evaluation(double steps) const;
+  Figure job_steps() const;
+  bool packs() const;
+  JobPhase download() const;
+  JobPhase packing() const;
   void add_job(const PriceBook& prices);
+  void add_prices(const PriceBook& prices);
+  void warn_of_budget();
 
   void item(Home home, std::string name, double bytes, std::string working);
   void items(Home home, const std::vector<MemoryPart>& parts);
@@ -75,8 +83,9 @@ class Planner {
   BaseBytes base_;
   double ranks_, tokens_;
   double loss_share_ = 1;    ///< of the tokens, where the data is known
+  double fill_ = 1;          ///< share of a step's tokens that are no padding
   double kept_on_disk_ = 0;  ///< bytes of layer inputs and activations
-  double load_seconds_ = 0, forward_seconds_per_token_ = 0;
+  double load_bytes_ = 0, forward_seconds_per_token_ = 0;
   double streamed_bytes_ = 0;  ///< a pass, from disk, on the CPU
 };
 

@@ -41,8 +41,16 @@ double expert_rows(const ModelFacts& model, double tokens) {
 
 }  // namespace
 
-Geometry stream_geometry(const Recipe& recipe, const ModelFacts& model, const Schedule& schedule,
+Recipe scheduled_recipe(const Recipe& recipe, const Schedule& schedule) {
+  Recipe out = recipe;
+  if (!schedule.kv_b_by_name && out.lora.targets.attention)
+    out.lora.targets.modules.emplace_back("kv_b_proj");
+  return out;
+}
+
+Geometry stream_geometry(const Recipe& given, const ModelFacts& model, const Schedule& schedule,
                          double loss_share) {
+  const Recipe recipe = scheduled_recipe(given, schedule);
   return {model, count_lora(recipe, model),
           base_bytes(recipe, model,
                      schedule.routers_bfloat16 ? RouterForm::bfloat16 : RouterForm::packed),

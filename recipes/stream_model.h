@@ -28,8 +28,10 @@ struct Schedule {
   bool host_memory_limit = true;    ///< experts that do not fit into RAM come from disk
   bool kept_inputs_on_disk = true;  ///< base.activations: disk costs the disk's time
   bool paged_state = true;          ///< lora.expert_state: disk takes no RAM, and the disk's time
+  bool kv_b_by_name = true;         ///< latent attention's kv_b_proj has factors only where named
+  bool padding_left_out = true;     ///< only a step's tokens are computed, not its positions
   static Schedule oracle() {
-    return {false, false, false, false, false, false, false, false, false};
+    return {false, false, false, false, false, false, false, false, false, false, false};
   }
 };
 
@@ -40,6 +42,8 @@ struct Geometry {
   BaseBytes base;
   TokenFlops flops;  ///< of one token, computed again in the backward pass
 };
+/// The recipe as a schedule understands it: the oracle puts factors on every attention projection.
+Recipe scheduled_recipe(const Recipe& recipe, const Schedule& schedule);
 Geometry stream_geometry(const Recipe& recipe, const ModelFacts& model, const Schedule& schedule,
                          double loss_share);
 

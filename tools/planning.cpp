@@ -54,6 +54,15 @@ std::int64_t bytes_of(const std::vector<DataSource>& sources) {
   return total;
 }
 
+bool has_weights(const std::string& base_model) {
+  try {
+    find_model_folder(base_model);
+    return true;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 fs::path MachineCalibration::path() { return cache_folder() / "machine-calibration.json"; }
@@ -107,6 +116,10 @@ PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<Da
   extras.calibration = calibration_of(recipe, out.machine, measure);
   extras.at_unix_ms = RealClock().unix_ms();
   extras.oracle_assumptions = oracle_assumptions;
+  if (!recipe.machine.profile) {  // of other machines nothing is known
+    extras.weights_here = has_weights(recipe.base_model);
+    extras.store_here = !recipe_store(recipe).empty();
+  }
   out.plan = make_plan(recipe, resolved.facts, out.machine,
                        PriceBook::read(recipes_folder() / "prices.yaml"), extras);
   return out;
@@ -115,9 +128,12 @@ PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<Da
 DataStats stats_of(const PrepareReport& report) {
   std::error_code error;
   const auto bytes = fs::file_size(report.train.store, error);
-  return {report.train.rows, report.train.trained_tokens,
+  return {report.train.rows,
+          report.train.trained_tokens,
           error ? 0 : static_cast<std::int64_t>(bytes),
-          report.validation ? report.validation->rows : 0};
+          report.validation ? report.validation->rows : 0,
+          report.train.tokens,
+          report.validation ? report.validation->tokens : 0};
 }
 
 std::optional<DataStats> data_stats(const Recipe& recipe, bool always) {

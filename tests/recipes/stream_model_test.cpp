@@ -413,11 +413,9 @@ TEST(Plan, with_oracle_assumptions_gives_the_oracles_figures) {
     expect_same("stream_bytes_per_step", *plan.stream_bytes_per_step.value, step.at("stream_bytes"),
                 kSamePlan);
     expect_same("flops_per_token", *plan.flops_per_token.value, step.at("flop_tok"), kSamePlan);
-    // With every expert resident there is no stream to hide; the oracle still counts factors.
-    EXPECT_EQ(plan.crossover_tokens_per_step.value.has_value(), step.at("stream_bytes") > 0);
-    if (plan.crossover_tokens_per_step.value) {
-      EXPECT_NEAR(*plan.crossover_tokens_per_step.value, number(row, "crossover"), 32);
-    }
+    // With every expert resident the oracle still counts factors.
+    ASSERT_TRUE(plan.crossover_tokens_per_step.value.has_value());
+    EXPECT_NEAR(*plan.crossover_tokens_per_step.value, number(row, "crossover"), 32);
     expect_same("device_bytes_peak", *plan.device_bytes_peak.value,
                 hbm.at("used") + step.at("resident") * hbm.at("experts_per_gpu"), kSamePlan);
     expect_same("host_bytes_peak", *plan.host_bytes_peak.value,

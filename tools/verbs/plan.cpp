@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <iostream>
 
@@ -25,6 +26,22 @@ std::string words(const Figure& figure) {
   if (figure.unit == "tokens/s") return number_text(value, 3) + " tokens/s";
   if (value == std::floor(value)) return count_of(value) + " " + figure.unit;
   return number_text(value, 3) + " " + figure.unit;
+}
+
+void add_phases(const Plan& plan, bool explain, TextTable& table) {
+  for (const JobPhase& phase : plan.phases) {
+    const bool apart = !phase.in_hours;
+    if (!explain && (!apart || phase.seconds.value_or(0) == 0)) continue;
+    std::string text = phase.seconds ? seconds_text(*phase.seconds) : "not known";
+    if (phase.seconds && phase.usd) text += ", " + usd_text(std::llround(*phase.usd * 1e6));
+    if (explain) text += "   = " + phase.working;
+    table.add({(apart ? "before it: " : "of it: ") + phase.name, text});
+  }
+  const Figure &hours = plan.hours_with_preparation, &usd = plan.usd_with_preparation;
+  if (hours.value && (explain || *hours.value > *plan.hours.value)) {
+    table.add({"with these", words(hours) + (usd.value ? ", " + words(usd) : "") +
+                                 (explain ? "   = " + hours.working + "; " + usd.working : "")});
+  }
 }
 
 void print_items(const Plan& plan, MemoryItem::Home home, const std::string& name,
@@ -67,6 +84,11 @@ void print_plan(const PlannedRecipe& planned, const ResolvedRecipe& recipe, bool
   row("time", plan.hours);
   if (explain) row("device hours", plan.gpu_hours);
   row("cost", plan.usd);
+  if (explain || std::any_of(plan.tiers.begin(), plan.tiers.end(),
+                             [](const TierCost& tier) { return tier.usd.value.has_value(); })) {
+    for (const TierCost& tier : plan.tiers) row("  " + tier.tier, tier.usd);
+  }
+  add_phases(plan, explain, table);
   out << rows_text(table, "  ");
   print_items(plan, MemoryItem::Home::device, "device memory, a rank", plan.device_bytes_peak,
               explain, out);
