@@ -3,17 +3,16 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
-#include <functional>
 #include <map>
+#include <optional>
 #include <set>
 #include <tuple>
 
 #include "adapters/peft_reader.h"
 #include "base/error.h"
 #include "base/json.h"
-#include "base/text.h"
-#include "base/units.h"
 #include "data/checkpoint/safetensors.h"
 
 namespace tailor {
@@ -57,12 +56,6 @@ std::vector<std::byte> folded(std::span<const float> x, std::int64_t E, std::int
     }
   }
   return bytes_of(out);
-}
-
-/// PEFT's from 0.19.1 on: an adapter's product follows the parameter as transformers holds it,
-/// inputs first for Llama 4, outputs first for the others.
-ExpertLayout written_layout(const ModelSpec& spec) {
-  return spec.family == Family::llama4 ? ExpertLayout::swapped : ExpertLayout::straight;
 }
 
 /// Plain matrices that PEFT must be told of as parameters. DeepSeek's router is one. Its dense and
@@ -120,7 +113,7 @@ std::vector<TensorToWrite> peft_tensors(const Adapter& adapter, const ModelSpec&
         adapter.find(site.layer, Projection::experts_down) != nullptr) {
       key += ".base_layer";  // see fused_key
     }
-    const bool straight = written_layout(spec) == ExpertLayout::straight;
+    const bool straight = peft_layout(spec.family, kPeftVersion) == ExpertLayout::straight;
     const std::span<const float> rows = straight ? a : b, columns = straight ? b : a;
     const std::int64_t across = straight ? in : width, down = straight ? width : in;
     if (site.slot_of.empty()) {
@@ -248,6 +241,12 @@ Json peft_config(const Adapter& adapter, const ModelSpec& spec, const PeftWriteO
 
 }  // namespace
 
+ExpertLayout peft_layout(Family family, const std::string& peft_version) {
+  const bool held_inputs_first = family == Family::llama4;
+  const bool read_inputs_first = version_parts(peft_version) < std::tuple(0, 19, 1);
+  return held_inputs_first == read_inputs_first ? ExpertLayout::straight : ExpertLayout::swapped;
+}
+
 ExpertLayout detect_expert_layout(const ModelSpec& spec, std::int64_t gate_up_a_columns,
                                   std::int64_t down_a_columns, const std::string& peft_version,
                                   const std::string& where) {
@@ -262,19 +261,14 @@ ExpertLayout detect_expert_layout(const ModelSpec& spec, std::int64_t gate_up_a_
   };
   if (const auto layout = decide(gate_up_a_columns, D, 2 * F)) return *layout;
   if (const auto layout = decide(down_a_columns, F, D)) return *layout;
-  const auto version = version_parts(peft_version);
-  if (spec.family != Family::llama4) return ExpertLayout::straight;
-  if (std::get<1>(version) >= 0) {
-    return version >= std::tuple(0, 19, 1) ? ExpertLayout::swapped : ExpertLayout::straight;
-  }
+  if (std::get<1>(version_parts(peft_version)) >= 0) return peft_layout(spec.family, peft_version);
   throw Error(Fault::bad_file,
               {"which side of the experts' factors is the input cannot be told", where,
                "PEFT changed this between versions. Add the version that wrote the file to "
                "adapter_config.json as \"peft_version\"."});
 }
 
-Adapter read_peft_adapter(const fs::path& folder, const ModelSpec& spec) {
-  const PeftReader reader(folder, spec);
+Adapter read_peft_adapter(const PeftReader& reader) {
   reader.check_finite();
   Adapter adapter =
       Adapter::from_sites({reader.sites().begin(), reader.sites().end()}, reader.options());
@@ -284,12 +278,18 @@ Adapter read_peft_adapter(const fs::path& folder, const ModelSpec& spec) {
   return adapter;
 }
 
+Adapter read_peft_adapter(const fs::path& folder, const ModelSpec& spec) {
+  return read_peft_adapter(PeftReader(folder, spec));
+}
+
 void write_peft_adapter(const fs::path& folder, const Adapter& adapter, const ModelSpec& spec,
                         const PeftWriteOptions& options) {
   make_folders(folder);
   const std::vector<TensorToWrite> tensors = peft_tensors(adapter, spec, options.module_prefix);
   const fs::path path = folder / "adapter_model.safetensors";
-  write_safetensors(path, tensors, {{"format", "pt"}});
+  std::map<std::string, std::string> metadata = {{"format", "pt"}};
+  if (!options.base_fingerprint.empty()) metadata[kBaseFingerprintKey] = options.base_fingerprint;
+  write_safetensors(path, tensors, metadata);
   write_atomically(folder / "adapter_config.json",
                    peft_config(adapter, spec, options).dump(2) + "\n");
   compare_written(path, tensors);

@@ -9,6 +9,8 @@
 
 namespace tailor {
 
+class PeftReader;
+
 /// PEFT adapter folders: adapter_config.json and adapter_model.safetensors.
 ///
 /// PEFT keeps the experts of a layer as one 3-D parameter and its two factors flattened:
@@ -25,15 +27,22 @@ enum class ExpertLayout {
 /// The PEFT version whose layout we write into adapter_config.json.
 inline constexpr const char* kPeftVersion = "0.21.2";
 
+/// The layout of experts in files of a PEFT version. It takes a parameter's second dimension for
+/// the input up to 0.19.0, and for the output from 0.19.1 on; transformers holds Llama 4's experts
+/// inputs first, and the other families' outputs first.
+ExpertLayout peft_layout(Family family, const std::string& peft_version);
+
 /// Reads any of the layouts above. The layout is told by the shapes of gate_up's factors, else of
 /// down's, else by `peft_version`; where none of these decides it is refused. Throws
-/// Error{bad_file}: factors that belong to no matrix of the model, an A without its B, wrong
-/// shapes, and options that change the maths (DoRA, biases, modules_to_save), each by name.
+/// Error{bad_file}: factors that belong to no matrix of the model, wrong shapes, ranks that are not
+/// the config's (which decide the scale), NaN; and as PeftFolder does.
 Adapter read_peft_adapter(const fs::path& folder, const ModelSpec& spec);
+Adapter read_peft_adapter(const PeftReader& reader);
 
 struct PeftWriteOptions {
-  std::string base_model;     ///< recorded as base_model_name_or_path
-  std::string module_prefix;  ///< "language_model." for the multimodal wrapper, else empty
+  std::string base_model;             ///< recorded as base_model_name_or_path
+  std::string module_prefix;          ///< "language_model." for the multimodal wrapper, else empty
+  std::string base_fingerprint = {};  ///< fingerprint() of the base; recorded where it is known
 };
 
 /// Writes the folder's two files atomically, each re-read and compared afterwards. The tensors

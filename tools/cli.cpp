@@ -73,6 +73,7 @@ class CommandLine {
     add_experts();
     add_data();
     add_model();
+    add_adapter();
     add_runs();
     add_prices();
     add_doctor();
@@ -650,6 +651,22 @@ class CommandLine {
         ->check(not_below("--threads", 1))
         ->type_name("N");
     with_json(synthesise);
+  }
+
+  void add_adapter() {
+    CLI::App& adapter =
+        group("adapter", "Look at adapters", "tailor adapter inspect runs/demo-maverick/adapter");
+    auto inspect = verb<AdapterInspectArguments>(
+        adapter, "inspect", "What an adapter changes, by target and layer; whether it fits a model",
+        "tailor adapter inspect runs/demo-maverick/adapter --base models/smollm2-maverick");
+    inspect.app.add_option("ADAPTER", inspect.own.adapter, "PEFT adapter folder")->required();
+    inspect.app
+        .add_option("--base", inspect.own.base,
+                    "Model folder, store, config.json or repository that it should fit")
+        ->type_name("MODEL");
+    inspect.app.add_option("--against", inspect.own.against, "Another adapter to compare it with")
+        ->type_name("ADAPTER");
+    with_json(inspect);
   }
 
   void add_runs() {

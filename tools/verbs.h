@@ -114,6 +114,14 @@ int run_model_verify(const ModelVerifyArguments& arguments);
 int run_model_synthesise(const ModelSynthesiseArguments& arguments);
 int run_model_export(const ModelExportArguments& arguments);
 
+struct AdapterInspectArguments {
+  std::string adapter;
+  std::string base;     ///< a model it should fit; empty: none
+  std::string against;  ///< another adapter; empty: none
+  bool json = false;
+};
+int run_adapter_inspect(const AdapterInspectArguments& arguments);
+
 struct RunsListArguments {
   std::string ledger;  ///< empty: the default one
   bool json = false;

@@ -8,7 +8,9 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <utility>
 
+#include "adapters/peft_folder.h"
 #include "base/error.h"
 #include "base/json.h"
 #include "data/checkpoint/safetensors.h"
@@ -439,6 +441,13 @@ TEST_F(PeftFiles, which_side_is_the_input) {
   EXPECT_EQ(layout(64, 0, "0.19.1"), ExpertLayout::swapped);
   EXPECT_EQ(layout(64, 0, "0.20.0.dev0"), ExpertLayout::swapped);
   EXPECT_EQ(layout(64, 0, "1.0"), ExpertLayout::swapped);
+  // transformers holds the other families' experts outputs first: the versions' sides change.
+  const Family llama4 = std::exchange(spec.family, Family::deepseek_v3);
+  EXPECT_EQ(layout(64, 0, "0.18.1"), ExpertLayout::swapped);
+  EXPECT_EQ(layout(64, 0, "0.19.0"), ExpertLayout::swapped);
+  EXPECT_EQ(layout(64, 0, "0.19.1"), ExpertLayout::straight);
+  EXPECT_THROW(layout(64, 0, ""), Error);
+  spec.family = llama4;
   for (const char* version : {"", "unknown", "@"}) {
     try {
       layout(64, 0, version);
@@ -454,7 +463,10 @@ TEST_F(PeftFiles, which_side_is_the_input) {
 }
 
 TEST_F(PeftFiles, options_that_change_the_maths_are_refused_by_name) {
-  const std::vector<std::pair<const char*, Json>> options = {{"use_dora", true},
+  const std::vector<std::pair<const char*, Json>> options = {{"alora_invocation_tokens", {7}},
+                                                             {"kasa_config", {{"beta", 1}}},
+                                                             {"arrow_config", {{"top_k", 3}}},
+                                                             {"use_dora", true},
                                                              {"lora_bias", true},
                                                              {"use_qalora", true},
                                                              {"use_bdlora", true},
@@ -477,6 +489,24 @@ TEST_F(PeftFiles, options_that_change_the_maths_are_refused_by_name) {
                 config().string() +
                 "\n"
                 "  mend:  Only plain LoRA factors are read.\n");
+  // Starts that change the base: the factors alone are another function.
+  for (const char* start : {"pissa", "pissa_niter_4", "olora", "corda", "loftq"}) {
+    take();
+    change_config("init_lora_weights", start);
+    EXPECT_THAT(refusal(), HasSubstr("init_lora_weights is '" + std::string(start) +
+                                     "': the factors belong to a changed base"));
+  }
+  for (const Json& start : {Json("gaussian"), Json("eva"), Json(true), Json(false), Json()}) {
+    take();
+    change_config("init_lora_weights", start);
+    expect_final(read());
+  }
+  // An option of a PEFT to come.
+  take();
+  change_config("use_marvel", true);
+  EXPECT_THAT(refusal(), HasSubstr("option 'use_marvel' is true, which Tailor does not know"));
+  change_config("use_marvel", false);
+  expect_final(read());
   // Empty or null, they change nothing.
   take();
   change_config("modules_to_save", Json::array());
@@ -533,6 +563,48 @@ TEST_F(PeftFiles, tensors_that_are_no_plain_factors) {
   EXPECT_THAT(with([](Matrices& m) { m.clear(); }), HasSubstr("the adapter holds no factors"));
   take();
   EXPECT_THAT(refusal("llama_tiny"), HasSubstr("error: "));
+}
+
+TEST_F(PeftFiles, ranks_must_be_the_config_s_which_decide_the_scale) {
+  take();
+  change_config("r", 8);
+  EXPECT_THAT(refusal(), HasSubstr("factors of 'model.layers.0.self_attn.q_proj' have rank 4, "
+                                   "adapter_config.json says 8"));
+  change_config("rank_pattern", {{".*proj", 4}});
+  expect_final(read());
+  change_config("rank_pattern", {{"proj", 4}});
+  EXPECT_THAT(refusal(), HasSubstr("adapter_config.json says 8")) << "whole parts of names only";
+  change_config("rank_pattern", {{"q_proj", "4"}});
+  EXPECT_THAT(refusal(), HasSubstr("rank_pattern['q_proj'] is not a number"));
+  change_config("rank_pattern", Json::array({4}));
+  EXPECT_THAT(refusal(), HasSubstr("rank_pattern is no object"));
+  change_config("r", 4);
+  change_config("rank_pattern", {{"experts.down_proj", 2}});
+  EXPECT_THAT(refusal(),
+              HasSubstr("factors of 'model.layers.1.feed_forward.experts.down_proj' have rank 4, "
+                        "adapter_config.json says 2"));
+  fs::copy_file(golden("llama4_maverick_tiny/lora/adapter_vllm_2d/adapter_model.safetensors"),
+                file(), fs::copy_options::overwrite_existing);
+  change_config("rank_pattern", {{"experts.3.up_proj", 2}});
+  EXPECT_THAT(refusal(), HasSubstr("experts.3.up_proj' have rank 4, adapter_config.json says 2"));
+}
+
+TEST_F(PeftFiles, record_the_base_s_fingerprint) {
+  const ModelSpec spec = spec_of("llama_tiny");
+  const Adapter source = read_peft_adapter(golden("llama_tiny/lora/adapter_final"), spec);
+  write_peft_adapter(folder_, source, spec, {"some/model", "", "0123abc"});
+  EXPECT_EQ(PeftFolder(folder_).base_fingerprint(), "0123abc");
+  write_peft_adapter(folder_, source, spec, {"some/model", ""});
+  EXPECT_EQ(PeftFolder(folder_).base_fingerprint(), "");
+}
+
+TEST_F(PeftFiles, one_tensor_under_two_names) {
+  take("llama_tiny/lora/adapter_final");
+  change_tensors([](Matrices& matrices) {
+    const std::string name = "model.layers.0.self_attn.q_proj.lora_A.weight";
+    matrices[name] = matrices.at("base_model.model." + name);
+  });
+  EXPECT_THAT(refusal("llama_tiny"), HasSubstr("is there twice, with and without a prefix"));
 }
 
 TEST_F(PeftFiles, files_that_are_missing_or_cut_off) {

@@ -2,7 +2,6 @@
 #include <cmath>
 #include <cstdio>
 
-#include "adapters/peft_files.h"
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/log.h"
@@ -64,7 +63,7 @@ int run_eval(const EvalArguments& arguments) {
   OpenedModel model = open_model(folder, dtype);
   std::optional<Adapter> adapter;
   if (!arguments.adapter.empty()) {
-    adapter = read_peft_adapter(arguments.adapter, model.spec);
+    adapter = open_adapter(arguments.adapter, model);
     model.decoder->set_adapter(&*adapter);
   }
   const std::int64_t wanted = std::min(store->rows(), arguments.limit.value_or(store->rows()));

@@ -2,7 +2,6 @@
 #include <cmath>
 #include <cstdio>
 
-#include "adapters/peft_files.h"
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/random.h"
@@ -95,7 +94,7 @@ int run_generate(const GenerateArguments& arguments) {
   OpenedModel model = open_model(folder, compute_type(arguments.dtype));
   std::optional<Adapter> adapter;
   if (!arguments.adapter.empty()) {
-    adapter = read_peft_adapter(arguments.adapter, model.spec);
+    adapter = open_adapter(arguments.adapter, model);
     model.decoder->set_adapter(&*adapter);
   }
   const std::vector<std::int32_t>& stops = tokenizer.eos_ids();

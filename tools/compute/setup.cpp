@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "adapters/peft_files.h"
+#include "adapters/peft_reader.h"
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/log.h"
@@ -13,6 +15,7 @@
 #include "data/store/pack.h"
 #include "data/tokens/token_store.h"
 #include "recipes/machine.h"
+#include "tools/recipe_inputs.h"
 
 namespace tailor {
 
@@ -153,6 +156,16 @@ OpenedModel open_model(const fs::path& folder, at::ScalarType dtype, const BaseR
   out.decoder = Decoder::create(std::move(weights), dtype);
   out.load_seconds = seconds_now() - began;
   return out;
+}
+
+Adapter open_adapter(const fs::path& folder, const OpenedModel& model) {
+  const PeftReader reader(folder, model.spec);
+  const std::string trained_on = reader.folder().base_fingerprint();
+  if (!trained_on.empty() && trained_on != read_routed_model(model.folder).fingerprint) {
+    log_warning("the adapter in " + folder.string() +
+                " was trained on other weights than those in " + model.folder.string());
+  }
+  return read_peft_adapter(reader);
 }
 
 std::string stream_text(const StreamFacts& facts) {

@@ -319,7 +319,9 @@ class Run {
                             : bytes_text(model_.weight_bytes) + " in memory") +
              ", loaded in " + seconds_text(model_.load_seconds));
     together(ranks_->all(), "opening metrics.jsonl", [&] {
-      if (books_) books_->open_metrics();
+      if (!books_) return;
+      base_fingerprint_ = model_identity();
+      books_->open_metrics();
     });
   }
 
@@ -460,9 +462,9 @@ class Run {
     if (sharded != nullptr) sharded->gather_to_first();
     together(ranks_->all(), "writing the adapter", [&] {
       if (!books_) return;
-      write_peft_adapter(
-          folder_->adapter(), *adapter_, spec_,
-          {model_.source.empty() ? recipe().base_model : model_.source, model_.prefix});
+      write_peft_adapter(folder_->adapter(), *adapter_, spec_,
+                         {model_.source.empty() ? recipe().base_model : model_.source,
+                          model_.prefix, base_fingerprint_});
       books_->checkpoint(saved, seconds_now() - began);
     });
     if (sharded != nullptr) sharded->drop_gathered();
@@ -528,6 +530,7 @@ class Run {
   std::optional<StateShare> share_;
   std::unique_ptr<RunBooks> books_;  ///< the first rank's
   OpenedModel model_;
+  std::string base_fingerprint_;  ///< the first rank's; goes into the adapter
   std::optional<Error> stopped_;  ///< why a run that went well ended early
 };
 

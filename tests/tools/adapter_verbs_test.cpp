@@ -1,0 +1,131 @@
+// `tailor adapter`: what it says, what it refuses, and with which exit code.
+
+#include <gmock/gmock.h>
+
+#include <cstring>
+
+#include "tests/tools/program.h"
+
+namespace tailor::testing_support {
+namespace {
+
+using testing::HasSubstr;
+
+const std::string kGolden = std::string(TAILOR_SOURCE_DIR) + "/tests/golden/";
+const std::string kAdapter = kGolden + "llama4_maverick_tiny/lora/adapter_final";
+const std::string kModel = kGolden + "llama4_maverick_tiny/model";
+
+/// A copy of the adapter in the sandbox, to be damaged.
+void copy_adapter(const Sandbox& box, const std::string& name = "adapter") {
+  fs::copy(kAdapter, box.root() / name, fs::copy_options::recursive);
+}
+void change_config(const Sandbox& box, const std::string& key, const Json& value) {
+  const fs::path path = box.root() / "adapter/adapter_config.json";
+  Json config = read_json(path);
+  config[key] = value;
+  write_atomically(path, config.dump());
+}
+
+TEST(AdapterInspect, shows_targets_norms_and_a_picture) {
+  const Sandbox box;
+  const Outcome outcome = run_tailor(box, {"adapter", "inspect", kAdapter});
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, HasSubstr("rank, alpha  4, 8\n"));
+  EXPECT_THAT(outcome.out, HasSubstr("layout       PEFT 0.21.2\n"));
+  EXPECT_THAT(outcome.out,
+              HasSubstr("feed_forward.experts.gate_up_proj          2     4      2      10,240  16 "
+                        "of 16    4.46  layer 1: 3.24\n"));
+  EXPECT_THAT(outcome.out, HasSubstr("feed_forward.experts.gate_up_proj     ·█·█\n"));
+  EXPECT_EQ(outcome.err, "");
+}
+
+TEST(AdapterInspect, json_has_everything) {
+  const Sandbox box;
+  const Outcome outcome =
+      run_tailor(box, {"adapter", "inspect", kAdapter, "--base", kModel, "--against",
+                       kGolden + "llama4_maverick_tiny/lora/adapter_init", "--json"});
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const Json json = parse_json(outcome.out, "stdout");
+  EXPECT_EQ(json.at("parameters"), 31104);
+  EXPECT_EQ(json.at("rank"), 4);
+  EXPECT_EQ(json.at("rslora"), false);
+  EXPECT_EQ(json.at("dtypes"), Json::array({"F32"}));
+  EXPECT_EQ(json.at("base_fingerprint"), nullptr);
+  EXPECT_EQ(json.at("targets").size(), 12U);
+  EXPECT_EQ(json.at("modules").size(), 32U);
+  EXPECT_EQ(json.at("modules").at(0).at("layer"), 0);
+  EXPECT_EQ(json.at("fit").at("fits"), true);
+  EXPECT_EQ(json.at("fit").at("trained_on_it"), nullptr);
+  EXPECT_EQ(json.at("against").at("modules").size(), 32U);
+  EXPECT_NEAR(json.at("against").at("cosine").get<double>(), 0.5954, 1e-4);
+}
+
+TEST(AdapterInspect, a_base_that_does_not_fit_ends_with_65_and_says_why) {
+  const Sandbox box;
+  const Outcome outcome =
+      run_tailor(box, {"adapter", "inspect", kAdapter, "--base", kGolden + "qwen2_tiny/model"});
+  EXPECT_EQ(outcome.code, 65);
+  EXPECT_THAT(outcome.out, HasSubstr("fits         SRC/tests/golden/qwen2_tiny/model: no, "));
+  EXPECT_EQ(outcome.err,
+            "error: the adapter does not fit SRC/tests/golden/qwen2_tiny/model: factors of "
+            "'model.layers.0.feed_forward.down_proj' belong to no matrix of this model\n"
+            "  where: SRC/tests/golden/llama4_maverick_tiny/lora/adapter_final\n"
+            "  mend:  This adapter belongs to another base model, or adapts something Tailor does "
+            "not train.\n");
+}
+
+TEST(AdapterInspect, weights_of_another_base_are_told_by_the_fingerprint) {
+  const Sandbox box;
+  copy_adapter(box);
+  // A recorded fingerprint: PEFT's tensors with one more line of metadata.
+  const fs::path file = box.root() / "adapter/adapter_model.safetensors";
+  const std::string text = read_text(file);
+  std::uint64_t length = 0;
+  std::memcpy(&length, text.data(), sizeof length);
+  Json header = parse_json(text.substr(sizeof length, length), "header");
+  header["__metadata__"] = {{"format", "pt"}, {"base_fingerprint", "of something else"}};
+  const std::string changed = header.dump();
+  const std::uint64_t size = changed.size();
+  write_atomically(file, std::string(reinterpret_cast<const char*>(&size), sizeof size) + changed +
+                             text.substr(sizeof length + length));
+  const auto fit = [&] {
+    const Outcome outcome =
+        run_tailor(box, {"adapter", "inspect", "adapter", "--base", kModel, "--json"});
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    return parse_json(outcome.out, "stdout").at("fit");
+  };
+  EXPECT_EQ(fit().at("fits"), true);
+  EXPECT_EQ(fit().at("trained_on_it"), false);
+}
+
+TEST(AdapterInspect, a_model_that_is_not_here_is_not_needed) {
+  const Sandbox box;
+  copy_adapter(box);
+  change_config(box, "base_model_name_or_path", "nobody/nothing");
+  const Outcome outcome =
+      run_tailor(box, {"adapter", "inspect", "adapter", "--against", kAdapter, "--json"});
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const Json json = parse_json(outcome.out, "stdout");
+  EXPECT_EQ(json.at("base_model"), "nobody/nothing");
+  EXPECT_EQ(json.at("against").at("relative_difference"), 0);
+  EXPECT_EQ(json.at("fit"), nullptr);
+}
+
+TEST(AdapterInspect, refuses_what_is_no_adapter) {
+  const Sandbox box;
+  EXPECT_EQ(run_tailor(box, {"adapter", "inspect", "nowhere"}).err,
+            "error: adapter_config.json is missing\n"
+            "  where: nowhere\n"
+            "  mend:  Name an adapter folder: adapter_config.json beside "
+            "adapter_model.safetensors.\n");
+  copy_adapter(box);
+  change_config(box, "use_dora", true);
+  const Outcome outcome = run_tailor(box, {"adapter", "inspect", "adapter"});
+  EXPECT_EQ(outcome.code, 65);
+  EXPECT_EQ(outcome.out, "");
+  EXPECT_THAT(outcome.err, HasSubstr("use_dora is true, which Tailor does not implement"));
+  EXPECT_EQ(run_tailor(box, {"adapter", "inspect", kAdapter, "--base", "nobody/nothing"}).code, 2);
+}
+
+}  // namespace
+}  // namespace tailor::testing_support
