@@ -3,7 +3,7 @@
 
     tests -> any;  tools -> trainer -> adapters -> recipes -> data -> base
 
-base, data, recipes and trainer/cuda include no header of LibTorch; of tools only tools/compute may.
+base, data, recipes, adapters and trainer/cuda include no header of LibTorch; of tools only tools/compute may.
 Prints each offence as file:line and exits 1 when there is one.
 """
 
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ORDER = ["base", "data", "recipes", "adapters", "trainer", "tools"]
-WITHOUT_TORCH = ("base/", "data/", "recipes/", "tools/", "trainer/cuda/")
+WITHOUT_TORCH = ("base/", "data/", "recipes/", "adapters/", "tools/", "trainer/cuda/")
 TORCH_ALLOWED_BELOW = ("tools/compute/",)
 TORCH = re.compile(r"^(torch|ATen|c10|c10d|caffe2)/")
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]')
@@ -40,7 +40,7 @@ def offences(root):
                 if no_torch and TORCH.match(included):
                     yield f"{name}:{number}: no LibTorch here, found {included}"
                 brings_torch = included.startswith(
-                    ("tools/compute/", "trainer/", "adapters/")
+                    ("tools/compute/", "trainer/")
                 ) and not included.startswith(WITHOUT_TORCH[-1])
                 if no_torch and brings_torch:
                     yield f"{name}:{number}: {included} brings LibTorch along"
