@@ -151,7 +151,14 @@ void Planner::add_cpu_memory(bool keep, double value_bytes) {
   }
   // Where not all fits, rows of the embedding are read by index, and the rest streams.
   const double tiles = weights - base_.embedding;
-  const double resident = budget >= weights ? weights : std::min(tiles, budget);
+  // Experts' slots beyond the first are paid for from the budget, as StoreWeights does it.
+  const BudgetShare share =
+      share_budget(std::llround(budget / ranks_), std::llround(weights / ranks_),
+                   std::llround(base_.expert * as_double(model_.experts) / ranks_));
+  rank_ring_bytes_ = share.ring_bytes;
+  const double resident = budget >= weights
+                              ? weights
+                              : std::min(tiles, static_cast<double>(share.resident_bytes) * ranks_);
   streamed_bytes_ = budget >= weights ? 0 : tiles - resident;
   plan.resident_fraction = tiles > 0 ? 1 - streamed_bytes_ / tiles : 1;
   item(Home::host, "weights", resident,
@@ -196,7 +203,8 @@ void Planner::add_cpu_ring() {
   }
   if (streamed_bytes_ <= 0) return;
   // Of several ranks each reads its part of a tile.
-  const std::int64_t expert_slots = ring_slots(static_cast<std::int64_t>(experts / ranks_));
+  const std::int64_t expert_slots =
+      ring_slots(static_cast<std::int64_t>(experts / ranks_), rank_ring_bytes_);
   const std::int64_t head_slots =
       ring_slots(static_cast<std::int64_t>(head / ranks_), kHeadRingBytes);
   plan.ring_bytes = std::llround(experts * as_double(expert_slots) + head * as_double(head_slots) +

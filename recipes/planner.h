@@ -86,7 +86,8 @@ class Planner {
   double fill_ = 1;          ///< share of a step's tokens that are no padding
   double kept_on_disk_ = 0;  ///< bytes of layer inputs and activations
   double load_bytes_ = 0, forward_seconds_per_token_ = 0;
-  double streamed_bytes_ = 0;  ///< a pass, from disk, on the CPU
+  double streamed_bytes_ = 0;         ///< a pass, from disk, on the CPU
+  std::int64_t rank_ring_bytes_ = 0;  ///< of a rank's slots of experts
 };
 
 }  // namespace tailor

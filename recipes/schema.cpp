@@ -626,7 +626,8 @@ std::vector<RecipeKey> make_keys() {
       bytes_or_auto_key(
           "base.device_memory",
           [](R& r) -> std::optional<std::int64_t>& { return r.base.device_memory; },
-          "Weights kept on the device; the ring of slots comes on top. More: less to stream. With "
+          "Weights kept on the device; the first 320 MiB of slots come on top. More: less to "
+          "stream. With "
           "host_memory 0 too, every tile comes from disk on each pass."),
       bytes_or_auto_key(
           "base.host_memory",

@@ -3,8 +3,14 @@
 //
 //     bench_stream STORE [--tokens N] [--micro-tokens N] [--rounds N] [--expert-rank N] [--ring
 //     BYTES]
-//                  [--loss-share X] [--streamed-only] [--against MODEL] [--kept]
+//                  [--budget BYTES] [--loss-share X] [--steps N] [--streamed-only] [--against
+//                  MODEL]
+//                  [--kept]
 //
+// --budget: of tiles that stay in memory, 0 without it; --ring: of the slots of experts, what
+// share_budget() says without it.
+// --steps: so many from disk, one after the other, against as many resident ones and as many passes
+// of reading: as in a run, each step but the last reads ahead into the next.
 // --streamed-only leaves the resident step out, for peak memory; --against takes the resident step
 // from a checkpoint instead of the store.
 
@@ -28,8 +34,8 @@ namespace {
 
 struct Options {
   fs::path store, against;
-  std::int64_t tokens = 1024, micro_tokens = 1024, expert_rank = 1, ring = 0;
-  int rounds = 3;
+  std::int64_t tokens = 1024, micro_tokens = 1024, expert_rank = 1, ring = 0, budget = 0;
+  int rounds = 3, steps = 1;
   double loss_share = 0.25;
   bool streamed_only = false, kept = false;
 };
@@ -48,10 +54,14 @@ Options read_options(int argc, char** argv) {
       out.micro_tokens = std::stoll(value());
     } else if (name == "--rounds") {
       out.rounds = std::stoi(value());
+    } else if (name == "--steps") {
+      out.steps = std::stoi(value());
     } else if (name == "--expert-rank") {
       out.expert_rank = std::stoll(value());
     } else if (name == "--ring") {
       out.ring = std::stoll(value());
+    } else if (name == "--budget") {
+      out.budget = std::stoll(value());
     } else if (name == "--loss-share") {
       out.loss_share = std::stod(value());
     } else if (name == "--against") {
@@ -117,7 +127,8 @@ double median(std::vector<double> values) {
 int run(const Options& options) {
   const auto store = std::make_shared<const Store>(Store::open(options.store));
   StreamOptions from_disk;
-  from_disk.device_bytes = from_disk.host_bytes = 0;
+  from_disk.device_bytes = 0;
+  from_disk.host_bytes = options.budget;
   from_disk.ring_bytes = options.ring;
   auto streamed_weights = StoreWeights::open(store, at::kBFloat16, from_disk);
   StoreWeights& stream = *streamed_weights;
@@ -154,18 +165,21 @@ int run(const Options& options) {
       options.kept ? FrozenWeights::Pass::train_kept : FrozenWeights::Pass::train_recompute;
   double loss[2] = {0, 0};
   const auto seconds_of = [&](Decoder& decoder, double& sum) {
-    TrainPass how;
-    how.gradient_scale = 1.0 / static_cast<double>(options.tokens);
-    how.keep = keep;
     const double began = seconds_now();
-    sum = decoder.forward_backward(step.input(), how, gradients).loss_sum;
-    return seconds_now() - began;
+    for (int s = 0; s < options.steps; ++s) {
+      TrainPass how;
+      how.gradient_scale = 1.0 / static_cast<double>(options.tokens);
+      how.keep = keep;
+      how.another_follows = s + 1 < options.steps;
+      sum = decoder.forward_backward(step.input(), how, gradients).loss_sum;
+    }
+    return (seconds_now() - began) / options.steps;
   };
-  std::printf("%lld tokens a step, %.2f GB read a pass, ring %.0f MB, %lld factors, %s\n",
-              static_cast<long long>(options.tokens),
-              static_cast<double>(facts.streamed_bytes) / 1e9,
-              static_cast<double>(facts.ring_bytes) / 1e6,
-              static_cast<long long>(adapter.parameter_count()), name_of(facts.reader.engine));
+  std::printf(
+      "%lld tokens a step, %.2f GB read a pass, resident %.0f MB, ring %.0f MB, %lld factors, %s\n",
+      static_cast<long long>(options.tokens), static_cast<double>(facts.streamed_bytes) / 1e9,
+      static_cast<double>(facts.resident_bytes) / 1e6, static_cast<double>(facts.ring_bytes) / 1e6,
+      static_cast<long long>(adapter.parameter_count()), name_of(facts.reader.engine));
   std::vector<double> computing, reading, both, ratio;
   for (int round = 0; round <= options.rounds; ++round) {  // the first one warms up
     double compute = 0;
@@ -177,15 +191,15 @@ int run(const Options& options) {
     const std::int64_t disk = proc_number("io", "read_bytes:") - disk_before;
     const std::int64_t counted = after.streamed_bytes - before.streamed_bytes;
     const double began = seconds_now();
-    stream.read_through(pass);
-    const double read = seconds_now() - began;
+    for (int s = 0; s < options.steps; ++s) stream.read_through(pass);
+    const double read = (seconds_now() - began) / options.steps;
     const double limit = std::max(compute, read);
     std::printf(
         "  %s compute only %.2f s, read only %.2f s (%.2f GB/s), step %.2f s: %.3f x the "
         "longer; stalled %.2f s; /proc/self/io %s (%lld of %lld bytes)\n",
         round == 0 ? "warm-up" : "round  ", compute, read,
         static_cast<double>(2 * facts.streamed_bytes) / read / 1e9, step_seconds,
-        step_seconds / limit, after.stall_seconds - before.stall_seconds,
+        step_seconds / limit, (after.stall_seconds - before.stall_seconds) / options.steps,
         disk == counted ? "agrees" : "DISAGREES", static_cast<long long>(disk),
         static_cast<long long>(counted));
     std::fflush(stdout);

@@ -12,6 +12,7 @@
 #include <random>
 
 #include "recipes/read.h"
+#include "recipes/ring.h"
 #include "recipes/stream_model.h"
 
 namespace tailor {
@@ -186,6 +187,41 @@ TEST(TileHomes, of_tiles_that_differ_stream_within_the_largest_of_even) {
 }
 
 // ------------------------------------------------------------------ the simulated step
+
+// ------------------------------------------------------------------ the ring's share of a budget
+
+TEST(BudgetShare, gives_slots_a_quarter_at_most_and_what_streams_of_a_layer) {
+  constexpr std::int64_t kGiB = std::int64_t{1} << 30;
+  // All from disk: what comes on top in any case.
+  EXPECT_EQ(share_budget(0, 200 * kGiB, 8 * kGiB).ring_bytes, kRingBytes);
+  EXPECT_EQ(share_budget(0, 200 * kGiB, 8 * kGiB).resident_bytes, 0);
+  // All of it held: nothing is taken.
+  EXPECT_EQ(share_budget(200 * kGiB, 200 * kGiB, 8 * kGiB).resident_bytes, 200 * kGiB);
+  // A quarter.
+  const BudgetShare quarter = share_budget(8 * kGiB, 200 * kGiB, 8 * kGiB);
+  EXPECT_EQ(quarter.ring_bytes, 2 * kGiB);
+  EXPECT_EQ(quarter.ring_bytes + quarter.resident_bytes, 8 * kGiB + kRingBytes);
+  // What streams of a layer: half of 8 GiB.
+  const BudgetShare layer = share_budget(100 * kGiB, 200 * kGiB, 8 * kGiB);
+  EXPECT_EQ(layer.ring_bytes, 4 * kGiB);
+  EXPECT_EQ(layer.resident_bytes, 96 * kGiB + kRingBytes);
+  // Where nearly all is held there is little to even out.
+  const BudgetShare nearly = share_budget(196 * kGiB, 200 * kGiB, 8 * kGiB);
+  EXPECT_EQ(nearly.ring_bytes, kRingBytes);
+  EXPECT_EQ(nearly.resident_bytes, 196 * kGiB);
+}
+
+TEST(BudgetShare, never_takes_more_than_it_gives) {
+  for (std::int64_t budget = 0; budget < 40'000; budget += 997) {
+    for (const std::int64_t layer : {0, 500, 9'000}) {
+      constexpr std::int64_t kMB = 1'000'000;
+      const BudgetShare share = share_budget(budget * kMB, 30'000 * kMB, layer * kMB);
+      EXPECT_EQ(share.resident_bytes, budget * kMB - (share.ring_bytes - kRingBytes));
+      EXPECT_GE(share.ring_bytes, kRingBytes);
+      EXPECT_GE(share.resident_bytes, budget * kMB / 4 * 3);
+    }
+  }
+}
 
 TEST(SimulatePass, follows_the_ring_by_hand) {
   // Two tiles of 10 s on the link, a ring of one: copies wait until the tile before is used up.

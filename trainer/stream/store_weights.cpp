@@ -102,7 +102,7 @@ class StoreStream final : public StoreWeights {
     TileRing::Checks checks{whole_tile, [this](int part, const BlockDone& done) {
                               return failed(tile_of_part_[static_cast<std::size_t>(part)], done);
                             }};
-    const std::vector<RingPool> slots = pools(options);
+    const std::vector<RingPool> slots = pools();
     if (facts_.ranks > 1) {
       TAILOR_CHECK(options.device == nullptr);
       checks.check = {};  // a part alone has no hash
@@ -320,6 +320,20 @@ class StoreStream final : public StoreWeights {
     }
   }
 
+  /// Of this rank's tiles, the largest sum of a layer's experts.
+  std::int64_t layer_expert_bytes() const {
+    std::int64_t largest = 0;
+    for (const int first : map_.first_expert_tile) {
+      std::int64_t bytes = 0;
+      for (int t = first; first >= 0 && t < first + map_.expert_tiles; ++t) {
+        const int part = part_of_tile_[static_cast<std::size_t>(t)];
+        if (part >= 0) bytes += parts_[static_cast<std::size_t>(part)].bytes;
+      }
+      largest = std::max(largest, bytes);
+    }
+    return largest;
+  }
+
   void choose_tile_homes(const StreamOptions& options) {
     std::vector<PassTile> pass;
     std::int64_t total = 0;
@@ -329,8 +343,20 @@ class StoreStream final : public StoreWeights {
       total += tile.bytes;
       facts_.smallest_budget = std::min(facts_.smallest_budget, tile.bytes);
     }
-    const std::int64_t device = options.device_bytes.value_or(options.host_bytes ? 0 : total);
-    const std::int64_t host = options.host_bytes.value_or(0);
+    std::int64_t device = options.device_bytes.value_or(options.host_bytes ? 0 : total);
+    std::int64_t host = options.host_bytes.value_or(0);
+    ring_bytes_ = options.ring_bytes;
+    if (ring_bytes_ == 0) {
+      // On the CPU both budgets are RAM, and slots are paid for from the one for RAM first.
+      const bool one_memory = options.device == nullptr;
+      const BudgetShare share =
+          share_budget(one_memory ? device + host : host, one_memory ? total : total - device,
+                       layer_expert_bytes());
+      const std::int64_t slots = (one_memory ? device + host : host) - share.resident_bytes;
+      ring_bytes_ = share.ring_bytes;
+      device -= std::max<std::int64_t>(0, slots - host);
+      host -= std::min(host, slots);
+    }
     const auto chosen = choose_homes(pass, device, host);
     if (const auto* small = std::get_if<BudgetTooSmall>(&chosen)) {
       throw Error(Fault::does_not_fit, small->parts());
@@ -346,19 +372,18 @@ class StoreStream final : public StoreWeights {
     room_left_ = device + host - facts_.resident_bytes;
   }
 
-  std::vector<RingPool> pools(const StreamOptions& options) {
+  std::vector<RingPool> pools() {
     std::array<std::int64_t, kPools> largest{};
     for (const RingTile& tile : parts_) {
       if (tile.home != TileHome::disk) continue;
       auto& of_pool = largest[static_cast<std::size_t>(tile.pool)];
       of_pool = std::max(of_pool, tile.bytes);
     }
-    const std::int64_t ring = options.ring_bytes > 0 ? options.ring_bytes : kRingBytes;
-    const std::int64_t head = std::min(kHeadRingBytes, ring);
+    const std::int64_t head = std::min(kHeadRingBytes, ring_bytes_);
     const std::vector<RingPool> out = {
         {largest[kAttentionPool], narrow<int>(kLayerSlots)},
         {largest[kFeedForwardPool], narrow<int>(kLayerSlots)},
-        {largest[kExpertPool], narrow<int>(ring_slots(largest[kExpertPool], ring))},
+        {largest[kExpertPool], narrow<int>(ring_slots(largest[kExpertPool], ring_bytes_))},
         {largest[kHeadPool], narrow<int>(ring_slots(largest[kHeadPool], head))}};
     for (const RingPool& pool : out) facts_.ring_bytes += pool.slot_bytes * pool.slots;
     return out;
@@ -384,8 +409,9 @@ class StoreStream final : public StoreWeights {
     for (const RingTile& tile : parts_) {
       RingPool& pool = out[static_cast<std::size_t>(tile.pool)];
       if (tile.home != TileHome::device) pool.slot_bytes = std::max(pool.slot_bytes, tile.bytes);
-      pool.slots =
-          tile.pool == kExpertPool || tile.pool == kHeadPool ? 3 : narrow<int>(kLayerSlots);
+      pool.slots = narrow<int>(tile.pool == kExpertPool ? kDeviceExpertSlots
+                               : tile.pool == kHeadPool ? kDeviceHeadSlots
+                                                        : kLayerSlots);
     }
     return out;
   }
@@ -579,6 +605,7 @@ class StoreStream final : public StoreWeights {
   std::vector<RingTile> parts_;  ///< this rank's of each tile
   std::vector<int> part_of_tile_, tile_of_part_;
   StreamFacts facts_;
+  std::int64_t ring_bytes_ = 0;  ///< of the slots of experts
   std::int64_t room_left_ = 0;
   std::vector<char> checked_;
   std::map<Pass, std::vector<int>> orders_;

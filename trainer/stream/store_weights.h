@@ -13,9 +13,11 @@ namespace tailor {
 
 struct StreamOptions {
   /// Budgets of resident tiles, bytes; what they do not hold comes from disk in every pass. On the
-  /// CPU both are RAM. Unset: everything is resident.
+  /// CPU both are RAM. Unset: everything is resident. Where tiles stream, the slots they are read
+  /// into come on top, and beyond the first 320 MiB of experts' slots from the budget for RAM: see
+  /// share_budget().
   std::optional<std::int64_t> device_bytes, host_bytes;
-  /// Of the slots experts and vocabulary runs are read into; 0: what keeps a disk busy.
+  /// Of the slots experts are read into, and on top of the budgets; 0: as share_budget() says.
   std::int64_t ring_bytes = 0;
   /// Neighbouring experts read together; 0: about 16 MiB. Results do not depend on it.
   std::int64_t experts_per_tile = 0;
