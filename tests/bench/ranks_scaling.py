@@ -3,10 +3,11 @@
 
 usage: ranks_scaling.py TAILOR RECIPE [key=value...] [--ranks 2] [--rounds 3] [--steps 8] [--rows 8]
 
-Each rank has one thread and is bound to a core of its own, so that the ratio says what sharing
-costs: 2.0 would be free. Takes the fastest of the middle steps of all rounds (the first step warms
-up), prints tokens a second, the ratio, what was exchanged and what of it computing waited for, and
-the memory each rank took beyond an empty process. Makes and removes its run folders below --scratch.
+Each rank has one thread, and as many cores are given as there are ranks (no more than there are), so
+that the ratio says what sharing costs: 2.0 would be free. Takes the fastest of the middle steps of all
+rounds (the first step warms up), prints tokens a second, the ratio, what was exchanged and what of it
+computing waited for, the CPU seconds of a rank's threads, and the memory each rank took beyond an
+empty process: a run of the tiny model of the tests. Makes and removes its run folders below --scratch.
 """
 import argparse
 import json
@@ -37,6 +38,33 @@ def children(pid):
         return []
 
 
+def threads_seconds(pid):
+    """CPU seconds by name of a process's threads so far."""
+    out = {}
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/stat") as file:
+                name, rest = file.read().rsplit(")", 1)
+            fields = rest.split()
+            name = name.split("(", 1)[1] + ("" if task != str(pid) else " (main)")
+            out[name] = out.get(name, 0) + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        pass
+    return out
+
+
+def empty_bytes(options, scratch):
+    """Peak RSS of a rank of nearly nothing: the program, its libraries and what they begin with."""
+    golden = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../golden/llama4_maverick_tiny/model")
+    with open(f"{scratch}/rows.jsonl", "w") as rows:
+        rows.write('{"input_ids": [1, 2, 3, 4, 5, 6]}\n' * 8)
+    with open(f"{scratch}/empty.yaml", "w") as recipe:
+        recipe.write(f"name: empty\nbase_model: {golden}\ndata: {{train: [{scratch}/rows.jsonl], sequence_len: 24}}\n"
+                     "training: {max_steps: 2, num_epochs: 50}\ncost: {price: {usd_per_gpu_hour: 0.1}}\n")
+    empty = argparse.Namespace(**{**vars(options), "recipe": f"{scratch}/empty.yaml", "keys": [], "rows": 2, "steps": 2})
+    return run(empty, 1, f"{scratch}/empty")[1][0]
+
+
 def run(options, ranks, folder):
     words = [options.tailor, "train", options.recipe, f"machine.ranks={ranks}",
              f"training.global_batch_rows={options.rows}", f"training.max_steps={options.steps}",
@@ -45,12 +73,13 @@ def run(options, ranks, folder):
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:ranks])
     process = subprocess.Popen(["taskset", "-c", cores, *words], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
-    peaks = {}
+    peaks, seconds = {}, {}
 
     def watch():
         while process.poll() is None:
             for pid in children(process.pid) or [process.pid]:
                 peaks[pid] = max(peaks.get(pid, 0), peak_bytes(pid))
+                seconds[pid] = threads_seconds(pid) or seconds.get(pid, {})
             time.sleep(0.05)
 
     watcher = threading.Thread(target=watch)
@@ -64,6 +93,10 @@ def run(options, ranks, folder):
     shutil.rmtree(folder)
     os.remove(f"{folder}.db")
     steps = [step for step in steps if "loss" in step][1:]
+    if options.threads:
+        for pid, of in sorted(seconds.items()):
+            print(f"  {ranks} rank(s), process {pid}: " +
+                  ", ".join(f"{name} {cpu:.2f} s" for name, cpu in sorted(of.items(), key=lambda item: -item[1]) if cpu > 0.05))
     return max(steps, key=lambda step: step["tokens_per_second"]), sorted(peaks.values(), reverse=True)[:ranks], steps
 
 
@@ -77,9 +110,11 @@ def main():
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--scratch", default=None)
+    parser.add_argument("--threads", action="store_true", help="CPU seconds of each rank's threads")
     options = parser.parse_args()
     scratch = tempfile.mkdtemp(dir=options.scratch)
     best, peaks, waited = {}, {}, []
+    empty = empty_bytes(options, scratch)
     for number in range(options.rounds):
         for ranks in (1, options.ranks):
             step, peak, steps = run(options, ranks, os.path.join(scratch, f"run{number}_{ranks}"))
@@ -89,12 +124,15 @@ def main():
             if ranks > 1:
                 waited += [s["exchange_exposed_seconds"] / s["seconds"] for s in steps]
     shutil.rmtree(scratch)
+    print(f"an empty process: {empty / 1e6:.0f} MB")
     for ranks, step in best.items():
-        print(f"{ranks} rank(s): {step['tokens_per_second']:8.1f} tokens/s, peak RSS a rank "
-              + ", ".join(f"{peak / 1e6:.0f} MB" for peak in peaks[ranks]))
+        print(f"{ranks} rank(s): {step['tokens_per_second']:8.1f} tokens/s, peak RSS a rank beyond an empty process "
+              + ", ".join(f"{(peak - empty) / 1e6:.0f} MB" for peak in peaks[ranks]))
     step = best[options.ranks]
     waited.sort()
-    print(f"exchanged a step {step['exchange_bytes'] / 1e6:.1f} MB over all ranks, "
+    print(f"exchanged a step {step['exchange_bytes'] / 1e6:.1f} MB over all ranks "
+          f"(weights {step['exchange_weight_bytes'] / 1e6:.1f}, factors {step['exchange_factor_bytes'] / 1e6:.1f}, "
+          f"gradients {step['exchange_gradient_bytes'] / 1e6:.1f}), "
           f"{step['exchange_seconds']:.3f} s of a step's {step['seconds']:.3f} s, "
           f"of it computing waited {step['exchange_exposed_seconds']:.3f} s "
           f"(median of all steps: {100 * waited[len(waited) // 2]:.1f} % of the step)")
