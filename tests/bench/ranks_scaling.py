@@ -65,12 +65,20 @@ def empty_bytes(options, scratch):
     return run(empty, 1, f"{scratch}/empty")[1][0]
 
 
-def run(options, ranks, folder):
+def busy_seconds():
+    """CPU seconds of the whole machine so far, and of them those that other machines took (steal)."""
+    with open("/proc/stat") as file:
+        ticks = [int(word) for word in file.readline().split()[1:9]]
+    tick = os.sysconf("SC_CLK_TCK")
+    return (sum(ticks) - ticks[3] - ticks[4]) / tick, ticks[7] / tick
+
+
+def run(options, ranks, folder, cores=None):
     words = [options.tailor, "train", options.recipe, f"machine.ranks={ranks}",
              f"training.global_batch_rows={options.rows}", f"training.max_steps={options.steps}",
              "training.eval_every_steps=0", "data.validation=null", "compute.threads=1",
              f"output_dir={folder}", f"cost.ledger={folder}.db", *options.keys]
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:ranks])
+    cores = ",".join(str(core) for core in cores or sorted(os.sched_getaffinity(0))[:ranks])
     process = subprocess.Popen(["taskset", "-c", cores, *words], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
     peaks, seconds = {}, {}
@@ -79,7 +87,9 @@ def run(options, ranks, folder):
         while process.poll() is None:
             for pid in children(process.pid) or [process.pid]:
                 peaks[pid] = max(peaks.get(pid, 0), peak_bytes(pid))
-                seconds[pid] = threads_seconds(pid) or seconds.get(pid, {})
+                for name, cpu in threads_seconds(pid).items():
+                    of = seconds.setdefault(pid, {})
+                    of[name] = max(of.get(name, 0), cpu)
             time.sleep(0.05)
 
     watcher = threading.Thread(target=watch)
@@ -100,6 +110,25 @@ def run(options, ranks, folder):
     return max(steps, key=lambda step: step["tokens_per_second"]), sorted(peaks.values(), reverse=True)[:ranks], steps
 
 
+def runs_apart(options, count, folder):
+    """Tokens a second of so many runs of one rank at once, each on a core of its own with its part of the rows."""
+    alone = argparse.Namespace(**{**vars(options), "rows": max(1, options.rows // count), "threads": False})
+    cores = sorted(os.sched_getaffinity(0))
+    speeds = [0.0] * count
+
+    def one(index):
+        _, _, steps = run(alone, 1, f"{folder}_{index}", [cores[index % len(cores)]])
+        # The middle ones: at the ends the others may not run.
+        speeds[index] = sorted(step["tokens_per_second"] for step in steps)[len(steps) // 2]
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(speeds)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("tailor")
@@ -113,7 +142,8 @@ def main():
     parser.add_argument("--threads", action="store_true", help="CPU seconds of each rank's threads")
     options = parser.parse_args()
     scratch = tempfile.mkdtemp(dir=options.scratch)
-    best, peaks, waited = {}, {}, []
+    best, peaks, waited, apart = {}, {}, [], 0
+    began, own = busy_seconds(), os.times()
     empty = empty_bytes(options, scratch)
     for number in range(options.rounds):
         for ranks in (1, options.ranks):
@@ -122,6 +152,7 @@ def main():
             if ranks not in best or step["tokens_per_second"] > best[ranks]["tokens_per_second"]:
                 best[ranks] = step
             if ranks > 1:
+                apart = max(apart, runs_apart(options, ranks, os.path.join(scratch, f"apart{number}")))
                 waited += [s["exchange_exposed_seconds"] / s["seconds"] for s in steps]
     shutil.rmtree(scratch)
     print(f"an empty process: {empty / 1e6:.0f} MB")
@@ -136,7 +167,13 @@ def main():
           f"{step['exchange_seconds']:.3f} s of a step's {step['seconds']:.3f} s, "
           f"of it computing waited {step['exchange_exposed_seconds']:.3f} s "
           f"(median of all steps: {100 * waited[len(waited) // 2]:.1f} % of the step)")
-    print(f"ratio {best[options.ranks]['tokens_per_second'] / best[1]['tokens_per_second']:.2f}")
+    one = best[1]["tokens_per_second"]
+    ended, times = busy_seconds(), os.times()
+    ours = times.children_user + times.children_system - own.children_user - own.children_system
+    print(f"ratio {step['tokens_per_second'] / one:.2f}; {options.ranks} runs of one rank each, that share nothing but the "
+          f"machine, at once: {apart / one:.2f}")
+    print(f"while measuring, other programs took {ended[0] - began[0] - ours:.1f} CPU seconds, other machines "
+          f"{ended[1] - began[1]:.1f}, ours {ours:.1f}")
 
 
 main()
