@@ -55,11 +55,15 @@ Ranks* Trainer::others() const {
 void Trainer::add_over_ranks(StepRecord& record) const {
   if (others() == nullptr) return;
   std::array sums = {record.loss, static_cast<double>(record.stream_bytes),
-                     static_cast<double>(record.exchange_bytes)};
+                     static_cast<double>(record.exchange_weight_bytes),
+                     static_cast<double>(record.exchange_factor_bytes),
+                     static_cast<double>(record.exchange_gradient_bytes)};
   others()->all_reduce(sums, Reduce::sum);
   record.loss = sums[0];
   record.stream_bytes = static_cast<std::int64_t>(sums[1]);
-  record.exchange_bytes = static_cast<std::int64_t>(sums[2]);
+  record.exchange_weight_bytes = static_cast<std::int64_t>(sums[2]);
+  record.exchange_factor_bytes = static_cast<std::int64_t>(sums[3]);
+  record.exchange_gradient_bytes = static_cast<std::int64_t>(sums[4]);
   std::array most = {record.stall_seconds, record.exchange_seconds,
                      record.exchange_exposed_seconds};
   others()->all_reduce(most, Reduce::max);
@@ -100,15 +104,16 @@ StepRecord Trainer::step(std::int64_t index, bool another_follows) {
   pass.seed = options_.seed;
   pass.step = static_cast<std::uint64_t>(index);
   pass.another_follows = another_follows;
-  const RingCounters before = decoder_.weights().counters();
+  const RingCounters before = counted_.value_or(decoder_.weights().counters());
   const ShardedFactors::Times waited = sharded_ ? sharded_->times() : ShardedFactors::Times{};
-  const std::int64_t sent = sharded_ ? sharded_->traffic().payload_bytes() : 0;
+  const RankTraffic sent = sharded_ ? sharded_->traffic() : RankTraffic{};
   const std::span<const float> gradients = gradients_.as<float>();
   const LossResult result = decoder_.forward_backward(
       token_input(batch), pass,
       at::from_blob(gradients_.data(), {adapter_.parameter_count()}, at::kFloat));
   record.loss = result.loss_sum * pass.gradient_scale;
   const RingCounters after = decoder_.weights().counters();
+  counted_ = another_follows ? std::optional(after) : std::nullopt;
   record.stream_bytes = after.streamed_bytes - before.streamed_bytes;
   record.stall_seconds = after.stall_seconds - before.stall_seconds;
 
@@ -117,8 +122,13 @@ StepRecord Trainer::step(std::int64_t index, bool another_follows) {
   if (sharded_) {
     const ShardedFactors::Times times = sharded_->times();
     // A tile's other parts were sent by others what we received: N - 1 of N parts either way.
-    record.exchange_bytes =
-        after.gathered_bytes - before.gathered_bytes + sharded_->traffic().payload_bytes() - sent;
+    record.exchange_weight_bytes = after.gathered_bytes - before.gathered_bytes;
+    const RankTraffic all = sharded_->traffic();
+    const auto of = [&](Collective which) {
+      return all.of(which).payload_bytes - sent.of(which).payload_bytes;
+    };
+    record.exchange_factor_bytes = of(Collective::all_gather);
+    record.exchange_gradient_bytes = of(Collective::reduce_scatter) + of(Collective::all_reduce);
     record.exchange_seconds = after.exchange_seconds - before.exchange_seconds +
                               times.exchange_seconds - waited.exchange_seconds;
     record.exchange_exposed_seconds = after.exchange_stall_seconds - before.exchange_stall_seconds +

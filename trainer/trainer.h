@@ -44,9 +44,14 @@ struct StepRecord {
   std::int64_t stream_bytes = 0;  ///< of frozen weights, read from disk; over all ranks
   double stall_seconds = 0;       ///< waiting for them; of the rank that waited longest
   // With more ranks than one, of all ranks and of the slowest:
-  std::int64_t exchange_bytes = 0;      ///< payload sent between ranks, weights and factors
-  double exchange_seconds = 0;          ///< of exchanging, beside the computing
-  double exchange_exposed_seconds = 0;  ///< of it, what computing waited for
+  std::int64_t exchange_weight_bytes = 0;    ///< payload sent between ranks: packed frozen weights
+  std::int64_t exchange_factor_bytes = 0;    ///< cast factors
+  std::int64_t exchange_gradient_bytes = 0;  ///< gradients
+  double exchange_seconds = 0;               ///< of exchanging, beside the computing
+  double exchange_exposed_seconds = 0;       ///< of it, what computing waited for
+  std::int64_t exchange_bytes() const {
+    return exchange_weight_bytes + exchange_factor_bytes + exchange_gradient_bytes;
+  }
 };
 
 struct Evaluation {
@@ -92,6 +97,8 @@ class Trainer {
   Arena gradients_;
   std::unique_ptr<ExpertPager> pager_;
   std::unique_ptr<ShardedFactors> sharded_;
+  /// At the end of a step that another was to follow: what is gathered ahead until then is its own.
+  std::optional<RingCounters> counted_;
 };
 
 TokenInput token_input(const Batch& batch);

@@ -46,6 +46,15 @@ std::optional<double> number_or_null(const JsonReader& reader, std::string_view 
   return reader.number(key);
 }
 
+std::optional<StepMetrics::Exchange> exchange_from(const JsonReader& reader) {
+  if (!reader.has("exchange_bytes")) return std::nullopt;
+  return StepMetrics::Exchange{.weight_bytes = reader.integer("exchange_weight_bytes", 0),
+                               .factor_bytes = reader.integer("exchange_factor_bytes", 0),
+                               .gradient_bytes = reader.integer("exchange_gradient_bytes", 0),
+                               .seconds = reader.number("exchange_seconds", kNan),
+                               .exposed_seconds = reader.number("exchange_exposed_seconds", kNan)};
+}
+
 StepMetrics step_from(const JsonReader& reader) {
   return {.step = reader.integer("step"),
           .loss = reader.number("loss", kNan),
@@ -57,11 +66,7 @@ StepMetrics step_from(const JsonReader& reader) {
           .tokens_per_second = reader.number("tokens_per_second", kNan),
           .stream_bytes = reader.integer("stream_bytes", 0),
           .stall_seconds = reader.number("stall_seconds", 0),
-          .exchange_bytes = reader.has("exchange_bytes")
-                                ? std::optional(reader.integer("exchange_bytes"))
-                                : std::nullopt,
-          .exchange_seconds = number_or_null(reader, "exchange_seconds"),
-          .exchange_exposed_seconds = number_or_null(reader, "exchange_exposed_seconds"),
+          .exchange = exchange_from(reader),
           .gpu_hours = reader.number("gpu_hours", kNan),
           .usd = number_or_null(reader, "usd")};
 }
@@ -111,10 +116,13 @@ std::string to_line(const StepMetrics& metrics) {
       .add("tokens_per_second", metrics.tokens_per_second)
       .add("stream_bytes", metrics.stream_bytes)
       .add("stall_seconds", metrics.stall_seconds);
-  if (metrics.exchange_bytes) {
-    line.add("exchange_bytes", *metrics.exchange_bytes)
-        .add("exchange_seconds", metrics.exchange_seconds)
-        .add("exchange_exposed_seconds", metrics.exchange_exposed_seconds);
+  if (metrics.exchange) {
+    line.add("exchange_bytes", metrics.exchange->bytes())
+        .add("exchange_weight_bytes", metrics.exchange->weight_bytes)
+        .add("exchange_factor_bytes", metrics.exchange->factor_bytes)
+        .add("exchange_gradient_bytes", metrics.exchange->gradient_bytes)
+        .add("exchange_seconds", metrics.exchange->seconds)
+        .add("exchange_exposed_seconds", metrics.exchange->exposed_seconds);
   }
   return line.add("gpu_hours", metrics.gpu_hours).add("usd", metrics.usd).text();
 }

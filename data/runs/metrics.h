@@ -22,10 +22,14 @@ struct StepMetrics {
   double tokens_per_second = 0;
   std::int64_t stream_bytes = 0;
   double stall_seconds = 0;
-  // With more ranks than one: payload sent between them by all, seconds of it on the slowest, and
-  // how much of that computing waited for. A line has them only then.
-  std::optional<std::int64_t> exchange_bytes{};
-  std::optional<double> exchange_seconds{}, exchange_exposed_seconds{};
+  /// With more ranks than one: payload sent between them by all, seconds of it on the slowest, and
+  /// how much of that computing waited for. A line has it only then.
+  struct Exchange {
+    std::int64_t weight_bytes = 0, factor_bytes = 0, gradient_bytes = 0;
+    double seconds = 0, exposed_seconds = 0;
+    std::int64_t bytes() const { return weight_bytes + factor_bytes + gradient_bytes; }
+  };
+  std::optional<Exchange> exchange{};
   double gpu_hours = 0;         ///< the run so far, all attempts
   std::optional<double> usd{};  ///< the run so far; null where no price is known
 };

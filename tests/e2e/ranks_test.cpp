@@ -1,121 +1,12 @@
 // Several ranks as a user starts them: one command, and what becomes of it when one of them dies.
 
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
-#include <signal.h>
-
-#include <chrono>
-#include <cmath>
-#include <fstream>
-#include <sstream>
-#include <thread>
-
-#include "base/clock.h"
-#include "data/checkpoint/safetensors.h"
-#include "tests/e2e/train_program.h"
+#include "tests/e2e/ranks_program.h"
 
 namespace tailor {
 namespace {
 
 using namespace testing_support;
 using ::testing::HasSubstr;
-
-class RanksProgram : public TrainProgram {
- protected:
-  std::vector<std::string> train(const std::string& folder, int ranks,
-                                 std::vector<std::string> more = {}) const {
-    std::vector<std::string> words = {"train",
-                                      recipe(),
-                                      "machine.ranks=" + std::to_string(ranks),
-                                      "compute.dtype=float32",
-                                      "training.global_batch_rows=5",
-                                      "output_dir=" + (work_ / folder).string()};
-    words.insert(words.end(), more.begin(), more.end());
-    return words;
-  }
-
-  struct Line {
-    double loss = 0, grad_norm = 0;
-    Json all;
-  };
-  std::map<std::int64_t, Line> metrics(const std::string& folder) const {
-    std::map<std::int64_t, Line> out;
-    for (const std::string& text : split(read_text(work_ / folder / "metrics.jsonl"), '\n')) {
-      if (text.empty()) continue;
-      const Json json = parse_json(text, "metrics.jsonl");
-      if (!json.contains("loss")) continue;
-      out[json.at("step").get<std::int64_t>()] = {json.at("loss"), json.at("grad_norm"), json};
-    }
-    return out;
-  }
-  std::vector<double> eval_losses(const std::string& folder) const {
-    std::vector<double> out;
-    for (const std::string& text : split(read_text(work_ / folder / "metrics.jsonl"), '\n')) {
-      if (text.empty()) continue;
-      const Json json = parse_json(text, "metrics.jsonl");
-      if (json.contains("eval_loss")) out.push_back(json.at("eval_loss"));
-    }
-    return out;
-  }
-
-  /// Relative distance of two adapters' tensors.
-  double distance(const std::string& a, const std::string& b) const {
-    const auto values = [&](const std::string& folder) {
-      const MappedFile file(work_ / folder / "adapter/adapter_model.safetensors");
-      const auto header = parse_safetensors_header(file.bytes(), "adapter");
-      std::map<std::string, std::vector<float>> out;
-      for (const auto& [name, tensor] : header.tensors) {
-        std::vector<float>& to = out[name];
-        to.resize(static_cast<std::size_t>(tensor.elements()));
-        std::memcpy(to.data(), file.bytes().data() + tensor.offset, to.size() * sizeof(float));
-      }
-      return out;
-    };
-    const auto left = values(a), right = values(b);
-    EXPECT_EQ(left.size(), right.size());
-    double difference = 0, size = 0;
-    for (const auto& [name, x] : left) {
-      const auto& y = right.at(name);
-      for (std::size_t i = 0; i < x.size(); ++i) {
-        difference += std::pow(static_cast<double>(x[i]) - y[i], 2);
-        size += std::pow(static_cast<double>(x[i]), 2);
-      }
-    }
-    return std::sqrt(difference / size);
-  }
-
-  /// The process of rank `rank` below the launcher `parent`, once it is there.
-  static pid_t process_of(pid_t parent, int rank) {
-    const double until = seconds_now() + 30;
-    while (seconds_now() < until) {
-      std::ifstream list("/proc/" + std::to_string(parent) + "/task/" + std::to_string(parent) +
-                         "/children");
-      pid_t child = 0;
-      while (list >> child) {
-        std::ifstream file("/proc/" + std::to_string(child) + "/environ", std::ios::binary);
-        std::ostringstream text;
-        text << file.rdbuf();
-        const std::string environment = '\0' + text.str();
-        const std::string wanted = std::string(1, '\0') + "RANK=" + std::to_string(rank) + '\0';
-        if (environment.find(wanted) != std::string::npos) return child;
-      }
-      std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    }
-    ADD_FAILURE() << "rank " << rank << " does not start";
-    return 0;
-  }
-  void wait_for_step(const std::string& folder, int step) const {
-    const double until = seconds_now() + 60;
-    while (seconds_now() < until) {
-      if (fs::exists(work_ / folder / "metrics.jsonl") &&
-          static_cast<int>(metrics(folder).size()) >= step) {
-        return;
-      }
-      std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    }
-    ADD_FAILURE() << "step " << step << " does not come";
-  }
-};
 
 TEST_F(RanksProgram, any_number_of_ranks_does_what_one_does) {
   ASSERT_EQ(run(train("one", 1)).code, 0);

@@ -1,4 +1,4 @@
-#include "trainer/ranks/rank_env.h"
+#include "base/rank_env.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <map>
+#include <set>
 
 #include "base/json.h"
 #include "trainer/ranks/rank_store.h"
@@ -86,7 +87,7 @@ TEST(RankEnv, srun_alone) {
   EXPECT_EQ(env.local_rank, 0);
   EXPECT_EQ(env.local_world_size, 2);
   EXPECT_EQ(env.master_addr, "gpu03");
-  EXPECT_EQ(env.master_port, 20000 + 123457 % 20000);
+  EXPECT_EQ(env.master_port, 20000 + (123456 * 8 + 1) % 12000);
   EXPECT_EQ(env.job, "123456 start 1");
   EXPECT_EQ(env.launcher.name, "slurm");
   EXPECT_EQ(env.launcher.restart, 1);
@@ -111,6 +112,24 @@ TEST(RankEnv, kubernetes_indexed_job) {
   EXPECT_EQ(env.launcher.job_id, "tune");
   EXPECT_EQ(read_launcher(lookup({{"SKYPILOT_TASK_ID", "sky-7"}, {"SLURM_JOB_ID", "1"}})).name,
             "skypilot");
+}
+
+TEST(RankEnv, our_own_job_files_say_who_launched) {
+  const Variables own = with(kSrun, {{"TAILOR_LAUNCHER", "slurm"}, {"TAILOR_LAUNCHER_JOB", "9_1"}});
+  EXPECT_EQ(read_launcher(lookup(own)).name, "slurm");
+  EXPECT_EQ(read_launcher(lookup(own)).job_id, "9_1");
+  EXPECT_EQ(read_launcher(lookup(own)).restart, 1);
+}
+
+TEST(RankEnv, slurms_port_differs_between_neighbours_and_after_a_requeue) {
+  std::set<int> ports;
+  for (int job = 1; job <= 1000; ++job) {
+    for (int restart = 0; restart < 8; ++restart) ports.insert(slurm_port(job, restart));
+  }
+  EXPECT_EQ(ports.size(), 8000U);
+  EXPECT_GE(*ports.begin(), 20000);
+  EXPECT_LT(*ports.rbegin(), 32000);
+  EXPECT_GE(slurm_port(2'000'000'000, 3), 20000);
 }
 
 std::string complaint(const Variables& variables) {

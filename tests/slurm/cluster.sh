@@ -61,6 +61,8 @@ until_works() { # SECONDS COMMAND...
   done
 }
 
+# KillWait and GraceTime are limits after which Slurm kills: wide, since a machine that builds and
+# tests beside this needs its time to save, and nothing waits for them that leaves before.
 configure() { # PORT
   local port=$1 i host billing= records=accounting_storage/none
   host=$(hostname -s)
@@ -95,7 +97,10 @@ SchedulerParameters=sched_interval=1
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=1
 JobRequeue=1
-KillWait=5
+KillWait=120
+MessageTimeout=60
+TCPTimeout=10
+BatchStartTimeout=60
 ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -132,7 +137,7 @@ END
     echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2 + i)) CPUs=$cores RealMemory=8000 Gres=gpu:$gpus"
   done >>"$dir/slurm.conf"
   cat >>"$dir/slurm.conf" <<END
-PartitionName=spot Nodes=ALL Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=8$billing
+PartitionName=spot Nodes=ALL Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=120$billing
 PartitionName=urgent Nodes=ALL State=UP PriorityTier=9 PreemptMode=OFF$billing
 END
 }
@@ -176,7 +181,7 @@ start() {
   if [ -n "$accounting" ]; then start_records "$port" || { fail; exit 1; }; fi
   slurmctld -f "$SLURM_CONF" -i
   for ((i = 1; i <= nodes; i++)); do slurmd -f "$SLURM_CONF" -N "n$i"; done
-  until_works 20 idle_nodes || { fail; exit 1; }
+  until_works 60 idle_nodes || { fail; exit 1; }
 }
 
 fail() {
@@ -187,8 +192,10 @@ fail() {
 stop() {
   local file pid pids=()
   if [ -s "$dir/pid/slurmctld" ]; then
+    # Nothing is owed to a job that a test left behind: it need not save.
+    timeout 5 scancel --user=root --quiet --signal=KILL --full >/dev/null 2>&1
     timeout 5 scancel --user=root --quiet >/dev/null 2>&1
-    local end=$((SECONDS + 8))
+    local end=$((SECONDS + 15))
     while [ -n "$(timeout 2 squeue -h 2>/dev/null)" ] && [ $SECONDS -lt $end ]; do sleep 0.2; done
   fi
   for file in "$dir"/pid/slurmd.* "$dir"/pid/{slurmctld,slurmdbd} "$dir/db/pid" "$dir/pid/munged"; do

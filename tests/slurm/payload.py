@@ -5,7 +5,8 @@ step together; a signal on any rank stops all after the same step, saved, with 7
 from there.
 
 What it was given and did is written below output_dir: one line a rank and attempt in attempts,
-steps one a line, checkpoint with the last one. PAYLOAD_FAIL=RANK:STEP:CODE makes a rank fail.
+steps one a line, checkpoint with the last one. PAYLOAD_FAIL=RANK:STEP:CODE makes a rank fail;
+PAYLOAD_HOLD=STEP has the first attempt wait there for a signal, so that it is not done before one.
 """
 
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
                "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURMD_NODENAME", "SLURM_JOB_ID",
                "SLURM_RESTART_COUNT", "TAILOR_LAUNCHER", "TAILOR_LAUNCHER_JOB")
+PATIENCE = 120  # seconds for the others, who share the machine with whatever else runs on it
 asked = []
 
 
@@ -31,10 +33,10 @@ class Ranks:
         self.rank, self.size = rank, size
         if rank == 0:
             server = socket.create_server(("", port), backlog=size)
-            server.settimeout(30)
+            server.settimeout(PATIENCE)
             self.peers = [server.accept()[0] for _ in range(size - 1)]
         else:
-            end = time.time() + 30
+            end = time.time() + PATIENCE
             while True:
                 try:
                     self.peers = [socket.create_connection((address, port), timeout=5)]
@@ -44,7 +46,7 @@ class Ranks:
                         sys.exit(69)
                     time.sleep(0.1)
         for peer in self.peers:
-            peer.settimeout(20)
+            peer.settimeout(PATIENCE)
 
     @staticmethod
     def receive(peer):
@@ -91,12 +93,16 @@ def main():
         told = {name: os.environ.get(name) for name in ENVIRONMENT}
         file.write(json.dumps({**told, "arguments": sys.argv[1:], "begin": begin}) + "\n")
     fail = [int(part) for part in os.environ.get("PAYLOAD_FAIL", "-1:0:0").split(":")]
+    hold = int(os.environ.get("PAYLOAD_HOLD", "0")) if "SLURM_RESTART_COUNT" not in os.environ else 0
     for step in range(begin + 1, steps + 1):
         time.sleep(0.2)
         if rank == fail[0] and step == fail[1]:
             print(f"rank {rank} fails with {fail[2]}", file=sys.stderr)
             sys.exit(fail[2])
         stop = ranks.sum(len(asked))
+        while step == hold and not stop:
+            time.sleep(0.2)
+            stop = ranks.sum(len(asked))
         if rank == 0:
             with open(out / "steps", "a") as file:
                 file.write(f"{step}\n")

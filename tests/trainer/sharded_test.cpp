@@ -260,7 +260,9 @@ TEST_F(Sharded, ranks_together_read_every_tile_twice_a_step_and_each_holds_its_p
       tile_bytes[at] = counters.streamed_bytes - counters.row_bytes;
       EXPECT_EQ(tile_bytes[at], 2 * now->facts.streamed_bytes);
       EXPECT_EQ(counters.gathered_bytes, 2 * now->facts.gathered_bytes);
-      EXPECT_GE(record.exchange_bytes, 2 * N * (N - 1) / N * now->facts.tile_bytes / N);
+      EXPECT_EQ(record.exchange_weight_bytes, 2 * (N - 1) * now->facts.tile_bytes);
+      EXPECT_GT(record.exchange_factor_bytes, 0);
+      EXPECT_GT(record.exchange_gradient_bytes, 0);
     });
     std::int64_t read = 0, received = 0;
     for (std::size_t r = 0; r < facts.size(); ++r) {
@@ -280,8 +282,14 @@ TEST_F(Sharded, ranks_together_read_every_tile_twice_a_step_and_each_holds_its_p
       EXPECT_EQ(counters.streamed_bytes, counters.row_bytes);
       EXPECT_EQ(now->facts.resident_bytes,
                 facts[static_cast<std::size_t>(ranks.rank())].streamed_bytes);
+      // Beside the slots a rank's part, and rows of the embedding up to its part of that.
       EXPECT_EQ(now->decoder->weights().memory_bytes(),
-                now->facts.resident_bytes + now->facts.ring_bytes);
+                now->facts.resident_bytes + now->facts.ring_bytes + now->facts.kept_row_bytes);
+      EXPECT_LE(now->facts.kept_row_bytes, now->facts.embedding_bytes / N);
+      // What was read of the embedding stays.
+      now->trainer->step(0);
+      EXPECT_LT(now->decoder->weights().counters().row_bytes - counters.row_bytes,
+                counters.row_bytes);
     });
   }
 }

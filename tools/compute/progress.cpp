@@ -42,8 +42,8 @@ void RunProgress::step(const StepRecord& record, std::optional<double> usd) {
                      "  loss " + number_text(record.loss) + "  grad norm " +
                      number_text(record.grad_norm, 3) + "  " + number_text(tokens_per_second(), 3) +
                      " tokens/s  ETA " + seconds_text(left);
-  if (record.exchange_bytes > 0) {
-    line += "  exchange " + bytes_text(record.exchange_bytes) + ", " +
+  if (record.exchange_bytes() > 0) {
+    line += "  exchange " + bytes_text(record.exchange_bytes()) + ", " +
             number_text(record.exchange_exposed_seconds, 2) + " s exposed";
   }
   if (usd) line += "  " + usd_text(static_cast<std::int64_t>(std::llround(*usd * 1e6)));

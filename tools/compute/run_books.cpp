@@ -6,9 +6,9 @@
 #include <array>
 
 #include "base/file.h"
+#include "base/launcher.h"
 #include "base/log.h"
 #include "base/text.h"
-#include "tools/launch/rank_environment.h"
 
 namespace tailor {
 namespace {
@@ -46,9 +46,9 @@ RunBooks::RunBooks(const Recipe& recipe, const Plan& plan, const RunFolder& fold
   }
   ledger_->begin_run(run);
   AttemptFacts attempt;
-  const LauncherFacts launcher = launcher_facts(environment_value);
-  attempt.launcher = launcher.launcher;
-  attempt.launcher_job = launcher.job;
+  const Launcher launcher = read_launcher();
+  attempt.launcher = launcher.name;
+  attempt.launcher_job = launcher.job_id;
   attempt.world_size = ranks.size();
   attempt.nodes = ranks.nodes();
   attempt.devices = devices_;
@@ -94,9 +94,9 @@ void RunBooks::step(const StepRecord& record) {
   line.stream_bytes = record.stream_bytes;
   line.stall_seconds = record.stall_seconds;
   if (devices_ > 1) {
-    line.exchange_bytes = record.exchange_bytes;
-    line.exchange_seconds = record.exchange_seconds;
-    line.exchange_exposed_seconds = record.exchange_exposed_seconds;
+    line.exchange = {record.exchange_weight_bytes, record.exchange_factor_bytes,
+                     record.exchange_gradient_bytes, record.exchange_seconds,
+                     record.exchange_exposed_seconds};
   }
   line.gpu_hours = timer_->spent().gpu_hours();
   line.usd = timer_->spent().usd();

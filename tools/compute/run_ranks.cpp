@@ -10,9 +10,23 @@
 
 namespace tailor {
 
+ConnectOptions rank_options(const EnvLookup& lookup) {
+  const Environment env(lookup);
+  ConnectOptions out;
+  out.backend = rank_backend(env.text_or("TAILOR_RANK_BACKEND", "auto"));
+  const std::string mend = "Give seconds, or unset it.";
+  WatchOptions& watch = out.watch;
+  watch.timeout_s = env.positive("TAILOR_RANK_TIMEOUT", mend).value_or(watch.timeout_s);
+  watch.collective_timeout_s =
+      env.positive("TAILOR_COLLECTIVE_TIMEOUT", mend).value_or(watch.collective_timeout_s);
+  return out;
+}
+
 RunRanks::RunRanks() {
   const std::optional<RankEnv> env = read_rank_env();
-  ranks_ = env && env->world_size > 1 ? connect_ranks(*env) : single_rank();
+  const ConnectOptions options = rank_options(process_env());
+  require_backend(options);
+  ranks_ = env && env->world_size > 1 ? connect_ranks(*env, options) : single_rank();
   if (ranks_->alone()) return;
   if (!first()) start_log(LogLevel::warning);
   node_ = ranks_->node_channel("node");
@@ -42,6 +56,8 @@ void RunRanks::doing(const std::string& what) {
 
 void RunRanks::in_turns(const std::string& what, const std::function<void()>& make) {
   const int turn = first() ? 0 : place_on_node_ == 0 ? 1 : 2;
+  // Who waits for a model to be packed waits for hours.
+  const RankWatch::Patience patience(watch_of(*ranks_));
   for (int t = 0; t < 3; ++t) {
     together(*ranks_, what, [&] {
       if (t == turn) make();

@@ -8,6 +8,11 @@
 
 namespace tailor {
 
+/// What the environment says of how ranks talk (docs/ranks.md): TAILOR_RANK_BACKEND,
+/// TAILOR_RANK_TIMEOUT, TAILOR_COLLECTIVE_TIMEOUT. Throws Error{usage} for other values than they
+/// take.
+ConnectOptions rank_options(const EnvLookup& env);
+
 /// The ranks of a run as its verb sees them: one where the environment speaks of no others.
 class RunRanks {
  public:

@@ -100,6 +100,9 @@ OpenedModel open_store(const fs::path& folder, const fs::path& path, at::ScalarT
   out.spec = store->spec();
   out.prefix = store->prefix();
   out.source = store->source();
+  std::string hashes;
+  for (const StoredUnit& unit : store->layout().units) hashes += hash_text(store->hash(unit));
+  out.stored_digest = sha256_hex(hashes);
   StreamOptions options;
   options.device_bytes = request.device_bytes;
   options.host_bytes = request.host_bytes;

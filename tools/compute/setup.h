@@ -46,8 +46,9 @@ void pack_base(const fs::path& folder, const BaseRequest& request);
 struct OpenedModel {
   fs::path folder;
   ModelSpec spec;
-  std::string prefix;  ///< of the checkpoint's names: "" or "language_model."
-  std::string source;  ///< the published model, where `folder` is a store
+  std::string prefix;         ///< of the checkpoint's names: "" or "language_model."
+  std::string source;         ///< the published model, where `folder` is a store
+  std::string stored_digest;  ///< SHA-256 of a store's tiles; empty without one
   std::unique_ptr<Decoder> decoder;
   std::optional<StreamFacts> stream;  ///< where the weights come from a store
   std::int64_t weight_bytes = 0;      ///< in memory

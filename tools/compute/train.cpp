@@ -18,6 +18,7 @@
 #include "recipes/machine.h"
 #include "recipes/model_facts.h"
 #include "recipes/plan.h"
+#include "recipes/schema.h"
 #include "recipes/write.h"
 #include "tools/compute/make_adapter.h"
 #include "tools/compute/progress.h"
@@ -115,15 +116,20 @@ class Run {
         recipe().compute.threads.value_or(std::max(1, set_threads(0) / ranks_->sharing_cores())));
   }
 
-  /// The ranks must be at the same thing. What differs from machine to machine is not compared.
-  void require_agreement() {
+  /// The ranks must be at the same thing; told before anything is prepared from it.
+  void agree_on_the_recipe() {
+    std::vector<SharedFact> facts = {{"the program's version", TAILOR_VERSION}};
+    for (const RecipeKey& key : recipe_keys()) {
+      facts.push_back({"the recipe's " + key.path, without_password(key.write(recipe()))});
+    }
+    require_agreement(ranks_->all(), facts);
+  }
+
+  void agree_on_data_and_model() {
     if (ranks_->others() == nullptr) return;
-    const std::vector<SharedFact> facts = {
-        {"the program's version", TAILOR_VERSION},
-        {"the recipe", sha256_hex(resolved_text(file_)) + " (" + recipe().name + ")"},
-        {"the training data", data_.digest},
-        {"the base model", model_identity()}};
-    tailor::require_agreement(ranks_->all(), facts);
+    const std::vector<SharedFact> facts = {{"the training data", data_.digest},
+                                           {"the base model", model_identity()}};
+    require_agreement(ranks_->all(), facts);
   }
 
   /// Of the store's manifest or the model's weights: their shapes and places.
@@ -146,6 +152,8 @@ class Run {
     drop_targets_that_do_not_apply();
     for (const std::string& line : describe_sites(choose_sites(spec_, lora())))
       log_info("LoRA on " + line);
+    fix_global_batch();
+    agree_on_the_recipe();
     ranks_->in_turns("preparing the data", [&] {
       data_ = prepare_data(data_options(recipe()), model_tokenizer(model_folder_, spec_.vocab),
                            spec_.vocab);
@@ -160,7 +168,6 @@ class Run {
              count_text(train_store_->tokens()) + " tokens, " +
              count_text(train_store_->trained_tokens()) + " of them trained, rows " +
              number_text(100 * data_.train.fill, 3) + " % full");
-    fix_global_batch();
     const SamplerOptions sampler{recipe().global_batch_rows(), recipe().training.micro_batch_size,
                                  recipe().training.shuffle,
                                  static_cast<std::uint64_t>(recipe().seed)};
@@ -169,7 +176,7 @@ class Run {
                       sampler.rows_per_step);
     if (recipe().training.max_steps) steps_ = std::min(steps_, *recipe().training.max_steps);
     identity_ = {data_.digest, recipe().seed, sampler.rows_per_step, sampler.shuffle};
-    require_agreement();
+    agree_on_data_and_model();
     together(ranks_->all(), "planning", [&] { make_the_plan(); });
     agree_on_the_plan();
   }
@@ -314,6 +321,11 @@ class Run {
     model_ = open_model(
         model_folder_, recipe().compute.dtype == ComputeType::bfloat16 ? at::kBFloat16 : at::kFloat,
         request);
+    if (!model_.stored_digest.empty()) {
+      // Each node may have a store of its own; what one rank gathers has the others' parts in it.
+      const SharedFact weights{"the base model's packed weights", model_.stored_digest};
+      require_agreement(ranks_->all(), {&weights, 1});
+    }
     log_info("model: " + count_text(spec_.parameters()) + " parameters, " +
              (model_.stream ? stream_text(*model_.stream)
                             : bytes_text(model_.weight_bytes) + " in memory") +

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <charconv>
 #include <cstdlib>
 #include <string_view>
 
@@ -48,76 +47,6 @@ std::vector<std::string> rank_environment(const RankPlace& place,
   set("MASTER_PORT", std::to_string(place.master_port));
   if (place.threads > 0) set("OMP_NUM_THREADS", std::to_string(place.threads));
   return out;
-}
-
-int slurm_port(std::int64_t job, std::int64_t restarts) {
-  return static_cast<int>(20000 + (job * 8 + restarts) % 12000);
-}
-
-std::string first_host(std::string_view list) {
-  const auto refuse = [&] {
-    return Error(Fault::usage, {"'" + std::string(list) + "' is no list of hosts",
-                                "SLURM_STEP_NODELIST", "Start the ranks with srun or torchrun."});
-  };
-  std::string host;
-  std::size_t at = 0;
-  while (at < list.size() && list[at] != ',') {
-    if (list[at] != '[') {
-      host += list[at++];
-      continue;
-    }
-    const std::size_t close = list.find(']', at);
-    if (close == std::string_view::npos) throw refuse();
-    const std::string_view inside = list.substr(at + 1, close - at - 1);
-    const std::string_view first = inside.substr(0, inside.find_first_of("-,"));
-    if (first.empty()) throw refuse();
-    host += first;
-    at = close + 1;
-  }
-  if (host.empty()) throw refuse();
-  return host;
-}
-
-std::optional<RankPlace> slurm_place(
-    const std::function<std::string(const std::string&)>& value_of) {
-  const auto number = [&](const std::string& name, bool needed) -> std::int64_t {
-    const std::string text = value_of(name);
-    if (text.empty() && !needed) return 0;
-    std::int64_t out = 0;
-    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), out);
-    if (error != std::errc() || end != text.data() + text.size() || out < 0) {
-      throw Error(Fault::usage,
-                  {name + " is '" + text + "', needed: a whole number", "the environment srun made",
-                   "Start the ranks with srun or torchrun."});
-    }
-    return out;
-  };
-  const auto tasks = static_cast<int>(number("SLURM_STEP_NUM_TASKS", false));
-  if (tasks < 2) return std::nullopt;
-  RankPlace place;
-  place.world_size = tasks;
-  place.rank = static_cast<int>(number("SLURM_PROCID", true));
-  place.local_rank = static_cast<int>(number("SLURM_LOCALID", true));
-  // The tasks on this node, by rank: SLURM_GTIDS, "2,3".
-  const std::string here = value_of("SLURM_GTIDS");
-  place.local_world_size = static_cast<int>(1 + std::count(here.begin(), here.end(), ','));
-  place.master_addr = first_host(value_of("SLURM_STEP_NODELIST"));
-  place.master_port =
-      slurm_port(number("SLURM_JOB_ID", true), number("SLURM_RESTART_COUNT", false));
-  return place;
-}
-
-LauncherFacts launcher_facts(const std::function<std::string(const std::string&)>& value_of) {
-  if (const std::string own = value_of("TAILOR_LAUNCHER"); !own.empty()) {
-    return {own, value_of("TAILOR_LAUNCHER_JOB")};
-  }
-  for (const auto& [variable, launcher] :
-       {std::pair{"SLURM_JOB_ID", "slurm"}, std::pair{"SKYPILOT_TASK_ID", "skypilot"},
-        std::pair{"TORCHELASTIC_RUN_ID", "torchrun"}}) {
-    if (const std::string job = value_of(variable); !job.empty()) return {launcher, job};
-  }
-  if (!value_of("KUBERNETES_SERVICE_HOST").empty()) return {"kubernetes", value_of("HOSTNAME")};
-  return {};
 }
 
 std::string environment_value(const std::string& name) {

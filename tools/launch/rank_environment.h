@@ -1,8 +1,5 @@
 #pragma once
 
-#include <cstdint>
-#include <functional>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -25,29 +22,6 @@ struct RankPlace {
 /// CUDA_VISIBLE_DEVICES stays: LOCAL_RANK picks the device among those.
 std::vector<std::string> rank_environment(const RankPlace& place,
                                           std::span<const std::string> before);
-
-/// Where `srun` put this task, from its own variables, for a program started by a bare `srun`: what
-/// torchrun's words would have been. Nothing outside a step of several tasks. The store's port is
-/// slurm_port(). `value_of` gives a variable's text, empty where it is not set. Throws Error{usage}
-/// for values no Slurm writes.
-std::optional<RankPlace> slurm_place(
-    const std::function<std::string(const std::string&)>& value_of);
-
-/// 20000 to 31999: below the ports the kernel hands out, the same for all tasks of a job, another
-/// for its neighbours and after a requeue.
-int slurm_port(std::int64_t job, std::int64_t restarts);
-
-/// "n007" of "n[007-009,12],m1", as Slurm writes lists of hosts. Throws Error{usage} for other
-/// texts.
-std::string first_host(std::string_view list);
-
-/// Who started this process, for the ledger's attempt: TAILOR_LAUNCHER and TAILOR_LAUNCHER_JOB as
-/// our job files set them, else what Slurm, SkyPilot, Kubernetes or torchrun say.
-struct LauncherFacts {
-  std::string launcher = "local";  ///< local, torchrun, slurm, kubernetes, skypilot
-  std::string job{};               ///< its number or name there
-};
-LauncherFacts launcher_facts(const std::function<std::string(const std::string&)>& value_of);
 
 /// A variable of this process's environment; empty where it is not set.
 std::string environment_value(const std::string& name);

@@ -1,7 +1,7 @@
 #include <charconv>
-#include <cstdlib>
 
 #include "base/error.h"
+#include "base/rank_env.h"
 #include "tools/launch/local_launch.h"
 #include "tools/launch/rank_environment.h"
 #include "tools/paths.h"
@@ -37,16 +37,7 @@ LocalLaunch launch_of(const Recipe& recipe, std::vector<std::string> command) {
 std::optional<int> train_in_ranks(const TrainArguments& arguments,
                                   std::vector<std::string> command) {
   // Somebody started the ranks, of which this is one.
-  if (!environment_value("WORLD_SIZE").empty() || !environment_value("RANK").empty()) {
-    return std::nullopt;
-  }
-  if (const auto place = slurm_place(environment_value)) {
-    for (const std::string& entry : rank_environment(*place, {})) {
-      const std::size_t equals = entry.find('=');
-      ::setenv(entry.substr(0, equals).c_str(), entry.substr(equals + 1).c_str(), 1);
-    }
-    return std::nullopt;
-  }
+  if (read_rank_env()) return std::nullopt;
   const Recipe recipe = open_recipe(arguments.recipe, arguments.overrides).recipe;
   if (recipe.machine.ranks < 2) return std::nullopt;
   return launch_local(launch_of(recipe, std::move(command)));

@@ -6,6 +6,7 @@
 
 #include "base/clock.h"
 #include "base/error.h"
+#include "base/thread_name.h"
 
 namespace tailor {
 namespace {
@@ -202,6 +203,7 @@ RankTraffic ShardedFactors::traffic() const {
 // ------------------------------------------------------------------ the exchanging thread
 
 void ShardedFactors::work() {
+  name_this_thread("factors");
   std::unique_lock lock(mutex_);
   while (true) {
     to_thread_.wait(lock, [this] { return stop_ || !tasks_.empty(); });

@@ -1,69 +1,18 @@
 #include "trainer/ranks/c10d_ranks.h"
 
-#include <ATen/ops/from_blob.h>
-
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <mutex>
 #include <numeric>
-#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 
 #include "base/clock.h"
-#include "trainer/ranks/c10d_store.h"
+#include "base/error.h"
 #include "trainer/ranks/device_ranks.h"
+#include "trainer/ranks/gloo_exchange.h"
 
 namespace tailor {
 namespace {
-
-using Gloo = c10d::ProcessGroupGloo;
-using WorkPointer = c10::intrusive_ptr<c10d::Work>;
-
-/// What all communicators of a process share.
-struct Shared {
-  std::unique_ptr<RankStore> store;
-  std::vector<RankPeer> peers;
-  std::unique_ptr<RankWatch> watch;
-  double connect_timeout_s = 30;
-};
-
-at::Tensor bytes_tensor(const void* data, std::size_t bytes) {
-  return at::from_blob(const_cast<void*>(data), {static_cast<std::int64_t>(bytes)},
-                       at::TensorOptions(at::kByte));
-}
-
-c10::intrusive_ptr<Gloo> open_gloo(Shared& shared, const std::string& prefix,
-                                   const std::vector<int>& members, int place) {
-  const RankPeer& me =
-      shared.peers[static_cast<std::size_t>(members[static_cast<std::size_t>(place)])];
-  const auto milliseconds = std::chrono::milliseconds(
-      static_cast<std::int64_t>(1000 * std::max(1.0, shared.connect_timeout_s)));
-  auto options = Gloo::Options::create(milliseconds);
-  // Nothing runs on c10d's own threads: sends and receives are the device thread's work.
-  options->threads = 1;
-  const char* const interface = std::getenv("GLOO_SOCKET_IFNAME");
-  const bool named = interface != nullptr && *interface != '\0';
-  try {
-    // One device, that is one thread, for each communicator: they do not wait for each other.
-    options->devices.push_back(named ? Gloo::createDeviceForInterface(interface)
-                                     : Gloo::createDeviceForHostname(me.address));
-    return c10::make_intrusive<Gloo>(
-        c10::make_intrusive<c10d::PrefixStore>(prefix, c10d_store(*shared.store)), place,
-        static_cast<int>(members.size()), options);
-  } catch (const std::exception& fault) {
-    const std::string text = fault.what();
-    throw Error(
-        Fault::device,
-        {"Gloo cannot connect the ranks: " + text.substr(0, text.find('\n')),
-         peer_text(me) + ", " +
-             (named ? std::string("GLOO_SOCKET_IFNAME=") + interface : "address " + me.address),
-         "Set GLOO_SOCKET_IFNAME to the network interface by which the hosts reach each "
-         "other (`ip -br addr`), and let no firewall stand between them."});
-  }
-}
 
 /// Everything is made of sends and receives between pairs of ranks: Gloo's device thread moves them
 /// between socket and caller's memory without a copy, and a wait can be ended from outside, which
@@ -71,7 +20,7 @@ c10::intrusive_ptr<Gloo> open_gloo(Shared& shared, const std::string& prefix,
 class GlooRanks final : public WatchedRanks {
  public:
   /// `members`: the ranks of the run that talk here; this process is members[place].
-  GlooRanks(std::shared_ptr<Shared> shared, std::string prefix, std::string name,
+  GlooRanks(std::shared_ptr<GlooShared> shared, std::string prefix, std::string name,
             std::vector<int> members, int place, bool owner)
       : shared_(std::move(shared)),
         prefix_(std::move(prefix)),
@@ -80,14 +29,8 @@ class GlooRanks final : public WatchedRanks {
         place_(place),
         owner_(owner) {
     const RankWatch::Call call(*watch(), "connecting" + of_name());
-    if (members_.size() > 1) {
-      try {
-        group_ = open_gloo(*shared_, prefix_, members_, place_);
-      } catch (const Error& fault) {
-        throw watch()->explain(fault);
-      }
-    }
-    on_death_ = watch()->on_death([this] { end_calls(); });
+    exchange_ = std::make_unique<GlooExchange>(shared_, prefix_, members_, place_);
+    on_death_ = watch()->on_death([this] { exchange_->end_calls(); });
   }
   ~GlooRanks() override {
     if (owner_) watch()->close();  // all are done with each other before connections close
@@ -203,29 +146,13 @@ class GlooRanks final : public WatchedRanks {
 
   void abort() noexcept override {
     watch()->end_conversation();
-    end_calls();
+    exchange_->end_calls();
   }
 
   RankTraffic traffic() const override { return traffic_; }
 
  private:
-  void end_calls() noexcept {
-    const std::lock_guard lock(mutex_);
-    aborted_ = true;
-    for (const WorkPointer& work : works_) {
-      try {
-        work->abort();
-      } catch (...) {
-        // It has ended by itself.
-      }
-    }
-  }
-
-  struct Piece {
-    int peer;
-    const void* data;  ///< written to where it is received
-    std::size_t bytes;
-  };
+  using Piece = GlooExchange::Piece;
 
   /// Counts a call, and says to the watch that it is under way.
   class Timed {
@@ -306,118 +233,24 @@ class GlooRanks final : public WatchedRanks {
         static_cast<int>(at), false);
   }
 
-  /// Sends and receives at once; `received` is called in the order of `receives`. Returns when all
-  /// are done. Empty pieces are skipped: both sides know their size.
   void exchange(const std::vector<Piece>& sends, const std::vector<Piece>& receives,
                 const std::function<void(std::size_t)>& received = {}) {
-    const int tag = static_cast<int>(++exchanges_ & 0x3FFFFFFF);
-    std::vector<WorkPointer> posted_receives(receives.size()), posted_sends(sends.size());
-    const auto post = [&](const std::vector<Piece>& pieces, std::vector<WorkPointer>& posted,
-                          auto&& how) {
-      for (std::size_t i = 0; i < pieces.size(); ++i) {
-        if (pieces[i].bytes == 0) continue;
-        guarded(pieces[i].peer, [&] {
-          std::vector<at::Tensor> tensor = {bytes_tensor(pieces[i].data, pieces[i].bytes)};
-          posted[i] = how(tensor, pieces[i].peer);
-          const std::lock_guard lock(mutex_);
-          works_.push_back(posted[i]);
-        });
-      }
-    };
-    const InFlight in_flight(*this);
-    post(receives, posted_receives, [&](std::vector<at::Tensor>& tensor, int peer) {
-      return group_->recv(tensor, peer, tag);
-    });
-    post(sends, posted_sends, [&](std::vector<at::Tensor>& tensor, int peer) {
-      return group_->send(tensor, peer, tag);
-    });
-    for (std::size_t i = 0; i < receives.size(); ++i) {
-      wait(posted_receives[i], receives[i].peer);
-      if (received) received(i);
-    }
-    for (std::size_t i = 0; i < sends.size(); ++i) wait(posted_sends[i], sends[i].peer);
+    exchange_->exchange(*call_, doing_, sends, receives, received);
   }
 
-  void wait(const WorkPointer& work, int peer) {
-    if (!work) return;
-    call_->wait_for(members_[index(peer)]);
-    guarded(peer, [&] {
-      const double limit = watch()->options().collective_timeout_s;
-      if (!work->wait(std::chrono::milliseconds(static_cast<std::int64_t>(limit * 1000)))) {
-        throw std::runtime_error("aborted");
-      }
-    });
-  }
-
-  /// What c10d throws becomes what the watch knows.
-  template <class Body>
-  void guarded(int peer, const Body& body) {
-    std::string fault;
-    const double began = seconds_now();
-    try {
-      {
-        const std::lock_guard lock(mutex_);
-        if (aborted_) throw std::runtime_error("aborted");
-      }
-      body();
-      return;
-    } catch (const std::exception& error) {
-      fault = error.what();
-    }
-    fault = fault.substr(0, fault.find('\n'));
-    bool aborted = false;
-    {
-      const std::lock_guard lock(mutex_);
-      aborted = std::exchange(aborted_, true);
-    }
-    if (aborted) throw watch()->explain(-1, fault);
-    if (seconds_now() - began >= watch()->options().collective_timeout_s) {
-      throw watch()->too_slow(doing_);
-    }
-    throw watch()->explain(members_[index(peer)], fault);
-  }
-
-  /// abort() reaches what is listed here.
-  struct InFlight {
-    explicit InFlight(GlooRanks& ranks) : ranks_(ranks) {}
-    InFlight(const InFlight&) = delete;
-    InFlight& operator=(const InFlight&) = delete;
-    ~InFlight() {
-      const std::lock_guard lock(ranks_.mutex_);
-      ranks_.works_.clear();
-    }
-    GlooRanks& ranks_;
-  };
-
-  std::shared_ptr<Shared> shared_;
+  std::shared_ptr<GlooShared> shared_;
   std::string prefix_, name_;
   std::vector<int> members_;
   int place_;
   bool owner_;
   int on_death_ = 0, parts_ = 0;
-  std::int64_t calls_ = 0, exchanges_ = 0;
+  std::int64_t calls_ = 0;
   std::string doing_;
   RankWatch::Call* call_ = nullptr;  ///< the one under way
   RankTraffic traffic_;
   std::vector<float> scratch_;
-
-  std::mutex mutex_;
-  bool aborted_ = false;
-  std::vector<WorkPointer> works_;
-  c10::intrusive_ptr<Gloo> group_;  ///< none where a rank is alone
+  std::unique_ptr<GlooExchange> exchange_;
 };
-
-/// A backend moves memory of one kind only.
-void require_backend(const ConnectOptions& options) {
-  if (options.backend == RankBackend::nccl && !options.cuda) {
-    throw Error(Fault::usage, {"backend nccl moves device memory, and this run computes on the CPU",
-                               "backend: nccl", "Use backend: auto or gloo, or device: cuda."});
-  }
-  if (options.backend == RankBackend::gloo && options.cuda) {
-    throw Error(Fault::usage, {"backend gloo moves host memory, and this run computes on CUDA",
-                               "backend: gloo", "Use backend: auto or nccl, or device: cpu."});
-  }
-}
 
 }  // namespace
 
@@ -425,14 +258,27 @@ RankBackend rank_backend(const std::string& name) {
   if (name == "auto") return RankBackend::automatic;
   if (name == "gloo") return RankBackend::gloo;
   if (name == "nccl") return RankBackend::nccl;
-  throw Error(Fault::usage,
-              {"backend '" + name + "' is not known", "backend", "Use auto, gloo or nccl."});
+  throw Error(Fault::usage, {"backend '" + name + "' is not known", "TAILOR_RANK_BACKEND",
+                             "Use auto, gloo or nccl."});
+}
+
+void require_backend(const ConnectOptions& options) {
+  if (options.backend == RankBackend::nccl && !options.cuda) {
+    throw Error(Fault::usage, {"backend nccl moves device memory, and this run computes on the CPU",
+                               "backend nccl (TAILOR_RANK_BACKEND)",
+                               "Use auto or gloo, or compute.device: cuda."});
+  }
+  if (options.backend == RankBackend::gloo && options.cuda) {
+    throw Error(Fault::usage, {"backend gloo moves host memory, and this run computes on CUDA",
+                               "backend gloo (TAILOR_RANK_BACKEND)",
+                               "Use auto or nccl, or compute.device: cpu."});
+  }
 }
 
 std::unique_ptr<Ranks> connect_ranks(const RankEnv& env, const ConnectOptions& options) {
   require_backend(options);
   RankMeeting meeting = meet_ranks(env, options.meet);
-  auto shared = std::make_shared<Shared>();
+  auto shared = std::make_shared<GlooShared>();
   shared->connect_timeout_s = options.meet.connect_timeout_s;
   shared->peers = std::move(meeting.peers);
   shared->store = std::move(meeting.store);

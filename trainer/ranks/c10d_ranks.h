@@ -2,7 +2,7 @@
 
 #include <memory>
 
-#include "trainer/ranks/rank_env.h"
+#include "base/rank_env.h"
 #include "trainer/ranks/rank_store.h"
 #include "trainer/ranks/rank_watch.h"
 #include "trainer/ranks/ranks.h"
@@ -21,6 +21,9 @@ struct ConnectOptions {
   MeetOptions meet;
   WatchOptions watch;
 };
+
+/// Throws Error{usage} where the backend cannot move the memory of the device.
+void require_backend(const ConnectOptions& options);
 
 /// This process's side of the group of ranks that the environment speaks of, over c10d. Blocks
 /// until all ranks are there; throws as meet_ranks() does, and Error{usage} for a backend that

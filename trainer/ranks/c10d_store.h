@@ -2,13 +2,20 @@
 
 // For the .cpp files that see c10d only.
 
-#include <torch/csrc/distributed/c10d/Store.hpp>
+#include <memory>
+#include <string>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include "trainer/ranks/rank_store.h"
 
 namespace tailor {
 
-/// The c10d store below a store of meet_ranks(), its keys under the run's prefix.
+/// A store of ours over a connection to c10d's; `prefix` stands before every key, `place` is where
+/// it is, for messages.
+std::unique_ptr<RankStore> rank_store(c10::intrusive_ptr<c10d::TCPStore> connection,
+                                      std::string prefix, std::string place);
+
+/// The c10d store below it, its keys under the run's prefix.
 c10::intrusive_ptr<c10d::Store> c10d_store(RankStore& store);
 
 }  // namespace tailor

@@ -42,7 +42,7 @@ class DeviceRanks final : public WatchedRanks {
   DeviceRanks(std::unique_ptr<WatchedRanks> host, RankStore& store, const std::string& prefix,
               bool owner)
       : host_(std::move(host)), store_(store), prefix_(prefix), owner_(owner) {
-    const auto limit = static_cast<long>(1000 * watch()->options().collective_timeout_s);
+    const auto limit = static_cast<long>(1000 * watch()->call_limit_s());
     const auto own = c10::make_intrusive<c10d::PrefixStore>(prefix + "/nccl", c10d_store(store));
     try {
       device_.reset(nccl_library()(own.get(), host_->rank(), host_->size(), limit));
@@ -150,7 +150,7 @@ class DeviceRanks final : public WatchedRanks {
       start();
       while (!aborted_ && !device_->done()) {
         const double waited = seconds_now() - began;
-        if (waited > watch()->options().collective_timeout_s) throw watch()->too_slow(doing);
+        if (waited > watch()->call_limit_s()) throw watch()->too_slow(doing);
         // Short calls are polled closely; long ones need not burn a core.
         if (waited > 1e-3) std::this_thread::sleep_for(std::chrono::microseconds(100));
       }

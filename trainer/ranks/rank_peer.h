@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "base/json.h"
+
 namespace tailor {
 
 /// What every rank says of itself when it comes to the meeting point.
@@ -17,6 +19,11 @@ struct RankPeer {
 };
 /// "rank 2 (host gpu03, pid 4711)".
 std::string peer_text(const RankPeer& peer);
+/// As the meeting point holds it. peer_from() throws Error{bad_file} for other texts.
+Json to_json(const RankPeer& peer);
+RankPeer peer_from(const std::string& text);
+/// Throws Error{usage} naming both when they were told of different numbers of ranks.
+void require_size(const RankPeer& one, const RankPeer& other);
 /// The node of every rank, numbered from 0 by each node's first rank: ranks of one host, and where
 /// LOCAL_WORLD_SIZE says that a host has several nodes of ranks, each so many.
 std::vector<int> nodes_of_ranks(const std::vector<RankPeer>& peers);

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "trainer/ranks/rank_env.h"
+#include "base/rank_env.h"
 #include "trainer/ranks/rank_peer.h"
 
 namespace tailor {

@@ -14,7 +14,7 @@ namespace tailor {
 
 struct WatchOptions {
   double timeout_s = 60;  ///< a rank that gave no sign of life for so long is dead
-  /// One call of a communicator may take so long while every rank is alive.
+  /// One call of a communicator may take so long while every rank is alive; see also Patience.
   double collective_timeout_s = 1800;
   double leave_s = 10;  ///< after a death was found, this process ends itself if it still runs
   double beat_s = 1;    ///< between signs of life; at most an eighth of timeout_s is used
@@ -51,7 +51,23 @@ class RankWatch {
   /// Why the conversation is over, once it is.
   std::optional<Error> verdict() const;
 
+  /// While it lives, calls of this process may take as long as they do, provided that all ranks
+  /// live: for what others wait for while one prepares. `watch` may be nullptr.
+  class Patience {
+   public:
+    explicit Patience(RankWatch* watch);
+    Patience(const Patience&) = delete;
+    Patience& operator=(const Patience&) = delete;
+    ~Patience();
+
+   private:
+    RankWatch* watch_;
+  };
+
   // --- For communicators ---
+
+  /// How long a call may take now.
+  double call_limit_s() const;
 
   /// Says what a call does while it waits.
   class Call {
@@ -80,7 +96,6 @@ class RankWatch {
   Error explain(const Error& fault);
   /// The error of a call that took `collective_timeout_s`: what each rank is doing.
   Error too_slow(const std::string& call);
-  const WatchOptions& options() const;
 
  private:
   struct State;

@@ -82,7 +82,8 @@ void require_agreement(Ranks& ranks, std::span<const SharedFact> facts) {
   if (ranks.alone()) return;
   Json mine = Json::array();
   for (const SharedFact& fact : facts) mine.push_back({fact.name, fact.value});
-  const std::vector<std::string> texts = all_texts(ranks, mine.dump());
+  const std::vector<std::string> texts =
+      all_texts(ranks, mine.dump(-1, ' ', false, Json::error_handler_t::replace));
   const Json first = Json::parse(texts.front());
   for (std::size_t r = 1; r < texts.size(); ++r) {
     if (texts[r] == texts.front()) continue;

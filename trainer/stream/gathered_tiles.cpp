@@ -7,6 +7,7 @@
 #include "base/aligned_memory.h"
 #include "base/clock.h"
 #include "base/error.h"
+#include "base/thread_name.h"
 #include "base/units.h"
 
 namespace tailor {
@@ -220,6 +221,7 @@ RankTraffic GatheredTiles::traffic() const {
 // ------------------------------------------------------------------ the gathering thread
 
 void GatheredTiles::work() {
+  name_this_thread("gather-tiles");
   std::unique_lock lock(mutex_);
   try {
     while (true) {

@@ -13,6 +13,7 @@
 #include "recipes/tile_homes.h"
 #include "trainer/ops.h"
 #include "trainer/stream/gathered_tiles.h"
+#include "trainer/stream/row_cache.h"
 
 namespace tailor {
 namespace {
@@ -190,10 +191,18 @@ class StoreStream final : public StoreWeights {
       }
       return;
     }
+    std::erase_if(tokens_of, [&](const auto& row) {
+      const std::byte* const codes = rows_kept_.find(row.first);
+      if (codes == nullptr) return false;
+      copy_row({row_format(), 1, spec_.hidden, codes, nullptr}, 0, row.second, out_TD);
+      return true;
+    });
     read_rows(tokens_of, out_TD);
   }
 
-  std::int64_t memory_bytes() const override { return ring_->memory_bytes() + embedding_.size(); }
+  std::int64_t memory_bytes() const override {
+    return ring_->memory_bytes() + embedding_.size() + rows_kept_.memory_bytes();
+  }
   RingCounters counters() const override {
     RingCounters out = ring_->counters();
     out.streamed_bytes += row_bytes_;
@@ -525,10 +534,9 @@ class StoreStream final : public StoreWeights {
     // Where all tiles fit, the embedding stays as well if there is room; else rows are read.
     const auto& file = store_->layout().files[static_cast<std::size_t>(first.file)];
     const bool unlimited = !options.device_bytes && !options.host_bytes;
-    // Of several ranks none holds a whole one.
-    if (facts_.streamed_bytes > 0 || facts_.ranks > 1 || (!unlimited && room_left_ < file.bytes)) {
-      return;
-    }
+    facts_.embedding_bytes = file.bytes;
+    if (facts_.ranks > 1) return keep_rows(unlimited);
+    if (facts_.streamed_bytes > 0 || (!unlimited && room_left_ < file.bytes)) return;
     embedding_ = AlignedMemory(file.bytes);
     for (const StoredUnit& unit : store_->layout().units) {
       if (unit.id.kind != UnitKind::embedding) continue;
@@ -536,6 +544,17 @@ class StoreStream final : public StoreWeights {
     }
     facts_.resident_bytes += file.bytes;
   }
+
+  /// Of several ranks none holds a whole embedding: each keeps of what it has read as much as would
+  /// be its part.
+  void keep_rows(bool unlimited) {
+    const std::int64_t row_bytes = code_bytes(row_format(), 1, spec_.hidden);
+    std::int64_t rows = spec_.vocab / facts_.ranks;
+    if (!unlimited) rows = std::clamp<std::int64_t>(room_left_ / row_bytes, 0, rows);
+    if (rows > 0) rows_kept_ = RowCache(rows, row_bytes);
+    facts_.kept_row_bytes = rows_kept_.memory_bytes();
+  }
+  WeightFormat row_format() const { return embedding_row(0).first->matrices[0].format; }
 
   AlignedMemory read_unit(const StoredUnit& unit) {
     AlignedMemory memory(unit.bytes);
@@ -563,7 +582,12 @@ class StoreStream final : public StoreWeights {
       row_slots_ = AlignedMemory(static_cast<std::int64_t>(kRowsAtOnce) * slot);
     }
     std::vector<BlockRead> reads;
-    std::vector<std::pair<std::int64_t, const std::vector<std::int64_t>*>> rows;
+    struct Row {
+      std::int64_t first;  ///< byte of what is read
+      std::int32_t id;
+      const std::vector<std::int64_t>* tokens;
+    };
+    std::vector<Row> rows;
     const auto flush = [&] {
       rows_reader_->submit(reads);
       std::exception_ptr failure;
@@ -577,9 +601,10 @@ class StoreStream final : public StoreWeights {
       }
       if (failure) std::rethrow_exception(failure);
       for (std::size_t i = 0; i < rows.size(); ++i) {
-        const EncodedMatrix row{any.matrices[0].format, 1, spec_.hidden,
-                                reads[i].to + rows[i].first, nullptr};
-        copy_row(row, 0, *rows[i].second, out_TD);
+        const std::byte* const codes = reads[i].to + rows[i].first;
+        copy_row({any.matrices[0].format, 1, spec_.hidden, codes, nullptr}, 0, *rows[i].tokens,
+                 out_TD);
+        rows_kept_.keep(rows[i].id, codes);
         row_bytes_ += reads[i].bytes;
       }
       reads.clear();
@@ -592,7 +617,7 @@ class StoreStream final : public StoreWeights {
       const std::int64_t end = align_up(from + row_bytes, kBlockBytes);
       std::byte* to = row_slots_.data() + static_cast<std::size_t>(slot) * reads.size();
       reads.push_back({narrow<int>(unit->file), begin, end - begin, end - begin, to, reads.size()});
-      rows.emplace_back(from - begin, &tokens);
+      rows.push_back({from - begin, id, &tokens});
       if (reads.size() == kRowsAtOnce) flush();
     }
     if (!reads.empty()) flush();
@@ -612,6 +637,7 @@ class StoreStream final : public StoreWeights {
   std::unique_ptr<TileSource> ring_;
   at::Tensor norm_D_;
   AlignedMemory embedding_, row_slots_;
+  RowCache rows_kept_;
   std::unique_ptr<BlockReader> rows_reader_;
   std::int64_t row_bytes_ = 0;
 };

@@ -43,6 +43,9 @@ struct StreamFacts {
   std::int64_t streamed_bytes = 0;   ///< that one pass over all tiles reads from disk
   std::int64_t gathered_bytes = 0;   ///< that one pass receives from other ranks
   std::int64_t ring_bytes = 0;       ///< of all slots
+  std::int64_t embedding_bytes = 0;  ///< of its file
+  std::int64_t kept_row_bytes =
+      0;  ///< of it, at most, that a rank of several keeps of what it read
   std::int64_t smallest_budget = 0;  ///< bytes of the smallest tile
   BlockReader::Facts reader;
 };

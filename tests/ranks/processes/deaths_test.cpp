@@ -77,5 +77,12 @@ TEST(RankDeaths, a_rank_that_lives_and_does_not_get_on_is_told_by_its_phase) {
   EXPECT_THAT(ranks.output(0), HasSubstr("): looking out of the window"));
 }
 
+TEST(RankDeaths, what_is_prepared_by_one_may_take_longer_than_a_call) {
+  RankProcesses ranks;
+  ranks.start_all(2, {kRankProgram, "patient", "timeout=2", "collective=1"});
+  ASSERT_TRUE(ranks.wait(20)) << ranks.outputs();
+  for (int r = 0; r < 2; ++r) EXPECT_EQ(ranks.exit_code(r), 0) << ranks.outputs();
+}
+
 }  // namespace
 }  // namespace tailor

@@ -177,6 +177,11 @@ int run(const std::string& what, const Arguments& arguments) {
     if (what == "disagree") disagree(*ranks);
     if (what == "bits") print_bits(*ranks);
     if (what == "die") die_in(*ranks, arguments);
+    if (what == "patient") {
+      const RankWatch::Patience patience(watch_of(*ranks));
+      if (ranks->first()) std::this_thread::sleep_for(std::chrono::seconds(3));
+      ranks->barrier();
+    }
     if (what == "wait" && ranks->first()) {
       std::printf("ready\n");
       std::fflush(stdout);

@@ -1,4 +1,4 @@
-// What ranks are told, what a bare srun tells, and the port that stays ours.
+// What ranks are told, and the port that stays ours.
 
 #include "tools/launch/rank_environment.h"
 
@@ -7,9 +7,6 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include <unistd.h>
-
-#include <map>
-#include <set>
 
 #include "base/error.h"
 
@@ -35,59 +32,6 @@ TEST(RankEnvironment, replaces_what_torchrun_says_and_keeps_the_rest) {
                           "LOCAL_WORLD_SIZE=2", "MASTER_ADDR=n1", "MASTER_PORT=20001"));
   place.threads = 6;
   EXPECT_EQ(rank_environment(place, before).back(), "OMP_NUM_THREADS=6");
-}
-
-TEST(FirstHost, reads_slurms_lists) {
-  EXPECT_EQ(first_host("n1"), "n1");
-  EXPECT_EQ(first_host("n1,n2"), "n1");
-  EXPECT_EQ(first_host("n[1-2]"), "n1");
-  EXPECT_EQ(first_host("gpu-a[007,009-012],gpu-b3"), "gpu-a007");
-  EXPECT_EQ(first_host("rack[1-2]node[3-4]"), "rack1node3");
-  EXPECT_EQ(first_host("n[4]-ib,x"), "n4-ib");
-  for (const char* bad : {"", ",n1", "n[1-2", "n[]", "n[,2]"}) {
-    EXPECT_THROW(first_host(bad), Error) << bad;
-  }
-}
-
-std::optional<RankPlace> place_of(std::map<std::string, std::string> variables) {
-  return slurm_place([&](const std::string& name) { return variables[name]; });
-}
-
-TEST(SlurmPlace, is_what_torchrun_would_have_said) {
-  const std::map<std::string, std::string> task = {
-      {"SLURM_STEP_NUM_TASKS", "5"}, {"SLURM_PROCID", "3"},  {"SLURM_LOCALID", "1"},
-      {"SLURM_GTIDS", "2,3,4"},      {"SLURM_JOB_ID", "77"}, {"SLURM_STEP_NODELIST", "n[1-2]"}};
-  const auto place = place_of(task);
-  ASSERT_TRUE(place);
-  EXPECT_EQ(place->rank, 3);
-  EXPECT_EQ(place->world_size, 5);
-  EXPECT_EQ(place->local_rank, 1);
-  EXPECT_EQ(place->local_world_size, 3);
-  EXPECT_EQ(place->master_addr, "n1");
-  EXPECT_EQ(place->master_port, slurm_port(77, 0));
-  auto again = task;
-  again["SLURM_RESTART_COUNT"] = "1";
-  EXPECT_NE(place_of(again)->master_port, place->master_port);
-}
-
-TEST(SlurmPlace, is_nothing_outside_a_step_of_several_tasks) {
-  EXPECT_FALSE(place_of({}));
-  // A batch script's own environment has a PROCID, and no step.
-  EXPECT_FALSE(place_of({{"SLURM_JOB_ID", "7"}, {"SLURM_PROCID", "0"}, {"SLURM_NTASKS", "4"}}));
-  EXPECT_FALSE(place_of({{"SLURM_STEP_NUM_TASKS", "1"}, {"SLURM_PROCID", "0"}}));
-  EXPECT_THROW(place_of({{"SLURM_STEP_NUM_TASKS", "two"}}), Error);
-  EXPECT_THROW(place_of({{"SLURM_STEP_NUM_TASKS", "2"}}), Error);
-}
-
-TEST(SlurmPort, differs_between_neighbours_and_after_a_requeue) {
-  std::set<int> ports;
-  for (int job = 1; job <= 1000; ++job) {
-    for (int restart = 0; restart < 8; ++restart) ports.insert(slurm_port(job, restart));
-  }
-  EXPECT_EQ(ports.size(), 8000U);
-  EXPECT_GE(*ports.begin(), 20000);
-  EXPECT_LT(*ports.rbegin(), 32000);
-  EXPECT_GE(slurm_port(2'000'000'000, 3), 20000);
 }
 
 /// Whether a server's socket, as c10d's store opens it, gets the port.

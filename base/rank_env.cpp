@@ -1,7 +1,5 @@
-#include "trainer/ranks/rank_env.h"
+#include "base/rank_env.h"
 
-#include <charconv>
-#include <cstdlib>
 #include <ctime>
 
 #include "base/file.h"
@@ -15,33 +13,10 @@ constexpr const char* kContract =
     "Start every rank with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as torchrun and "
     "`tailor launch` do; unset them all for a run of one rank.";
 
-/// The variables with their values checked; every error names the variable.
-class Variables {
+class Variables : public Environment {
  public:
-  explicit Variables(const EnvLookup& env) : env_(env) {}
-
-  /// Unset and empty are the same: launchers' templates leave empty ones behind.
-  std::optional<std::string> text(const char* name) const {
-    const char* value = env_(name);
-    if (value == nullptr || *value == '\0') return std::nullopt;
-    return value;
-  }
-  bool has(const char* name) const { return text(name).has_value(); }
-  std::string text_or(const char* name, const std::string& fallback) const {
-    return text(name).value_or(fallback);
-  }
-
-  std::optional<int> number(const char* name) const {
-    const auto found = text(name);
-    if (!found) return std::nullopt;
-    int value = 0;
-    const auto [end, fault] = std::from_chars(found->data(), found->data() + found->size(), value);
-    if (fault != std::errc() || end != found->data() + found->size() || value < 0) {
-      throw wrong(std::string(name) + "='" + *found + "' is not a whole number of 0 or more", name,
-                  kContract);
-    }
-    return value;
-  }
+  using Environment::Environment;
+  std::optional<int> number(const char* name) const { return Environment::number(name, kContract); }
   int number(const char* name, const char* because) const {
     const auto found = number(name);
     if (!found) {
@@ -49,13 +24,6 @@ class Variables {
     }
     return *found;
   }
-
-  static Error wrong(std::string what, const std::string& names, std::string mend) {
-    return {Fault::usage, {std::move(what), "environment: " + names, std::move(mend)}};
-  }
-
- private:
-  const EnvLookup& env_;
 };
 
 int checked_port(int port, const char* from) {
@@ -170,91 +138,11 @@ void read_slurm(const Variables& env, RankEnv& out) {
   } else {
     // Neighbours on shared nodes, and the attempt before this one, have other ports.
     const int job = env.number("SLURM_JOB_ID", "SLURM_PROCID is");
-    out.master_port = 20000 + (job + env.number("SLURM_RESTART_COUNT").value_or(0)) % 20000;
+    out.master_port = slurm_port(job, env.number("SLURM_RESTART_COUNT").value_or(0));
   }
-}
-
-Error bad_node_list(const std::string& list) {
-  return Variables::wrong("the node list '" + list + "' is not of the form host,name[1-3,7]",
-                          "SLURM_JOB_NODELIST",
-                          "Set MASTER_ADDR to the first host of the job: `scontrol show hostnames "
-                          "| head -1`.");
 }
 
 }  // namespace
-
-EnvLookup process_env() {
-  return [](const char* name) -> const char* { return std::getenv(name); };
-}
-
-std::string first_slurm_host(const std::string& node_list) {
-  std::string host;
-  for (std::size_t at = 0; at < node_list.size() && node_list[at] != ','; ++at) {
-    if (node_list[at] != '[') {
-      if (node_list[at] == ']') throw bad_node_list(node_list);
-      host += node_list[at];
-      continue;
-    }
-    const std::size_t close = node_list.find(']', at);
-    const std::size_t end = node_list.find_first_of(",-]", at);
-    const std::string number =
-        node_list.substr(at + 1, end == std::string::npos ? 0 : end - at - 1);
-    if (close == std::string::npos || number.empty() ||
-        number.find_first_not_of("0123456789") != std::string::npos) {
-      throw bad_node_list(node_list);
-    }
-    host += number;
-    at = close;
-  }
-  if (host.empty()) throw bad_node_list(node_list);
-  return host;
-}
-
-std::vector<int> slurm_tasks_per_node(const std::string& text) {
-  std::vector<int> out;
-  const auto bad = [&] {
-    return Variables::wrong("'" + text + "' is not of the form 2(x3),1",
-                            "SLURM_STEP_TASKS_PER_NODE",
-                            "Set LOCAL_WORLD_SIZE and torchrun's "
-                            "other variables instead: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.");
-  };
-  for (const std::string& part : split(text, ',')) {
-    int tasks = 0, nodes = 1;
-    const char* const last = part.data() + part.size();
-    auto [end, fault] = std::from_chars(part.data(), last, tasks);
-    if (fault != std::errc()) throw bad();
-    if (end != last) {
-      if (!std::string_view(end, last).starts_with("(x") || *(last - 1) != ')') throw bad();
-      const auto [end_nodes, fault_nodes] = std::from_chars(end + 2, last - 1, nodes);
-      if (fault_nodes != std::errc() || end_nodes != last - 1) throw bad();
-    }
-    if (tasks < 1 || nodes < 1 || nodes > 1'000'000) throw bad();
-    out.insert(out.end(), static_cast<std::size_t>(nodes), tasks);
-  }
-  if (out.empty()) throw bad();
-  return out;
-}
-
-Launcher read_launcher(const EnvLookup& lookup) {
-  const Variables env(lookup);
-  const int torch_restart = env.number("TORCHELASTIC_RESTART_COUNT").value_or(0);
-  if (const auto task = env.text("SKYPILOT_TASK_ID")) return {"skypilot", *task, torch_restart};
-  if (const auto job = env.text("SLURM_JOB_ID")) {
-    return {"slurm", *job, env.number("SLURM_RESTART_COUNT").value_or(0) + torch_restart};
-  }
-  if (env.has("KUBERNETES_SERVICE_HOST") || env.has("JOB_COMPLETION_INDEX")) {
-    std::string job = env.text_or("JOB_NAME", "");
-    // The host name of an Indexed Job's pod is JOB-INDEX.
-    const std::string host = env.text_or("HOSTNAME", ""),
-                      index = "-" + env.text_or("JOB_COMPLETION_INDEX", "");
-    if (job.empty() && index.size() > 1 && host.ends_with(index)) {
-      job = host.substr(0, host.size() - index.size());
-    }
-    return {"kubernetes", job, torch_restart};
-  }
-  if (const auto run = env.text("TORCHELASTIC_RUN_ID")) return {"torchrun", *run, torch_restart};
-  return {};
-}
 
 std::optional<RankEnv> read_rank_env(const EnvLookup& lookup) {
   const Variables env(lookup);

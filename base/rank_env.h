@@ -1,28 +1,12 @@
 #pragma once
 
-#include <functional>
 #include <optional>
 #include <string>
-#include <vector>
 
-#include "base/error.h"
+#include "base/environment.h"
+#include "base/launcher.h"
 
 namespace tailor {
-
-/// Reads one environment variable; nullptr when it is not set.
-using EnvLookup = std::function<const char*(const char* name)>;
-/// getenv().
-EnvLookup process_env();
-
-/// What started this process, as the ledger records it. Of schedulers that stand inside each other
-/// the outermost, whose accounting the run is compared with: torchrun below srun is "slurm".
-struct Launcher {
-  std::string name = "local";  ///< local, torchrun, slurm, kubernetes, skypilot
-  std::string job_id;          ///< as that launcher calls it; empty: it gives none
-  /// Which start of that job this is, 0 the first: requeues by Slurm, restarts by torchrun.
-  int restart = 0;
-};
-Launcher read_launcher(const EnvLookup& env = process_env());
 
 /// One process's place among the ranks of a run, and where they meet, as its environment says.
 ///
@@ -48,11 +32,6 @@ struct RankEnv {
 /// Nothing when no variable speaks of ranks. Throws Error{usage} when they contradict each other or
 /// are no numbers, naming the variable and its value.
 std::optional<RankEnv> read_rank_env(const EnvLookup& env = process_env());
-
-/// The first host of a Slurm node list: "gpu[03-05,9],login" -> "gpu03". Throws Error{usage}.
-std::string first_slurm_host(const std::string& node_list);
-/// Tasks of each node of Slurm's short form: "2(x3),1" -> {2, 2, 2, 1}. Throws Error{usage}.
-std::vector<int> slurm_tasks_per_node(const std::string& text);
 
 /// Where torchrun's agent looks for the reason of a failure (TORCHELASTIC_ERROR_FILE): writes it
 /// there, in the agent's format. Does nothing when the variable is not set; never throws.
