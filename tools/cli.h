@@ -22,7 +22,7 @@ using Command =
                  RecipeValidateArguments, PlanArguments, DataPrepareArguments, DataInspectArguments,
                  DataTokenizeArguments, ModelInspectArguments, ModelPackArguments,
                  ModelVerifyArguments, ModelSynthesiseArguments, ModelExportArguments,
-                 AdapterInspectArguments, AdapterExportArguments, CheckServedArguments,
+                 AdapterInspectArguments, AdapterExportArguments, MergeArguments, CheckServedArguments,
                  RunsListArguments, RunsShowArguments, RunsReportArguments, RunsExportArguments,
                  PricesListArguments, PricesCheckArguments, DoctorArguments, TrainArguments,
                  LaunchLocalArguments, LaunchJobArguments, LaunchStatusArguments, EvalArguments,
