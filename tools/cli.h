@@ -21,7 +21,7 @@ using Command =
     std::variant<ShowText, RecipeListArguments, RecipeShowArguments, RecipeCopyArguments,
                  RecipeValidateArguments, PlanArguments, DataPrepareArguments, DataInspectArguments,
                  DataTokenizeArguments, ModelInspectArguments, ModelPackArguments,
-                 ModelVerifyArguments, ModelSynthesiseArguments, ModelExportArguments,
+                 ModelVerifyArguments, ModelSynthesiseArguments, ModelExportArguments, ModelGgufArguments,
                  AdapterInspectArguments, AdapterExportArguments, MergeArguments, CheckServedArguments,
                  RunsListArguments, RunsShowArguments, RunsReportArguments, RunsExportArguments,
                  PricesListArguments, PricesCheckArguments, DoctorArguments, TrainArguments,
