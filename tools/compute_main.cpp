@@ -22,7 +22,7 @@ int run(const Command& command) {
           [](const GenerateArguments& arguments) { return run_generate(arguments); },
           [](const ExpertsScanArguments& arguments) { return run_experts_scan(arguments); },
           [](const CheckServedArguments& arguments) { return run_check_served(arguments); },
-          [](const CalibrateArguments& arguments) { return run_calibrate(arguments.json); },
+          [](const CalibrateArguments& arguments) { return run_calibrate(arguments); },
           [](const auto&) -> int {
             throw Error(Fault::usage, {"tailor-compute does not have this verb", "",
                                        "Start it with the same arguments as: tailor"});
