@@ -20,7 +20,7 @@ using Command =
                  DataTokenizeArguments, ModelInspectArguments, ModelPackArguments,
                  ModelVerifyArguments, ModelSynthesiseArguments, ModelExportArguments, ModelGgufArguments,
                  AdapterInspectArguments, AdapterExportArguments, MergeArguments, CheckServedArguments,
-                 RunsListArguments, RunsShowArguments, RunsReportArguments, RunsExportArguments,
+                 RunsListArguments, RunsShowArguments, RunsReportArguments, RunsExportArguments, RunsReplayArguments, RunsBudgetArguments,
                  PricesListArguments, PricesCheckArguments, DoctorArguments, TrainArguments,
                  LaunchLocalArguments, LaunchJobArguments, LaunchStatusArguments, EvalArguments,
                  GenerateArguments, ExpertsScanArguments, CalibrateArguments>;
