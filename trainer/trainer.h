@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "adapters/lora.h"
 #include "data/tokens/token_source.h"
@@ -32,6 +33,8 @@ struct TrainerOptions {
   /// step and keeps its part of the factors' state (see ShardedFactors), gradients and cast factors
   /// in arenas of `paged_experts` where that is set. Null: one rank.
   Ranks* ranks = nullptr;
+  /// The first step and every so many after it count the rows of each expert; 0: none does.
+  std::int64_t count_experts_every = 0;
 };
 
 struct StepRecord {
@@ -47,6 +50,9 @@ struct StepRecord {
   std::int64_t exchange_bytes = 0;      ///< payload sent between ranks, weights and factors
   double exchange_seconds = 0;          ///< of exchanging, beside the computing
   double exchange_exposed_seconds = 0;  ///< of it, what computing waited for
+  /// Where the step counted them: rows that each expert of each layer was given by all ranks,
+  /// [moe layers * E].
+  std::vector<std::int64_t> expert_rows;
 };
 
 struct Evaluation {
