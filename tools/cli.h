@@ -18,9 +18,10 @@ using Command =
     std::variant<ShowText, RecipeListArguments, RecipeShowArguments, RecipeCopyArguments,
                  RecipeValidateArguments, PlanArguments, DataPrepareArguments, DataInspectArguments,
                  DataTokenizeArguments, ModelInspectArguments, ModelPackArguments,
-                 ModelVerifyArguments, ModelSynthesiseArguments, ModelExportArguments, ModelGgufArguments,
-                 AdapterInspectArguments, AdapterExportArguments, MergeArguments, CheckServedArguments,
-                 RunsListArguments, RunsShowArguments, RunsReportArguments, RunsExportArguments, RunsReplayArguments, RunsBudgetArguments,
+                 ModelVerifyArguments, ModelSynthesiseArguments, ModelExportArguments,
+                 ModelGgufArguments, AdapterInspectArguments, AdapterExportArguments,
+                 MergeArguments, CheckServedArguments, RunsListArguments, RunsShowArguments,
+                 RunsReportArguments, RunsExportArguments, RunsReplayArguments, RunsBudgetArguments,
                  PricesListArguments, PricesCheckArguments, DoctorArguments, TrainArguments,
                  LaunchLocalArguments, LaunchJobArguments, LaunchStatusArguments, EvalArguments,
                  GenerateArguments, ExpertsScanArguments, CalibrateArguments>;

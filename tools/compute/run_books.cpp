@@ -10,6 +10,7 @@
 #include "base/file.h"
 #include "base/launcher.h"
 #include "base/log.h"
+#include "base/memory.h"
 #include "base/text.h"
 #include "base/units.h"
 #include "base/url.h"
@@ -153,8 +154,26 @@ void RunBooks::open_metrics() {
   }
 }
 
+RunMoney RunBooks::money() const {
+  const SegmentTimer::Spent spent = timer_->spent();
+  RunMoney out;
+  out.gpu_hours = spent.gpu_hours();
+  out.usd = spent.usd();
+  out.devices = devices_;
+  out.hours_word = "device-hours";  // as its ledger has it: the attempt's kind is cpu
+  if (const auto rate = plan_.price.usd_micros_per_device_hour) {
+    out.usd_per_second = static_cast<double>(*rate) * devices_ / 3.6e9;
+  }
+  if (const auto usd = recipe_.budget.usd_micros) {
+    out.usd_budget = static_cast<double>(*usd) / 1e6;
+  }
+  out.gpu_hours_budget = recipe_.budget.gpu_hours;
+  return out;
+}
+
 void RunBooks::step(const StepRecord& record) {
   timer_->step_done({record.step, record.tokens, record.trained_tokens, record.stall_seconds});
+  if (!record.expert_rows.empty()) write_experts(record);
   const bool log_it =
       record.step % recipe_.logging.metrics_every_steps == 0 || record.step == facts_.steps;
   if (!log_it) return;
@@ -174,6 +193,7 @@ void RunBooks::step(const StepRecord& record) {
                      record.exchange_gradient_bytes, record.exchange_seconds,
                      record.exchange_exposed_seconds};
   }
+  line.host_bytes_peak = resident_bytes_peak();
   line.gpu_hours = timer_->spent().gpu_hours();
   line.usd = timer_->spent().usd();
   metrics_->write(line);
@@ -200,6 +220,18 @@ void RunBooks::open_mlflow() {
     options.params[key.path] = without_password(key.write(recipe_));
   }
   mlflow_ = std::make_unique<MlflowSink>(std::move(options), clock_);
+}
+
+void RunBooks::write_experts(const StepRecord& record) {
+  ExpertMetrics line{record.step, {}};
+  const auto experts =
+      static_cast<std::ptrdiff_t>(record.expert_rows.size() / facts_.moe_layers.size());
+  auto rows = record.expert_rows.begin();
+  for (const int layer : facts_.moe_layers) {
+    line.layers.push_back({layer, {rows, rows + experts}});
+    rows += experts;
+  }
+  metrics_->write(line);
 }
 
 void RunBooks::evaluation(std::int64_t step, const Evaluation& result) {
