@@ -122,6 +122,20 @@ struct AdapterInspectArguments {
 };
 int run_adapter_inspect(const AdapterInspectArguments& arguments);
 
+struct MergeArguments {
+  std::string base;                   ///< folder or repository, or a store
+  std::vector<std::string> adapters;  ///< PEFT folders
+  std::vector<double> weights;        ///< one an adapter; empty: 1 each
+  std::string out;                    ///< the merged model's folder
+  std::string dtype = "as_base";      ///< or bfloat16, float32: not quantised
+  std::string onto;                   ///< original, trained; empty: where both are the same
+  std::string max_ram = "1GiB";
+  int threads = 0;     ///< 0: twice the cores
+  std::string verify;  ///< a merged folder to compare with its receipt; instead of all that
+  bool json = false;
+};
+int run_merge(const MergeArguments& arguments);
+
 struct RunsListArguments {
   std::string ledger;  ///< empty: the default one
   bool json = false;

@@ -161,6 +161,7 @@ Checkpoint Checkpoint::open_shards(const fs::path& folder,
     }
   }
   std::map<std::string, std::string> promised = shards.promised;
+  out.has_index_ = !promised.empty();
   for (const auto& [tensor, shard] : promised) {
     if (opened.count(shard) == 0) continue;
     const auto found = stored.find(tensor);
@@ -215,6 +216,14 @@ std::vector<std::string> Checkpoint::promised_shards(const std::string& name) co
   std::set<std::string> out;
   for (const std::string* each : companions(name)) out.insert(promised_.find(*each)->second);
   return {out.begin(), out.end()};
+}
+
+std::vector<std::pair<std::string, fs::path>> Checkpoint::shards() const {
+  std::vector<std::pair<std::string, fs::path>> out;
+  for (std::size_t i = 0; i < shards_.size(); ++i) {
+    out.emplace_back(shard_names_[i], shards_[i].path());
+  }
+  return out;
 }
 
 bool Checkpoint::has_shard(const std::string& name) const {

@@ -6,6 +6,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "data/checkpoint/safetensors.h"
@@ -50,6 +51,10 @@ class Checkpoint {
   std::vector<std::string> promised_shards(const std::string& name) const;
   /// Whether the shard of that name has arrived.
   bool has_shard(const std::string& name) const;
+  /// The names and files of the shards that are there.
+  std::vector<std::pair<std::string, fs::path>> shards() const;
+  /// Whether an index says which shard holds a tensor, rather than there being one file.
+  bool has_index() const noexcept { return has_index_; }
   /// The file of a shard, arrived or not.
   fs::path path_of_shard(const std::string& name) const { return inside_folder(folder_, name); }
   /// Throws Error{bad_file} when the tensor is missing, naming the nearest one there is.
@@ -77,6 +82,7 @@ class Checkpoint {
   std::map<std::string, Tensor, std::less<>> tensors_;
   std::map<std::string, std::string, std::less<>> promised_;  ///< tensor -> shard's file name
   std::int64_t total_bytes_ = 0;
+  bool has_index_ = false;
 };
 
 }  // namespace tailor

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <memory>
 
+#include "adapters/base_record.h"
 #include "adapters/peft_files.h"
 #include "base/clock.h"
 #include "base/error.h"
@@ -15,6 +16,7 @@
 #include "data/runs/run_folder.h"
 #include "data/store/fingerprint.h"
 #include "data/tokens/token_store.h"
+#include "recipes/choices.h"
 #include "recipes/machine.h"
 #include "recipes/model_facts.h"
 #include "recipes/plan.h"
@@ -477,6 +479,10 @@ class Run {
       write_peft_adapter(folder_->adapter(), *adapter_, spec_,
                          {model_.source.empty() ? recipe().base_model : model_.source,
                           model_.prefix, base_fingerprint_});
+      // What the adapter learned to correct: merging it asks for the same numbers.
+      write_base_record(folder_->adapter(),
+                        {std::string(choice_word(recipe().base.format)),
+                         std::string(choice_word(recipe().base.non_expert_format))});
       books_->checkpoint(saved, seconds_now() - began);
     });
     if (sharded != nullptr) sharded->drop_gathered();
