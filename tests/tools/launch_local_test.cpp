@@ -80,19 +80,24 @@ TEST_F(LaunchLocal, its_exit_code_is_the_ranks) {
 
 TEST_F(LaunchLocal, one_rank_or_ranks_of_another_launcher_stay_one_process) {
   EXPECT_EQ(run("bin/tailor train mine.yaml machine.ranks=1").code, 0);
-  EXPECT_EQ(run("RANK=1 WORLD_SIZE=4 bin/tailor train mine.yaml").code, 0);
+  EXPECT_EQ(run("RANK=1 WORLD_SIZE=4 MASTER_ADDR=n1 bin/tailor train mine.yaml").code, 0);
   ASSERT_EQ(seen().size(), 2U);
   EXPECT_THAT(seen()[0], HasSubstr("rank  of \n"));
   EXPECT_THAT(seen()[1], HasSubstr("rank 1 of 4\n"));
 }
 
-TEST_F(LaunchLocal, a_task_of_a_bare_srun_is_told_its_place) {
+/// It reads srun's own variables, whatever machine.ranks says.
+TEST_F(LaunchLocal, a_task_of_a_bare_srun_stays_one_process) {
   const std::string step =
-      "env SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=2 SLURM_LOCALID=0 SLURM_GTIDS=2,3 SLURM_JOB_ID=12 "
-      "SLURM_RESTART_COUNT=1 'SLURM_STEP_NODELIST=n[3-4]' ";
+      "env SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=2 SLURM_LOCALID=0 SLURM_NODEID=1 "
+      "SLURM_JOB_ID=12 SLURM_RESTART_COUNT=1 'SLURM_STEP_NODELIST=n[3-4]' ";
   EXPECT_EQ(run(step + "bin/tailor train mine.yaml").code, 0);
   ASSERT_EQ(seen().size(), 1U);
-  EXPECT_THAT(seen()[0], HasSubstr("rank 2 of 4\nat n3 20097 local 0 of 2"));
+  EXPECT_THAT(seen()[0], HasSubstr("rank  of \n"));
+  const Outcome wrong = run("env WORLD_SIZE=4 bin/tailor train mine.yaml");
+  EXPECT_EQ(wrong.code, 2);
+  EXPECT_THAT(wrong.err, HasSubstr("WORLD_SIZE=4 is set and RANK is not"));
+  EXPECT_EQ(seen().size(), 1U);
 }
 
 TEST_F(LaunchLocal, several_machines_share_the_ranks) {

@@ -113,6 +113,31 @@ TEST_F(MergeVerbs, a_disk_that_is_too_small_is_known_before_anything_is_written)
   EXPECT_FALSE(fs::exists(box_.root() / ".out.tailor-merge"));
 }
 
+TEST_F(MergeVerbs, an_adapter_of_a_quantised_base_goes_onto_its_store) {
+  box_.write_text("adapter/base_record.json", R"({"experts": "int4", "others": "as_is"})");
+  ASSERT_EQ(run({"model", "pack", "model", "--to", "store", "--format", "int4"}).code, 0);
+  const Outcome asked = run(merge_to("out"));
+  EXPECT_EQ(asked.code, 2);
+  EXPECT_THAT(asked.err, HasSubstr("--onto original"));
+  EXPECT_EQ(run({"merge", "--base", "store", "--adapter", "adapter", "--out", "out"}).code, 2);
+  const Outcome trained = run({"merge", "--base", "store", "--adapter", "adapter", "--out", "out",
+                               "--onto", "trained", "--dtype", "bfloat16"});
+  ASSERT_EQ(trained.code, 0) << trained.err;
+  EXPECT_FALSE(fs::exists(box_.root() / ".out.tailor-merge-base"));
+  // The same as decoding the store by hand and merging onto that.
+  ASSERT_EQ(run({"model", "export", "store", "--to", "decoded", "--dtype", "bfloat16"}).code, 0);
+  ASSERT_EQ(run({"merge", "--base", "decoded", "--adapter", "adapter", "--out", "by-hand", "--onto",
+                 "trained", "--dtype", "bfloat16"})
+                .code,
+            0);
+  EXPECT_EQ(read_json(box_.root() / "out/merge_receipt.json")["output"],
+            read_json(box_.root() / "by-hand/merge_receipt.json")["output"]);
+  const Outcome int4 = run(
+      {"merge", "--base", "store", "--adapter", "adapter", "--out", "int4", "--onto", "trained"});
+  EXPECT_EQ(int4.code, 0) << int4.err;
+  EXPECT_TRUE(read_json(box_.root() / "int4/config.json").contains("quantization_config"));
+}
+
 TEST_F(MergeVerbs, refusals_name_what_and_how_to_mend) {
   const auto refusal = [&](const std::vector<std::string>& arguments) {
     const Outcome outcome = run(arguments);

@@ -100,7 +100,8 @@ inline MergeOptions one_adapter(const fs::path& adapter, MergeDtype dtype = Merg
 /// A PEFT folder with random factors on `targets` of a model; B is drawn too.
 inline void make_adapter(const fs::path& folder, const ModelSpec& spec,
                          const std::vector<std::string>& targets, double b_size = 0.05,
-                         std::uint64_t seed = 1, const ChosenByLayer& chosen = {}) {
+                         std::uint64_t seed = 1, const ChosenByLayer& chosen = {},
+                         const std::string& base_fingerprint = {}) {
   LoraOptions options;
   options.targets = targets;
   options.rank = options.expert_rank = 4;
@@ -113,7 +114,7 @@ inline void make_adapter(const fs::path& folder, const ModelSpec& spec,
       value = static_cast<float>((static_cast<double>(state >> 11U) * 0x1p-53 - 0.5) * 2 * b_size);
     }
   }
-  write_peft_adapter(folder, adapter, spec, {"base", ""});
+  write_peft_adapter(folder, adapter, spec, {"base", "", base_fingerprint});
 }
 
 }  // namespace tailor::testing_support

@@ -7,11 +7,13 @@
 #include <atomic>
 #include <cmath>
 
+#include "adapters/base_record.h"
 #include "adapters/merge/cpu/low_rank.h"
 #include "adapters/merge/receipt.h"
 #include "base/json.h"
 #include "data/checkpoint/safetensors.h"
 #include "data/store/export.h"
+#include "data/store/fingerprint.h"
 #include "data/store/pack.h"
 #include "data/store/source.h"
 #include "merge_support.h"
@@ -404,7 +406,7 @@ TEST_F(MergeTest, what_was_stopped_goes_on_to_the_same_bytes) {
   MergeOptions options = one_adapter(box_ / "adapter");
   options.threads = 1;
   std::atomic<int> asked = 0;
-  options.stop = [&] { return ++asked > 60; };  // pieces
+  options.stop = [&] { return ++asked > 20; };  // pieces
   const Error stopped = error_of([&] { merge_adapters(model, box_ / "out", options); });
   EXPECT_EQ(stopped.fault(), Fault::stopped);
   EXPECT_FALSE(fs::exists(box_ / "out"));
@@ -511,8 +513,9 @@ TEST_F(MergeTest, refuses_what_would_destroy_or_mislead) {
   make_folders(box_ / "empty");
   merge_adapters(model, box_ / "empty", one_adapter(adapter));
   // Another model's adapter.
-  error = error_of(
-      [&] { merge_adapters(golden("qwen2_tiny") / "model", box_ / "x", one_adapter(adapter)); });
+  error = error_of([&] {
+    merge_adapters(golden("deepseek_v3_tiny") / "model", box_ / "x", one_adapter(adapter));
+  });
   EXPECT_EQ(error.fault(), Fault::bad_file);
   // Too little memory, and how much is enough.
   MergeOptions little = one_adapter(adapter);
@@ -522,6 +525,33 @@ TEST_F(MergeTest, refuses_what_would_destroy_or_mislead) {
   EXPECT_THAT(error.parts().mend, HasSubstr("MiB or more"));
   EXPECT_FALSE(fs::exists(box_ / "x"));
   EXPECT_FALSE(fs::exists(box_ / ".x.tailor-merge"));
+}
+
+TEST_F(MergeTest, asks_which_base_where_training_saw_other_numbers) {
+  const fs::path model = golden("llama4_maverick_tiny") / "model";
+  const ModelSpec spec = read_model_spec(model);
+  const std::string known = fingerprint(Checkpoint::open(model), spec);
+  make_adapter(box_ / "adapter", spec, {"experts"}, 0.05, 1, {}, known);
+  MergeOptions options = one_adapter(box_ / "adapter");
+  merge_adapters(model, box_ / "plain", options);
+  write_base_record(box_ / "adapter", {"int4", "as_is"});
+  const Error asked = error_of([&] { merge_adapters(model, box_ / "x", options); });
+  EXPECT_EQ(asked.fault(), Fault::usage);
+  EXPECT_THAT(asked.parts().what, HasSubstr("experts in int4, the rest as published"));
+  options.onto = MergeOptions::Onto::original;
+  merge_adapters(model, box_ / "original", options);
+  EXPECT_EQ(files_of(box_ / "original"), files_of(box_ / "plain"));
+  const Json receipt = read_json(box_ / "original" / kReceiptName);
+  EXPECT_EQ(receipt["onto"], "original");
+  EXPECT_EQ(receipt["adapters"][0]["trained_on"]["fingerprint"], known);
+  EXPECT_EQ(receipt["base"]["fingerprint"], known);
+
+  make_adapter(box_ / "foreign", spec, {"experts"}, 0.05, 1, {}, std::string(64, 'a'));
+  const Error wrong =
+      error_of([&] { merge_adapters(model, box_ / "x", one_adapter(box_ / "foreign")); });
+  EXPECT_EQ(wrong.fault(), Fault::bad_file);
+  EXPECT_THAT(wrong.parts().what, HasSubstr("trained on another base"));
+  EXPECT_FALSE(fs::exists(box_ / "x"));
 }
 
 TEST_F(MergeTest, refuses_nan_in_the_base_and_paths_that_lead_out) {
