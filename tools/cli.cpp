@@ -606,7 +606,30 @@ class CommandLine {
         ->type_name("BYTES")
         ->capture_default_str();
     with_json(out);
+    add_model_gguf(model);
     add_model_synthesise(model);
+  }
+
+  void add_model_gguf(CLI::App& model) {
+    auto gguf = verb<ModelGgufArguments>(
+        model, "gguf", "Write a model as a GGUF file for llama.cpp",
+        "tailor model gguf models/smollm2-135m --to smollm2-135m.gguf --dtype q8_0");
+    gguf.app
+        .add_option("MODEL", gguf.own.model,
+                    "Model folder or Hugging Face repository in the local cache; adapters are "
+                    "merged first")
+        ->required();
+    gguf.app.add_option("--to", gguf.own.to, "The file, a new one")->type_name("FILE")->required();
+    gguf.app
+        .add_option("--dtype", gguf.own.dtype,
+                    "Of matrices: f32, f16, bf16, q8_0; norms, biases and routers are f32")
+        ->check(one_of("--dtype", {"f32", "f16", "bf16", "q8_0"}))
+        ->type_name("NAME")
+        ->capture_default_str();
+    gguf.app.add_option("--threads", gguf.own.threads, "Threads; all cores without it")
+        ->check(not_below("--threads", 1))
+        ->type_name("N");
+    with_json(gguf);
   }
 
   void add_model_synthesise(CLI::App& model) {

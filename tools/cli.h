@@ -22,8 +22,8 @@ using Command =
                  RecipeValidateArguments, PlanArguments, DataPrepareArguments, DataInspectArguments,
                  DataTokenizeArguments, ModelInspectArguments, ModelPackArguments,
                  ModelVerifyArguments, ModelSynthesiseArguments, ModelExportArguments,
-                 AdapterInspectArguments, MergeArguments, RunsListArguments, RunsShowArguments,
-                 RunsReportArguments, RunsExportArguments, PricesListArguments,
+                 ModelGgufArguments, AdapterInspectArguments, MergeArguments, RunsListArguments,
+                 RunsShowArguments, RunsReportArguments, RunsExportArguments, PricesListArguments,
                  PricesCheckArguments, DoctorArguments, TrainArguments, LaunchLocalArguments,
                  LaunchJobArguments, LaunchStatusArguments, EvalArguments, GenerateArguments,
                  ExpertsScanArguments, CalibrateArguments>;

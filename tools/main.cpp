@@ -73,6 +73,7 @@ int run(const Command& command, char** argv) {
           [](const ModelVerifyArguments& arguments) { return run_model_verify(arguments); },
           [](const ModelSynthesiseArguments& arguments) { return run_model_synthesise(arguments); },
           [](const ModelExportArguments& arguments) { return run_model_export(arguments); },
+          [](const ModelGgufArguments& arguments) { return run_model_gguf(arguments); },
           [](const AdapterInspectArguments& arguments) { return run_adapter_inspect(arguments); },
           [](const MergeArguments& arguments) { return run_merge(arguments); },
           [](const RunsListArguments& arguments) { return run_runs_list(arguments); },

@@ -108,11 +108,19 @@ struct ModelExportArguments {
   std::string max_shard_size = "5GB";
   bool json = false;
 };
+struct ModelGgufArguments {
+  std::string model;
+  std::string to;             ///< the file, which may not be there
+  std::string dtype = "f16";  ///< of matrices: f32, f16, bf16, q8_0
+  int threads = 0;            ///< 0: all cores
+  bool json = false;
+};
 int run_model_inspect(const ModelInspectArguments& arguments);
 int run_model_pack(const ModelPackArguments& arguments);
 int run_model_verify(const ModelVerifyArguments& arguments);
 int run_model_synthesise(const ModelSynthesiseArguments& arguments);
 int run_model_export(const ModelExportArguments& arguments);
+int run_model_gguf(const ModelGgufArguments& arguments);
 
 struct AdapterInspectArguments {
   std::string adapter;

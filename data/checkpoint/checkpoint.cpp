@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/json.h"
 #include "base/text.h"
+#include "data/gguf/model.h"
 
 namespace tailor {
 namespace {
@@ -90,13 +91,17 @@ Shards find_shards(const fs::path& folder) {
 
 fs::path find_model_folder(const std::string& base_model) {
   std::error_code error;
+  if (const auto gguf = find_gguf_file(base_model)) return unpacked_gguf(*gguf);
   if (fs::is_directory(base_model, error)) return base_model;
   const bool repository_name = std::count(base_model.begin(), base_model.end(), '/') == 1 &&
                                base_model.front() != '/' && base_model.front() != '.';
   if (repository_name) {
     std::string folder = "models--" + base_model;
     folder.replace(folder.find('/'), 1, "--");
-    if (const auto snapshot = newest_snapshot(hub_folder() / folder)) return *snapshot;
+    if (const auto snapshot = newest_snapshot(hub_folder() / folder)) {
+      if (const auto gguf = find_gguf_file(*snapshot)) return unpacked_gguf(*gguf);
+      return *snapshot;
+    }
   }
   throw Error(
       Fault::usage,
@@ -105,7 +110,7 @@ fs::path find_model_folder(const std::string& base_model) {
            (repository_name ? ", then in " + hub_folder().string() : std::string()),
        repository_name
            ? "Download it first: pip install huggingface_hub && hf download " + base_model
-           : "Give a folder with config.json and safetensors files, or a Hugging Face "
+           : "Give a folder with config.json and safetensors files, a GGUF file, or a Hugging Face "
              "repository name such as HuggingFaceTB/SmolLM2-135M-Instruct, downloaded with: "
              "hf download NAME"});
 }

@@ -15,8 +15,8 @@ namespace tailor {
 
 /// The folder of a model: `base_model` itself when it is a folder, else the newest snapshot of that
 /// repository in the local Hugging Face cache ($HF_HUB_CACHE, $HF_HOME/hub,
-/// ~/.cache/huggingface/hub). Throws Error{usage} with the download command when it is in neither
-/// place.
+/// ~/.cache/huggingface/hub), else Error{usage} with the download command. A GGUF file, or a folder
+/// of one and no config.json, is unpacked into Tailor's cache first: that folder (gguf/model.h).
 fs::path find_model_folder(const std::string& base_model);
 
 /// Tensors of a Hugging Face checkpoint by their published names, over one or many safetensors

@@ -1,3 +1,5 @@
+#include "data/gguf/model.h"
+
 #include <cmath>
 #include <iostream>
 #include <map>
@@ -24,9 +26,10 @@ const char* layout_name(ExpertLayout layout) {
 }
 
 /// What there is of a model's weights.
-enum class Weights { none, safetensors, store };
+enum class Weights { none, safetensors, gguf, store };
 const char* weights_name(Weights weights) {
   return weights == Weights::safetensors ? "safetensors"
+         : weights == Weights::gguf      ? "gguf"
          : weights == Weights::store     ? "store"
                                          : "none";
 }
@@ -46,6 +49,10 @@ struct Inspected {
   bool tokenizer = false;
   std::string expert_format, other_format, source;  ///< of a store
 };
+
+bool has_published_weights(const Inspected& model) {
+  return model.weights == Weights::safetensors || model.weights == Weights::gguf;
+}
 
 /// Whether a folder holds anything that could be weights, whole or not.
 bool has_weight_files(const fs::path& folder) {
@@ -71,6 +78,22 @@ void read_weights(Inspected& out) {
   out.tensors = checkpoint.tensors().size();
 }
 
+/// Its head alone: the file is not unpacked for this.
+Json read_gguf(Inspected& out, const fs::path& path) {
+  const GgufModel model = GgufModel::open(path);
+  out.folder = path;
+  out.weights = Weights::gguf;
+  out.spec = model.spec();
+  out.layout = out.spec.experts > 0 ? ExpertLayout::one_by_one : ExpertLayout::none;
+  for (const auto& [name, tensor] : model.header().tensors) {
+    out.bytes += tensor.bytes;
+    out.parameters_by_dtype[std::string(ggml_layout(tensor.type).name)] += tensor.elements();
+  }
+  out.tensors = model.header().tensors.size();
+  out.tokenizer = !model.tokenizer_files().empty();
+  return model.config();
+}
+
 void read_store(Inspected& out) {
   const Store store = Store::open(out.folder);
   out.weights = Weights::store;
@@ -84,6 +107,11 @@ Inspected inspect(const std::string& model) {
   Inspected out;
   std::error_code error;
   fs::path config_path;
+  if (const auto gguf = find_gguf_file(model)) {
+    const Json config = read_gguf(out, *gguf);
+    out.facts = model_facts(config, gguf->string(), model);
+    return out;
+  }
   if (fs::is_regular_file(model, error)) {
     out.folder = config_path = model;
   } else {
@@ -202,9 +230,9 @@ std::string experts_text(const Inspected& model) {
     out += "; from the best " + count_text(spec.router.groups_kept) + " of " +
            count_text(spec.router.groups) + " groups";
   }
-  if (model.weights == Weights::safetensors) {
-    out += model.layout == ExpertLayout::fused ? "; stored as one tensor a layer"
-                                               : "; stored one by one";
+  if (has_published_weights(model)) {
+    const bool fused = model.layout == ExpertLayout::fused || model.weights == Weights::gguf;
+    out += fused ? "; stored as one tensor a layer" : "; stored one by one";
   }
   return out;
 }
@@ -224,7 +252,8 @@ void print_weights(const Inspected& model, std::ostream& out) {
     out << "\n";
     return;
   }
-  out << "Every tensor is there and has the shape config.json asks for.";
+  out << "Every tensor is there and has the shape "
+      << (model.weights == Weights::gguf ? "the file's values ask for." : "config.json asks for.");
   if (!model.unused.empty()) {
     out << " Not used: " << model.unused.front();
     if (model.unused.size() > 1) {
@@ -243,7 +272,7 @@ void print(const Inspected& model, std::ostream& out) {
   TextTable table({"", ""});
   table.add({"parameters", count_text(spec.parameters()) + ", a token meets " +
                                count_text(spec.active_parameters())});
-  if (model.weights == Weights::safetensors) {
+  if (has_published_weights(model)) {
     std::vector<std::string> dtypes;
     for (const auto& [name, count] : model.parameters_by_dtype) {
       dtypes.push_back(name + " " + count_text(count));
@@ -274,9 +303,10 @@ void print(const Inspected& model, std::ostream& out) {
   if (spec.experts > 0) table.add({"experts", experts_text(model)});
   table.add({"vocabulary", count_text(spec.vocab) + (spec.tied_head ? ", head tied" : "")});
   table.add({"positions", count_text(spec.positions_max)});
-  if (model.weights == Weights::safetensors) {
-    table.add({"tokenizer",
-               model.tokenizer ? "tokenizer.json" : "none: only tokenised data can be trained on"});
+  if (has_published_weights(model)) {
+    table.add({"tokenizer", !model.tokenizer ? "none: only tokenised data can be trained on"
+                            : model.weights == Weights::gguf ? "in the file"
+                                                             : "tokenizer.json"});
   }
   out << rows_text(table, "  ");
   print_weights(model, out);

@@ -211,7 +211,8 @@ TEST_F(HubCache, no_such_model) {
       << "a repository without a snapshot";
   const std::string folder_advice =
       "  where: looked for a folder of that name\n"
-      "  mend:  Give a folder with config.json and safetensors files, or a Hugging Face "
+      "  mend:  Give a folder with config.json and safetensors files, a GGUF file, or a Hugging "
+      "Face "
       "repository name such as HuggingFaceTB/SmolLM2-135M-Instruct, downloaded with: "
       "hf download NAME\n";
   for (const char* name : {"", "nowhere", "./no/model", "/no/model", "a/b/c"}) {
