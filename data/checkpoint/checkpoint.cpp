@@ -98,7 +98,10 @@ fs::path find_model_folder(const std::string& base_model) {
   if (repository_name) {
     std::string folder = "models--" + base_model;
     folder.replace(folder.find('/'), 1, "--");
-    if (const auto snapshot = newest_snapshot(hub_folder() / folder)) return *snapshot;
+    if (const auto snapshot = newest_snapshot(hub_folder() / folder)) {
+      if (const auto gguf = find_gguf_file(*snapshot)) return unpacked_gguf(*gguf);
+      return *snapshot;
+    }
   }
   throw Error(
       Fault::usage,

@@ -112,14 +112,30 @@ class ConfigReader {
  private:
   std::string key(const std::string& name) const { return architecture_ + "." + name; }
   std::int64_t integer(const std::string& name) const { return values_.integer(key(name)); }
-  void set(const char* to, const std::string& from) { config_[to] = integer(from); }
+  /// A number of heads, layers, experts, or a width: so small that no product of a matrix's
+  /// overflows.
+  std::int64_t size(const std::string& name) const {
+    constexpr std::int64_t kMost = 1 << 20;
+    const std::int64_t value = integer(name);
+    if (value < 0 || value > kMost) {
+      values_.refuse(
+          key(name),
+          "the value is " + std::to_string(value) + ", the most is " + std::to_string(kMost),
+          "The file is damaged: fetch it again.");
+    }
+    return value;
+  }
+  std::int64_t size(const std::string& name, std::int64_t fallback) const {
+    return values_.has(key(name)) ? size(name) : fallback;
+  }
+  void set(const char* to, const std::string& from) { config_[to] = size(from); }
 
   void start(const char* class_name, const char* type) {
     config_ = {{"architectures", {class_name}}, {"model_type", type}};
     set("hidden_size", "embedding_length");
     set("num_hidden_layers", "block_count");
     set("num_attention_heads", "attention.head_count");
-    set("max_position_embeddings", "context_length");
+    config_["max_position_embeddings"] = integer("context_length");
     config_["rms_norm_eps"] = values_.number(key("attention.layer_norm_rms_epsilon"));
     config_["hidden_act"] = "silu";
     config_["attention_bias"] = false;
@@ -145,13 +161,12 @@ class ConfigReader {
                    "Models with experts: llama4, and deepseek2.");
   }
   void grouped_heads() {
-    config_["num_key_value_heads"] =
-        values_.integer(key("attention.head_count_kv"), integer("attention.head_count"));
-    const std::int64_t heads = integer("attention.head_count");
+    config_["num_key_value_heads"] = size("attention.head_count_kv", size("attention.head_count"));
+    const std::int64_t heads = size("attention.head_count");
     if (heads < 1)
       values_.refuse(key("attention.head_count"), "no attention heads", "Check the file.");
-    const std::int64_t own = integer("embedding_length") / heads;
-    const std::int64_t width = values_.integer(key("attention.key_length"), own);
+    const std::int64_t own = size("embedding_length") / heads;
+    const std::int64_t width = size("attention.key_length", own);
     same("attention.value_length", own, width);
     same("rope.dimension_count", width, width);
     config_["head_dim"] = width;
@@ -191,7 +206,7 @@ class ConfigReader {
       values_.refuse(key("expert_gating_func"), "the router's scores are no sigmoids: DeepSeek V2",
                      "Of deepseek2 only DeepSeek V3 and R1 are supported.");
     }
-    const std::int64_t rope_dim = integer("rope.dimension_count");
+    const std::int64_t rope_dim = size("rope.dimension_count");
     set("intermediate_size", "feed_forward_length");
     set("moe_intermediate_size", "expert_feed_forward_length");
     set("n_routed_experts", "expert_count");
@@ -199,11 +214,11 @@ class ConfigReader {
     set("n_shared_experts", "expert_shared_count");
     set("first_k_dense_replace", "leading_dense_block_count");
     set("kv_lora_rank", "attention.kv_lora_rank");
-    const std::int64_t q_rank = values_.integer(key("attention.q_lora_rank"), 0);
+    const std::int64_t q_rank = size("attention.q_lora_rank", 0);
     config_["q_lora_rank"] = q_rank == 0 ? Json() : Json(q_rank);
     const bool latent = values_.has(key("attention.key_length_mla"));
     const std::int64_t key_width =
-        integer(latent ? "attention.key_length_mla" : "attention.key_length");
+        size(latent ? "attention.key_length_mla" : "attention.key_length");
     config_["qk_nope_head_dim"] = key_width - rope_dim;
     config_["qk_rope_head_dim"] = rope_dim;
     set("v_head_dim", latent ? "attention.value_length_mla" : "attention.value_length");

@@ -30,6 +30,27 @@ std::int64_t layer_of(const std::string& tensor) {
   return digits ? std::stoll(number) : -1;
 }
 
+/// Before the matrices of all layers and experts are listed: what the file cannot have.
+void check_counts(const ModelSpec& spec, std::size_t pairs, const GgufHeader& header,
+                  const fs::path& path) {
+  constexpr std::int64_t kExpertsMax = 1024;  // llama.cpp's own limit
+  const auto refuse = [&](const std::string& what) {
+    throw Error(Fault::bad_file, {what, path.string(), "The file is damaged: fetch it again."});
+  };
+  if (spec.layer_count() > static_cast<std::int64_t>(header.tensors.size())) {
+    refuse("the model has " + std::to_string(spec.layer_count()) + " layers, the file " +
+           std::to_string(header.tensors.size()) + " tensors");
+  }
+  if (spec.experts > kExpertsMax) {
+    refuse("the model has " + std::to_string(spec.experts) + " experts a layer, the most is 1,024");
+  }
+  if (pairs != 0 && static_cast<std::int64_t>(2 * pairs) != spec.rope_width()) {
+    refuse(std::string(kRopeFactors) + " has " + std::to_string(pairs) +
+           " factors for heads of which " + std::to_string(spec.rope_width()) +
+           " numbers are rotated");
+  }
+}
+
 }  // namespace
 
 std::optional<fs::path> find_gguf_file(const fs::path& model) {
@@ -71,8 +92,10 @@ GgufModel GgufModel::open(const fs::path& path) {
     dequantise(tensor.type, out.file_.bytes().data() + tensor.offset, tensor.elements(),
                factors.data());
   }
+  const std::size_t pairs = factors.size();
   out.config_ = config_from_gguf(values, std::move(factors));
   out.spec_ = model_spec_from_config(out.config_, path.string());
+  check_counts(out.spec_, pairs, out.header_, path);
   out.matrices_ = gguf_matrices(out.spec_, false);
   // Files from before llama.cpp split it hold kv_b_proj as it was published.
   for (GgufMatrix& matrix : out.matrices_) {

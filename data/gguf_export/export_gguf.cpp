@@ -62,7 +62,8 @@ class Exporter {
                                  "Write it as a checkpoint first: tailor model export " +
                                      model.string() + " --to DIR --dtype bfloat16."});
     }
-    values_ = gguf_model_values(spec_, name_of(model), file_type_of(options.type));
+    values_ = gguf_model_values(spec_, options.name.empty() ? name_of(model) : options.name,
+                                file_type_of(options.type));
     checkpoint_ = Checkpoint::open(model);
     matrices_ = gguf_matrices(spec_, experts_are_fused(spec_, [&](const std::string& name) {
                                 return checkpoint_.has(name);

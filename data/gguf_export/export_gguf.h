@@ -12,6 +12,7 @@ namespace tailor {
 
 struct GgufExportOptions {
   GgmlType type = GgmlType::f16;  ///< of matrices: f32, f16, bf16 or q8_0
+  std::string name;               ///< for people; empty: the folder's
   int threads = 1;
   std::function<bool()> stop;  ///< polled; true ends the export, nothing stays behind
   std::function<void(std::int64_t bytes_done, std::int64_t bytes, double seconds)> progress;

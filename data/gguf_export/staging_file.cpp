@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -73,8 +74,15 @@ void StagingFile::publish() {
   if (::fsync(descriptor_) != 0) throw io_error(errno, "cannot write", path_.string());
   ::posix_fadvise(descriptor_, 0, 0, POSIX_FADV_DONTNEED);
   // Someone may have made the file meanwhile: it is not replaced.
-  if (::link(path_.c_str(), to_.c_str()) != 0) throw io_error(errno, "cannot name", to_.string());
-  ::unlink(path_.c_str());
+  if (::link(path_.c_str(), to_.c_str()) == 0) {
+    ::unlink(path_.c_str());
+  } else if (errno == EPERM || errno == EOPNOTSUPP) {  // a file system without links
+    if (::rename(path_.c_str(), to_.c_str()) != 0) {
+      throw io_error(errno, "cannot name", to_.string());
+    }
+  } else {
+    throw io_error(errno, "cannot name", to_.string());
+  }
   sync_path(to_.parent_path().empty() ? fs::path(".") : to_.parent_path());
   published_ = true;
 }

@@ -29,6 +29,7 @@ int run_model_gguf(const ModelGgufArguments& arguments) {
   ProgressLine line(true);
   GgufExportOptions options;
   options.type = type_of(arguments.dtype);
+  options.name = fs::path(arguments.model).filename().string();  // of "a/b" b
   options.threads = arguments.threads;
   if (options.threads == 0) {
     cpu_set_t cores;

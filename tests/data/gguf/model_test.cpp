@@ -4,7 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <cmath>
 #include <cstring>
+#include <limits>
+#include <random>
 
 #include "data/checkpoint/checkpoint.h"
 #include "data/gguf_export/export_gguf.h"
@@ -177,6 +180,56 @@ TEST_F(GgufModels, whose_tensors_do_not_fit_are_refused_by_name) {
   EXPECT_THAT(broken(std::string("general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama", 37),
                      std::string("general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0gemma", 37)),
               HasSubstr("architecture 'gemma' is not supported"));
+}
+
+TEST_F(GgufModels, with_impossible_sizes_are_refused) {
+  write(golden("deepseek_v3_tiny") / "model", "good.gguf", GgmlType::f16);
+  const std::string good = read_text(folder_ / "good.gguf");
+  for (const char* key :
+       {"block_count", "embedding_length", "attention.head_count", "expert_count",
+        "attention.kv_lora_rank", "attention.key_length_mla", "expert_shared_count",
+        "rope.dimension_count", "leading_dense_block_count", "expert_used_count"}) {
+    for (const std::uint32_t value : {0U, 3'000U, 70'000U, 0x7FFFFFFFU, 0xFFFFFFFFU}) {
+      SCOPED_TRACE(std::string(key) + " " + std::to_string(value));
+      std::string file = good;
+      const std::string name = std::string("deepseek2.") + key;
+      const auto at = file.find(name);
+      ASSERT_NE(at, std::string::npos);
+      std::memcpy(file.data() + at + name.size() + 4, &value, sizeof value);
+      write_atomically(folder_ / "bad.gguf", file);
+      const Error error = error_of([&] { GgufModel::open(folder_ / "bad.gguf"); });
+      EXPECT_EQ(error.fault(), Fault::bad_file);
+    }
+  }
+}
+
+/// Whatever the head says, it is a model or it is refused.
+TEST_F(GgufModels, with_bytes_changed_are_read_or_refused) {
+  for (const char* name : {"llama_tiny", "deepseek_v3_tiny"}) {
+    write(golden(name) / "model", std::string(name) + ".gguf", GgmlType::q8_0);
+    const std::string good = read_text(folder_ / (std::string(name) + ".gguf"));
+    const auto head = static_cast<std::size_t>(gguf_tests::parse(good).data_begin);
+    std::mt19937 numbers(5);
+    int refused = 0;
+    constexpr int kRounds = 1500;
+    for (int round = 0; round < kRounds; ++round) {
+      std::string file = good;
+      for (unsigned i = 0; i < 1 + numbers() % 3; ++i) {
+        file[numbers() % head] = static_cast<char>(numbers() % 3 == 0 ? 0xFF : numbers());
+      }
+      FileWriter writer(folder_ / "bad.gguf");
+      writer.write(std::string_view(file));
+      writer.flush();
+      try {
+        const GgufModel model = GgufModel::open(folder_ / "bad.gguf");
+        static_cast<void>(model.tokenizer_files());
+      } catch (const Error& error) {
+        ASSERT_EQ(error.fault(), Fault::bad_file) << to_text(error);
+        ++refused;
+      }
+    }
+    EXPECT_GT(refused, kRounds / 2);
+  }
 }
 
 /// What of a spec llama.cpp would compute otherwise, and the words that say so.
