@@ -654,9 +654,46 @@ class CommandLine {
     with_json(synthesise);
   }
 
+  void add_check_served(CLI::App& adapter) {
+    auto check = verb<CheckServedArguments>(
+        adapter, "check-served", "Ask a server for log-probabilities: is the adapter really there?",
+        "tailor adapter check-served --url http://localhost:8000 --model models/smollm2-maverick "
+        "\\\n"
+        "      --adapter runs/demo-maverick/adapter --data data/wordnet.held.jsonl");
+    CLI::App& app = check.app;
+    CheckServedArguments& own = check.own;
+    const auto text = [&](const char* flag, auto& to, const char* what, const char* type) {
+      return app.add_option(flag, to, what)->type_name(type);
+    };
+    text("--url", own.url, "OpenAI-compatible server; its key, if any, is $TAILOR_API_KEY", "URL")
+        ->required();
+    with_model(check);
+    text("--base", own.base, "Instead of --adapter: --model is merged, and this is its base",
+         "DIR");
+    text("--data", own.data, "JSON lines file or glob of held-out rows", "FILE")->required();
+    text("--served-model", own.served_model, "The adapter's name at the server", "NAME");
+    text("--base-served", own.base_served, "The base's name at the server", "NAME");
+    text("--rows", own.rows, "How many rows are sent", "N")
+        ->check(not_below("--rows", 1))
+        ->capture_default_str();
+    text("--sequence-len", own.sequence_len, "Tokens a row", "N")
+        ->check(not_below("--sequence-len", 2))
+        ->capture_default_str();
+    text("--timeout", own.timeout_s, "Longest wait for an answer", "SECONDS")
+        ->check(not_below("--timeout", 0.001))
+        ->capture_default_str();
+    with_compute(check);
+    text("--format", own.format, "Shape of the rows, as data.format", "NAME")
+        ->check(one_of("--format", {"auto", "messages", "sharegpt", "prompt_completion", "alpaca",
+                                    "text", "tokenized"}))
+        ->capture_default_str();
+    with_json(check);
+  }
+
   void add_adapter() {
     CLI::App& adapter =
-        group("adapter", "Look at adapters", "tailor adapter inspect runs/demo-maverick/adapter");
+        group("adapter", "Look at adapters, export them for servers, check that they are served",
+              "tailor adapter inspect runs/demo-maverick/adapter");
     auto inspect = verb<AdapterInspectArguments>(
         adapter, "inspect", "What an adapter changes, by target and layer; whether it fits a model",
         "tailor adapter inspect runs/demo-maverick/adapter --base models/smollm2-maverick");
@@ -668,6 +705,29 @@ class CommandLine {
     inspect.app.add_option("--against", inspect.own.against, "Another adapter to compare it with")
         ->type_name("ADAPTER");
     with_json(inspect);
+    auto out = verb<AdapterExportArguments>(
+        adapter, "export", "Write an adapter as a server really accepts it, or say why it cannot",
+        "tailor adapter export runs/demo-maverick/adapter --for vllm --to adapters/demo-vllm");
+    out.app.add_option("ADAPTER", out.own.adapter, "PEFT adapter folder")->required();
+    out.app.add_option("--for", out.own.target, "vllm, sglang, peft, or a version: peft@0.18.1")
+        ->type_name("SERVER")
+        ->required();
+    out.app.add_option("--to", out.own.to, "Folder of the exported adapter, a new one")
+        ->type_name("DIR")
+        ->required();
+    out.app
+        .add_option("--base", out.own.base,
+                    "The model: folder, store, config.json or repository; the one the adapter "
+                    "names without it")
+        ->type_name("MODEL");
+    out.app.add_option("--dtype", out.own.dtype, "Of the factors: float32 or bfloat16")
+        ->check(one_of("--dtype", {"float32", "bfloat16"}))
+        ->type_name("TYPE")
+        ->capture_default_str();
+    out.app.add_flag("--uniform-rank", out.own.uniform_rank,
+                     "For PEFT: one rank for all, scales in B, as servers always get it");
+    with_json(out);
+    add_check_served(adapter);
   }
 
   void add_merge() {

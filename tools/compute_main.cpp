@@ -21,6 +21,7 @@ int run(const Command& command) {
           [](const EvalArguments& arguments) { return run_eval(arguments); },
           [](const GenerateArguments& arguments) { return run_generate(arguments); },
           [](const ExpertsScanArguments& arguments) { return run_experts_scan(arguments); },
+          [](const CheckServedArguments& arguments) { return run_check_served(arguments); },
           [](const CalibrateArguments& arguments) { return run_calibrate(arguments.json); },
           [](const auto&) -> int {
             throw Error(Fault::usage, {"tailor-compute does not have this verb", "",

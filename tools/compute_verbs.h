@@ -55,6 +55,27 @@ struct GenerateArguments {
 };
 int run_generate(const GenerateArguments& arguments);
 
+struct CheckServedArguments {
+  std::string url;
+  std::string model;                      ///< the base of the adapter, or the merged model
+  std::string adapter;                    ///< empty: a merged model is checked
+  std::string base;                       ///< of a merged model
+  std::vector<std::string> data;          ///< JSONL files
+  std::string served_model, base_served;  ///< names at the server; empty: from its list
+  std::int64_t rows = 8;
+  std::int64_t sequence_len = 128;
+  double timeout_s = 60;  ///< for each answer
+  std::string format = "auto";
+  std::string chat_template = "model";
+  std::string dtype = "bfloat16";
+  std::string device = "auto";
+  int threads = 0;  ///< 0: all cores
+  bool json = false;
+};
+/// Whether a server's answers are those of the adapter. The key, where the server wants one, is
+/// $TAILOR_API_KEY.
+int run_check_served(const CheckServedArguments& arguments);
+
 struct ExpertsScanArguments {
   std::string model;                   ///< empty: the recipe's
   std::vector<std::string> data;       ///< JSONL files; empty: the recipe's training data

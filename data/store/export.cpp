@@ -13,6 +13,7 @@
 #include "base/block_file.h"
 #include "base/clock.h"
 #include "base/error.h"
+#include "base/staging_folder.h"
 #include "base/text.h"
 #include "base/units.h"
 #include "data/quant/codec.h"
@@ -21,53 +22,6 @@
 
 namespace tailor {
 namespace {
-
-/// A folder beside `to` that becomes `to`, or goes away. Locked, so that two exports cannot fill
-/// it; what a killed one left in it is removed.
-class StagingFolder {
- public:
-  explicit StagingFolder(const fs::path& to) : to_(to) {
-    std::error_code error;
-    if (fs::exists(fs::symlink_status(to_, error))) {
-      throw Error(Fault::usage, {"the folder is there already", to_.string(),
-                                 "Name a new folder with --to; nothing was changed."});
-    }
-    path_ = to_.parent_path() / ("." + to_.filename().string() + ".tailor-export");
-    make_folders(path_);
-    descriptor_ = ::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (descriptor_ < 0) throw io_error(errno, "cannot open", path_.string());
-    if (::flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
-      ::close(descriptor_);
-      throw Error(Fault::usage, {"another export is filling this folder", to_.string(),
-                                 "Wait for it, or name another folder with --to."});
-    }
-    for (const fs::path& left : contents()) fs::remove_all(left, error);
-  }
-  StagingFolder(const StagingFolder&) = delete;
-  StagingFolder& operator=(const StagingFolder&) = delete;
-  ~StagingFolder() {
-    std::error_code error;
-    if (!published_) fs::remove_all(path_, error);
-    ::close(descriptor_);
-  }
-
-  const fs::path& path() const { return path_; }
-  void publish() {
-    sync_path(path_);
-    tailor::publish(path_, to_);
-    published_ = true;
-  }
-
- private:
-  std::vector<fs::path> contents() const {
-    std::vector<fs::path> out;
-    for (const auto& entry : fs::directory_iterator(path_)) out.push_back(entry.path());
-    return out;
-  }
-  fs::path to_, path_;
-  int descriptor_ = -1;
-  bool published_ = false;
-};
 
 /// A safetensors file whose header is known; tensors are written into their places in any order.
 class ShardFile {

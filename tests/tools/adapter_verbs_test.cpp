@@ -127,5 +127,77 @@ TEST(AdapterInspect, refuses_what_is_no_adapter) {
   EXPECT_EQ(run_tailor(box, {"adapter", "inspect", kAdapter, "--base", "nobody/nothing"}).code, 2);
 }
 
+TEST(AdapterExport, writes_what_the_server_takes_and_says_how_to_serve_it) {
+  const Sandbox box;
+  const std::string adapter = kGolden + "qwen2_tiny/lora/adapter_final",
+                    model = kGolden + "qwen2_tiny/model";
+  const Outcome outcome = run_tailor(box, {"adapter", "export", adapter, "--for", "sglang", "--to",
+                                           "out", "--base", model, "--json"});
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const Json json = parse_json(outcome.out, "stdout");
+  EXPECT_EQ(json.at("for"), "sglang");
+  EXPECT_EQ(json.at("layout"), nullptr);
+  EXPECT_THAT(json.at("command").get<std::string>(), HasSubstr("--lora-paths tailored=out"));
+  EXPECT_EQ(read_json(box.root() / "out/adapter_config.json").at("use_rslora"), false);
+  EXPECT_THAT(json.at("notes").dump(), HasSubstr("rsLoRA's scale, alpha / sqrt(rank)"));
+  // What was made fits, and is the same change.
+  const Outcome same = run_tailor(
+      box, {"adapter", "inspect", "out", "--base", model, "--against", adapter, "--json"});
+  ASSERT_EQ(same.code, 0) << same.err;
+  const Json against = parse_json(same.out, "stdout").at("against");
+  for (const Json& module : against.at("modules"))
+    EXPECT_LT(module.at("relative_difference").get<double>(), 1e-6);
+  EXPECT_TRUE(against.at("only_there").empty());
+  // A second time the folder is there.
+  const std::string before = read_text(box.root() / "out/adapter_config.json");
+  const Outcome again = run_tailor(
+      box, {"adapter", "export", adapter, "--for", "vllm", "--to", "out", "--base", model});
+  EXPECT_EQ(again.code, 2);
+  EXPECT_EQ(again.err,
+            "error: the folder is there already\n"
+            "  where: out\n"
+            "  mend:  Name a new folder with --to; nothing was changed.\n");
+  EXPECT_EQ(read_text(box.root() / "out/adapter_config.json"), before);
+}
+
+TEST(AdapterExport, refuses_word_for_word) {
+  const Sandbox box;
+  const auto outcome = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"adapter", "export", kAdapter, "--to", "out"});
+    const Outcome done = run_tailor(box, more);
+    EXPECT_EQ(done.out, "");
+    EXPECT_FALSE(fs::exists(box.root() / "out"));
+    return done;
+  };
+  const Outcome experts = outcome({"--for", "vllm", "--base", kModel});
+  EXPECT_EQ(experts.code, 65);
+  EXPECT_THAT(experts.err, HasSubstr("vLLM applies LoRA of Llama 4's routed experts wrongly"));
+  const Outcome misspelt = outcome({"--for", "vlm", "--base", kModel});
+  EXPECT_EQ(misspelt.code, 2);
+  EXPECT_EQ(misspelt.err,
+            "error: 'vlm' is no value of --for\n"
+            "  where: --for\n"
+            "  mend:  Did you mean vllm? Use vllm, sglang, peft, or peft@VERSION.\n");
+  const Outcome no_base = outcome({"--for", "peft"});
+  EXPECT_EQ(no_base.code, 2);
+  EXPECT_THAT(no_base.err, HasSubstr("the adapter's base model '../../model' is not here"));
+  EXPECT_EQ(outcome({"--for", "peft", "--base", kGolden + "llama_tiny/model"}).code, 65);
+  EXPECT_EQ(outcome({"--for", "sglang", "--uniform-rank", "--base", kModel}).code, 2);
+  EXPECT_EQ(outcome({"--base", kModel}).code, 2);
+  // A disk that cannot be written, and one that is full.
+  const Outcome nowhere = run_tailor(box, {"adapter", "export", kAdapter, "--for", "peft", "--base",
+                                           kModel, "--to", "/proc/nowhere/out"});
+  EXPECT_EQ(nowhere.code, 74);
+}
+
+TEST(AdapterExport, a_config_alone_is_base_enough) {
+  const Sandbox box;
+  const Outcome outcome = run_tailor(box, {"adapter", "export", kAdapter, "--for", "peft@0.18.1",
+                                           "--base", kModel + "/config.json", "--to", "out"});
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, HasSubstr("experts straight"));
+  EXPECT_EQ(read_json(box.root() / "out/adapter_config.json").at("peft_version"), "0.18.1");
+}
+
 }  // namespace
 }  // namespace tailor::testing_support

@@ -5,6 +5,8 @@
 
 #include "adapters/inspect.h"
 #include "adapters/peft_reader.h"
+#include "adapters/serving.h"
+#include "base/clock.h"
 #include "base/error.h"
 #include "base/json.h"
 #include "base/text.h"
@@ -257,6 +259,53 @@ void print(const AdapterDifference& difference, const std::string& against, std:
     out << "  only there: " << listed(difference.only_there) << "\n";
 }
 
+/// The base that an export follows: --base, else the one the adapter names.
+AdapterBase export_base(const PeftFolder& folder, const AdapterExportArguments& arguments) {
+  const std::string& named = folder.config().base_model;
+  std::optional<AdapterBase> base;
+  if (!arguments.base.empty()) {
+    base = find_adapter_base(arguments.base);
+  } else {
+    base = recorded_base(named);
+  }
+  if (!base) {
+    throw Error(Fault::usage,
+                {named.empty() ? "the adapter does not name its base model"
+                               : "the adapter's base model '" + named + "' is not here",
+                 arguments.adapter,
+                 "Name it with --base: a folder, a store, a config.json alone, or a repository "
+                 "in the local Hugging Face cache. Its weights are not needed."});
+  }
+  const std::string trained_on = folder.base_fingerprint();
+  if (!trained_on.empty() && !base->fingerprint.empty() && trained_on != base->fingerprint) {
+    throw Error(Fault::bad_file,
+                {"the adapter was trained on other weights than those in " + base->folder.string(),
+                 arguments.adapter,
+                 "Name the model it was trained on with --base; a config.json alone is enough, and "
+                 "then nothing is compared."});
+  }
+  return *base;
+}
+
+/// The command line that serves an exported adapter; empty for PEFT.
+std::string serve_command(const ServingOptions& options, const AdapterExportArguments& arguments,
+                          const AdapterBase& base, const ServingReport& report) {
+  const std::string model =
+      fs::is_directory(base.folder) ? base.folder.string() : std::string("MODEL");
+  if (options.target.server == Server::sglang) {
+    return "python -m sglang.launch_server --model-path " + model +
+           " --enable-lora --lora-paths tailored=" + arguments.to;
+  }
+  if (options.target.server != Server::vllm) return "";
+  std::int64_t rank = 8;  // the ranks vLLM takes
+  for (const std::int64_t next : {8, 16, 32, 64, 128, 256, 320, 512}) {
+    rank = next;
+    if (rank >= report.rank) break;
+  }
+  return "vllm serve " + model + " --enable-lora --max-lora-rank " + std::to_string(rank) +
+         " --lora-modules tailored=" + arguments.to;
+}
+
 }  // namespace
 
 int run_adapter_inspect(const AdapterInspectArguments& arguments) {
@@ -296,6 +345,58 @@ int run_adapter_inspect(const AdapterInspectArguments& arguments) {
                 {"the adapter does not fit " + fit->base.folder.string() + ": " + fit->problem,
                  arguments.adapter, fit->mend});
   }
+  return 0;
+}
+
+int run_adapter_export(const AdapterExportArguments& arguments) {
+  ServingOptions options;
+  options.target = serving_target_from_text(arguments.target);
+  options.uniform = arguments.uniform_rank;
+  options.dtype = arguments.dtype == "bfloat16" ? Dtype::bf16 : Dtype::f32;
+  if (options.uniform && options.target.server != Server::peft) {
+    throw Error(Fault::usage, {"--uniform-rank with --for " + arguments.target, "--uniform-rank",
+                               "Servers always get one rank: leave it out."});
+  }
+  const PeftFolder folder(arguments.adapter);
+  const AdapterBase base = export_base(folder, arguments);
+  const PeftReader reader(arguments.adapter, base.spec);
+  options.module_prefix = base.prefix;
+  options.base_model = folder.config().base_model.empty() ? arguments.base : "";
+  const double began = seconds_now();
+  ProgressLine line;
+  options.progress = [&](std::int64_t done, std::int64_t bytes) {
+    const auto share = static_cast<double>(done) / static_cast<double>(bytes);
+    std::string text = "exporting " + number_text(100 * share, 3) + " %";
+    const double seconds = seconds_now() - began;
+    if (seconds > 1) text += ", " + seconds_text(seconds / share - seconds) + " to go";
+    line.show(text);
+  };
+  const ServingReport report = export_adapter(reader, base.spec, options, arguments.to);
+  line.show("");
+  const std::string command = serve_command(options, arguments, base, report);
+  if (arguments.json) {
+    std::cout << Json{{"folder", arguments.to},
+                      {"adapter", arguments.adapter},
+                      {"for", arguments.target},
+                      {"base", base.folder.string()},
+                      {"layout", report.layout.empty() ? Json() : Json(report.layout)},
+                      {"rank", report.rank},
+                      {"alpha", report.alpha},
+                      {"tensors", report.tensors},
+                      {"bytes", report.bytes},
+                      {"notes", report.notes},
+                      {"command", command.empty() ? Json() : Json(command)},
+                      {"seconds", seconds_now() - began}}
+                     .dump(2)
+              << "\n";
+    return 0;
+  }
+  std::cout << heading("Exported") << " " << bytes_text(report.bytes) << " into " << arguments.to
+            << " for " << arguments.target << ": rank " << report.rank << ", alpha "
+            << exact_text(report.alpha) << ", " << count_text(report.tensors) << " tensors"
+            << (report.layout.empty() ? "" : ", experts " + report.layout) << "\n";
+  for (const std::string& note : report.notes) std::cout << "  " << note << "\n";
+  if (!command.empty()) std::cout << "  serve it with: " << command << "\n";
   return 0;
 }
 
