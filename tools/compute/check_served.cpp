@@ -22,6 +22,8 @@ namespace {
 constexpr double kEffectMin = 0.02;
 /// Share of the effect by which a served or an ignored adapter may be off.
 constexpr double kShareMax = 0.35;
+/// Below this the server's base may be ours in another arithmetic.
+constexpr double kBaseApartMin = 0.25;
 
 struct Row {
   std::int64_t line = 0;
@@ -206,12 +208,14 @@ int run_check_served(const CheckServedArguments& arguments) {
   const LogProbabilities moved = minus(got, got_base ? *got_base : without);
   const double share = mean_product(moved, effect) / (effect_rms * effect_rms);
   const double apart = rms(minus(moved, effect)) / effect_rms, size = rms(moved) / effect_rms;
-  const std::string verdict = apart <= kShareMax  ? "served"
-                              : size <= kShareMax ? "ignored"
-                                                  : "differs";
+  const double base_apart = got_base ? rms(minus(*got_base, without)) : 0;
+  const bool other_base = base_apart > std::max(kShareMax * effect_rms, kBaseApartMin);
+  const std::string verdict = other_base           ? "differs"
+                              : apart <= kShareMax ? "served"
+                              : size <= kShareMax  ? "ignored"
+                                                   : "differs";
   std::int64_t tokens = 0;
   for (const auto& row : with) tokens += static_cast<std::int64_t>(row.size());
-  const double base_apart = got_base ? rms(minus(*got_base, without)) : 0;
   if (arguments.json) {
     Json per_row = Json::array();
     for (std::size_t r = 0; r < rows.size(); ++r) {
@@ -258,7 +262,7 @@ int run_check_served(const CheckServedArguments& arguments) {
         "there is differs by %s %%\n",
         number_text(effect_rms, 3).c_str(), number_text(100 * share, 3).c_str(),
         number_text(100 * apart, 3).c_str());
-    if (got_base && base_apart > 0.5 * effect_rms) {
+    if (other_base) {
       std::printf("the server's base is not ours: they differ by %s\n",
                   number_text(base_apart, 3).c_str());
     }
