@@ -169,9 +169,8 @@ void note_changes(const UniformFactors& uniform, const PeftReader& reader, Servi
   }
   if (reader.options().rslora) {
     report.notes.push_back(
-        "rsLoRA's scale, alpha / sqrt(rank), is written as alpha / rank with use_rslora off: "
-        "SGLang "
-        "ignores use_rslora");
+        "rsLoRA's scale, alpha / sqrt(rank), is written as alpha / rank with use_rslora off, which "
+        "SGLang ignores");
   }
 }
 

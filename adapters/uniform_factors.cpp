@@ -62,7 +62,7 @@ std::vector<std::int64_t> UniformFactors::live_rows(const LoadedFactors& factors
 std::shared_ptr<const LoadedFactors> UniformFactors::of(const SitePart& part) {
   for (const Kept& kept : kept_) {
     if (kept.site == part.site && kept.first == part.first && kept.width == part.width &&
-        kept.in == part.in)
+        kept.in == part.in && kept.experts == part.experts)
       return kept.factors;
   }
   auto out = std::make_shared<LoadedFactors>();
@@ -84,7 +84,7 @@ std::shared_ptr<const LoadedFactors> UniformFactors::of(const SitePart& part) {
     }
   }
   constexpr std::size_t kKept = 3;  // gate, up and down of one layer
-  kept_.push_front({part.site, part.first, part.in, part.width, out});
+  kept_.push_front({part.site, part.first, part.in, part.width, part.experts, out});
   if (kept_.size() > kKept) kept_.pop_back();
   return out;
 }

@@ -45,7 +45,7 @@ class UniformFactors {
   std::pair<const LoraSite*, std::shared_ptr<const LoadedFactors>> loaded_;
   struct Kept {
     const LoraSite* site;
-    std::int64_t first, in, width;
+    std::int64_t first, in, width, experts;
     std::shared_ptr<const LoadedFactors> factors;
   };
   std::list<Kept> kept_;

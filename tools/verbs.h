@@ -156,6 +156,17 @@ struct MergeArguments {
 };
 int run_merge(const MergeArguments& arguments);
 
+struct AdapterExportArguments {
+  std::string adapter;
+  std::string to;                 ///< the folder, which may not be there
+  std::string target;             ///< vllm, sglang, peft or peft@VERSION
+  std::string base;               ///< the model; empty: the one the adapter names
+  std::string dtype = "float32";  ///< or bfloat16
+  bool uniform_rank = false;      ///< for PEFT
+  bool json = false;
+};
+int run_adapter_export(const AdapterExportArguments& arguments);
+
 struct RunsListArguments {
   std::string by;      ///< day, model, user, project; empty: a row for each run
   std::string ledger;  ///< empty: the default one

@@ -307,7 +307,11 @@ TEST_F(Serving, the_wrapper_s_prefix_and_the_folder) {
   const fs::path given = make(spec, options_for({"attention"}));
   ServingOptions options;
   options.module_prefix = "language_model.";
+  // What a killed export left goes.
+  make_folders(folder_ / ".out.tailor-export");
+  write_atomically(folder_ / ".out.tailor-export/adapter_model.safetensors.staging.1.1", "half");
   run(given, spec, "vllm", options);
+  EXPECT_FALSE(fs::exists(to() / "adapter_model.safetensors.staging.1.1"));
   for (const auto& [name, matrix] : load(to()))
     EXPECT_TRUE(name.starts_with("base_model.model.language_model.model.layers.")) << name;
   EXPECT_LT(worst(given, spec), 1e-7);
