@@ -166,11 +166,22 @@ Machine find_machine(const std::string& profile, const fs::path& machines_folder
     names.push_back(entry.path().stem().string());
   }
   std::sort(names.begin(), names.end());
+  // "4xh100" is 4xh100-80gb as long as there is no other.
+  std::vector<std::string> longer;
+  for (const std::string& name : names) {
+    if (name.starts_with(profile + "-")) longer.push_back(name);
+  }
+  if (longer.size() == 1) return read_machine(machines_folder / (longer.front() + ".yaml"));
+  if (longer.size() > 1) {
+    throw Error(Fault::usage, {"'" + profile + "' is the beginning of several machine profiles",
+                               "machine.profile", "Name one of: " + join(longer, ", ") + "."});
+  }
   const std::string near = nearest_name(profile, names);
   throw Error(Fault::usage,
               {"no machine profile '" + profile + "'", "machine.profile",
                (near.empty() ? "Profiles: " + join(names, ", ") + "; or name a .yaml file."
-                             : "Did you mean " + near + "?")});
+                             : "Did you mean " + near + "? Profiles: " + join(names, ", ") +
+                                   "; or name a .yaml file.")});
 }
 
 Machine this_machine(const fs::path& work_folder) {

@@ -45,8 +45,8 @@ struct Machine {
 Machine read_machine(const fs::path& path);
 Machine read_machine_text(std::string_view text, const std::string& name);
 
-/// The profile a recipe names: a .yaml file, or one of `machines_folder` by name. Throws
-/// Error{usage} with the nearest name.
+/// The profile a recipe names: a .yaml file, or one of `machines_folder` by name or by the only
+/// beginning, up to a hyphen, that means it. Throws Error{usage} with the nearest name.
 Machine find_machine(const std::string& profile, const fs::path& machines_folder);
 
 /// This machine without its GPUs: cores this process may use, MemAvailable (and the cgroup's

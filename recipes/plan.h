@@ -60,6 +60,15 @@ struct TierCost {
   Figure usd, usd_with_preparation;
 };
 
+/// A change of the recipe, planned again (recipes/advice.h).
+struct Advice {
+  std::string what;  ///< "32,768 tokens per step instead of 8,192: 2.9x faster, $5.87 saved"
+  std::vector<std::string> changes;  ///< key=value
+  double times_faster = 0;           ///< over the same tokens; 0 where the plan did not fit
+  std::optional<double> hours_saved, usd_saved;
+  std::string working;
+};
+
 /// What is known of the tokenised data.
 struct DataStats {
   std::int64_t rows = 0;            ///< of sequence_len, a pass
@@ -68,13 +77,15 @@ struct DataStats {
   std::int64_t validation_rows = 0;  ///< of sequence_len, an evaluation; 0: none
   /// That are no padding, a pass and an evaluation; 0: not known, rows count as full.
   std::int64_t tokens = 0, validation_tokens = 0;
+  std::int64_t documents = 0;  ///< a pass; 0: not known
 };
 
 /// A measured speed that replaces the machine profile's assumption.
 struct Calibration {
-  double gflops = 0;       ///< what a training step reaches on the CPU, over all cores
-  std::string source;      ///< "measured on this machine on 2026-11-23"
-  bool disturbed = false;  ///< others used the machine meanwhile
+  double gflops = 0;          ///< what a training step reaches on the CPU, over all cores
+  std::string source;         ///< "measured on this machine on 2026-11-23"
+  bool disturbed = false;     ///< others used the machine meanwhile
+  bool dequantising = false;  ///< those steps unpacked their weights: the speed has it in
 };
 
 /// What a run needs and costs, before anything loads.
@@ -102,6 +113,7 @@ struct Plan {
   Figure hours_with_preparation, usd_with_preparation;  ///< download and packing as well
   std::vector<JobPhase> phases;
   std::vector<TierCost> tiers;
+  std::vector<Advice> advice;  ///< of advise(); make_plan() gives none
   Bound bound = Bound::compute;
   std::string bound_working;
   std::vector<MemoryItem> items;

@@ -49,6 +49,19 @@ Json tiers_json(const Plan& plan) {
   return out;
 }
 
+Json advice_json(const Plan& plan) {
+  Json out = Json::array();
+  for (const Advice& advice : plan.advice) {
+    out.push_back({{"what", advice.what},
+                   {"changes", advice.changes},
+                   {"times_faster", advice.times_faster > 0 ? Json(advice.times_faster) : Json()},
+                   {"hours_saved", number_or_null(advice.hours_saved)},
+                   {"usd_saved", number_or_null(advice.usd_saved)},
+                   {"working", advice.working}});
+  }
+  return out;
+}
+
 }  // namespace
 
 Json plan_json(const Plan& plan) {
@@ -104,6 +117,7 @@ Json plan_json(const Plan& plan) {
     differences.push_back(std::move(entry));
   }
   out["differences"] = std::move(differences);
+  out["advice"] = advice_json(plan);
   out["warnings"] = plan.warnings;
   return out;
 }

@@ -167,7 +167,21 @@ class CommandLine {
     auto plan =
         verb<PlanArguments>(app_, "plan", "What a run needs and costs: memory, time, dollars",
                             "tailor plan demo-maverick training.max_steps=20 --explain");
-    with_recipe(plan);
+    plan.app.add_option("RECIPE", plan.own.recipe, kRecipe)->required();
+    plan.app
+        .add_option(
+            "key=value", plan.own.overrides,
+            "key=value with dotted keys, as training.max_steps=20; more recipes are planned "
+            "side by side")
+        ->type_name("");
+    plan.app
+        .add_option(
+            "--on", plan.own.on,
+            "Machine profiles to compare, by commas: a100-40gb,4xh100; auto is this machine")
+        ->type_name("NAMES");
+    plan.app.add_flag("--probe", plan.own.probe,
+                      "Measure this machine's disk, memory and compute for some seconds, with "
+                      "layers like the recipe's, and plan with that");
     plan.app.add_flag("--explain", plan.own.explain, "Show the working of every figure");
     plan.app.add_flag(
         "--data", plan.own.data,
@@ -764,10 +778,24 @@ class CommandLine {
   }
 
   void add_calibrate() {
-    with_json(verb<CalibrateArguments>(
+    auto calibrate = verb<CalibrateArguments>(
         app_, "calibrate",
         "Measure what a training step reaches on this machine, for `tailor plan`",
-        "tailor calibrate"));
+        "tailor calibrate");
+    calibrate.app.add_option(
+        "RECIPE", calibrate.own.recipe,
+        "Measure steps of some layers of this recipe's model; nothing is kept");
+    calibrate.app.add_option("key=value", calibrate.own.overrides, kOverrides)->type_name("");
+    calibrate.app
+        .add_option("--tokens", calibrate.own.tokens, "With RECIPE: tokens of a step; full rows")
+        ->type_name("N")
+        ->check(not_below("--tokens", 1));
+    calibrate.app
+        .add_option("--document-tokens", calibrate.own.document_tokens,
+                    "With RECIPE: tokens of a document; a row's")
+        ->type_name("N")
+        ->check(not_below("--document-tokens", 2));
+    with_json(calibrate);
   }
 
   CLI::App& deepest() {

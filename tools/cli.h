@@ -12,9 +12,6 @@ namespace tailor {
 struct ShowText {
   std::string text;
 };
-struct CalibrateArguments {
-  bool json = false;
-};
 
 /// One verb with its arguments, as read from a command line.
 using Command =

@@ -21,7 +21,7 @@ int run(const Command& command) {
           [](const EvalArguments& arguments) { return run_eval(arguments); },
           [](const GenerateArguments& arguments) { return run_generate(arguments); },
           [](const ExpertsScanArguments& arguments) { return run_experts_scan(arguments); },
-          [](const CalibrateArguments& arguments) { return run_calibrate(arguments.json); },
+          [](const CalibrateArguments& arguments) { return run_calibrate(arguments); },
           [](const auto&) -> int {
             throw Error(Fault::usage, {"tailor-compute does not have this verb", "",
                                        "Start it with the same arguments as: tailor"});

@@ -12,6 +12,8 @@
 #include "base/log.h"
 #include "base/text.h"
 #include "data/checkpoint/checkpoint.h"
+#include "recipes/advice.h"
+#include "tools/data_memo.h"
 #include "tools/paths.h"
 
 namespace tailor {
@@ -93,7 +95,7 @@ std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& m
   const bool wide = recipe.compute.dtype == ComputeType::float32;
   return Calibration{wide ? found->gflops_float32 : found->gflops_bfloat16,
                      "measured on this machine on " + found->measured,
-                     found->busy_share > kBusyShare};
+                     found->busy_share > kBusyShare, false};
 }
 
 Machine recipe_machine(const Recipe& recipe) {
@@ -108,35 +110,40 @@ PriceQuote recipe_price(const Recipe& recipe, const Machine& machine) {
 }
 
 PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<DataStats>& data,
-                          Measure measure, bool oracle_assumptions) {
+                          const PlanChoices& choices) {
   const Recipe& recipe = resolved.file.recipe;
   PlannedRecipe out{recipe_machine(recipe), {}};
   PlanExtras extras;
   extras.data = data;
-  extras.calibration = calibration_of(recipe, out.machine, measure);
+  if (const auto& probe = choices.probe) {
+    out.machine.disk_bytes_per_second = probe->disk_bytes_per_second;
+    extras.calibration = Calibration{probe->gflops, probe->source, probe->disturbed, true};
+  } else {
+    extras.calibration = calibration_of(recipe, out.machine, choices.measure);
+  }
   extras.at_unix_ms = RealClock().unix_ms();
-  extras.oracle_assumptions = oracle_assumptions;
+  extras.oracle_assumptions = choices.oracle_assumptions;
   if (!recipe.machine.profile) {  // of other machines nothing is known
     extras.weights_here = has_weights(recipe.base_model);
     extras.store_here = !recipe_store(recipe).empty();
   }
-  out.plan = make_plan(recipe, resolved.facts, out.machine,
-                       PriceBook::read(recipes_folder() / "prices.yaml"), extras);
+  const PriceBook prices = PriceBook::read(recipes_folder() / "prices.yaml");
+  out.plan = make_plan(recipe, resolved.facts, out.machine, prices, extras);
+  if (choices.advice) {
+    out.plan.advice = advise(recipe, resolved.facts, out.machine, prices, extras, out.plan);
+  }
   return out;
 }
 
-DataStats stats_of(const PrepareReport& report) {
-  std::error_code error;
-  const auto bytes = fs::file_size(report.train.store, error);
-  return {report.train.rows,
-          report.train.trained_tokens,
-          error ? 0 : static_cast<std::int64_t>(bytes),
-          report.validation ? report.validation->rows : 0,
-          report.train.tokens,
-          report.validation ? report.validation->tokens : 0};
+PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<DataStats>& data,
+                          Measure measure) {
+  PlanChoices choices;
+  choices.measure = measure;
+  return plan_recipe(recipe, data, choices);
 }
 
 std::optional<DataStats> data_stats(const Recipe& recipe, bool always) {
+  if (const auto known = recall_data(recipe)) return known;
   if (always) return stats_of(prepare_recipe_data(recipe));
   if (recipe.training.max_steps) return std::nullopt;
   try {

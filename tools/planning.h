@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "recipes/plan.h"
+#include "tools/data_memo.h"
 #include "tools/recipe_inputs.h"
 
 namespace tailor {
@@ -39,15 +40,29 @@ struct PlannedRecipe {
   Machine machine;
   Plan plan;
 };
+/// What was measured on this machine for one recipe (tools/probe.h).
+struct MachineProbe {
+  double gflops = 0;                 ///< of a step of this recipe's layers, dequantising included
+  double disk_bytes_per_second = 0;  ///< reads past the page cache
+  std::string source;
+  bool disturbed = false;
+};
+
+struct PlanChoices {
+  Measure measure = Measure::never;
+  bool oracle_assumptions = false;
+  bool advice = false;  ///< Plan::advice as well
+  std::optional<MachineProbe> probe;
+};
+PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<DataStats>& data,
+                          const PlanChoices& choices);
 /// make_plan() with the recipe's machine, the shipped prices of today and what is measured.
 PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<DataStats>& data,
-                          Measure measure, bool oracle_assumptions = false);
+                          Measure measure);
 
-/// What a plan takes from prepared data.
-DataStats stats_of(const PrepareReport& report);
-
-/// Rows of the recipe's data, tokenised where need be. Without `always` nothing is read where
-/// training.max_steps says how long the run is, and nothing above 64 MB.
+/// Rows of the recipe's data: of its prepared store where there is one, else tokenised where need
+/// be. Without `always` nothing is read where training.max_steps says how long the run is, and
+/// nothing above 64 MB.
 std::optional<DataStats> data_stats(const Recipe& recipe, bool always);
 
 }  // namespace tailor

@@ -8,6 +8,7 @@
 #include "data/store/fingerprint.h"
 #include "recipes/choices.h"
 #include "recipes/shipped.h"
+#include "tools/data_memo.h"
 #include "tools/paths.h"
 #include "tools/terminal.h"
 
@@ -308,7 +309,9 @@ PrepareReport prepare_recipe_data(const Recipe& recipe) {
   } catch (const Error& error) {
     if (error.fault() != Fault::usage) throw;  // the model is not here: its vocabulary is unknown
   }
-  return prepare_data(data_options(recipe), tokenizer, vocab);
+  PrepareReport report = prepare_data(data_options(recipe), tokenizer, vocab);
+  remember_data(recipe, report);
+  return report;
 }
 
 }  // namespace tailor

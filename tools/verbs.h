@@ -38,10 +38,12 @@ int run_recipe_validate(const RecipeValidateArguments& arguments);
 
 struct PlanArguments {
   std::string recipe;
-  std::vector<std::string> overrides;
-  bool explain = false;             ///< the working of every figure
-  bool data = false;                ///< tokenise the data if need be, whatever its size
-  bool oracle_assumptions = false;  ///< leave out where our step departs from the oracle
+  std::vector<std::string> overrides;  ///< words without '=' are further recipes
+  bool explain = false;                ///< the working of every figure
+  bool data = false;                   ///< tokenise the data if need be, whatever its size
+  bool oracle_assumptions = false;     ///< leave out where our step departs from the oracle
+  std::string on;                      ///< machine profiles to compare, by commas
+  bool probe = false;                  ///< measure this machine and plan with that
   bool json = false;
 };
 int run_plan(const PlanArguments& arguments);

@@ -6,14 +6,17 @@
 #include <cstdio>
 #include <fstream>
 #include <limits>
+#include <optional>
 #include <string>
 #include <thread>
 
 #include "base/clock.h"
 #include "base/json.h"
+#include "base/log.h"
 #include "base/text.h"
 #include "recipes/model_facts.h"
 #include "recipes/step_cost.h"
+#include "tools/compute/calibrate_recipe.h"
 #include "tools/compute/setup.h"
 #include "tools/compute_verbs.h"
 #include "tools/planning.h"
@@ -130,14 +133,38 @@ double busy_share() {
   return after.all > before.all ? (after.busy - before.busy) / (after.all - before.all) : 0;
 }
 
+/// What was measured before, where the machine was quiet then.
+bool quiet_before() {
+  const std::optional<MachineCalibration> before = MachineCalibration::read();
+  return before && before->busy_share <= kBusyShare;
+}
+
+int calibrate_for(const CalibrateArguments& arguments, double busy_before) {
+  Json out = calibrate_recipe(arguments);
+  out["busy_share"] = std::max(busy_before, busy_share());
+  if (arguments.json) {
+    std::printf("%s\n", out.dump().c_str());
+    return 0;
+  }
+  std::printf("a step of %s tokens takes %s, %s GFLOP/s (%s)\n",
+              count_text(out["tokens"].get<std::int64_t>()).c_str(),
+              seconds_text(out["step_seconds"].get<double>()).c_str(),
+              number_text(out["gflops"].get<double>(), 3).c_str(),
+              out["source"].get<std::string>().c_str());
+  return 0;
+}
+
 }  // namespace
 
-int run_calibrate(bool json) {
+int run_calibrate(const CalibrateArguments& arguments) {
+  const double busy_before = busy_share();
+  if (!arguments.recipe.empty()) return calibrate_for(arguments, busy_before);
+  const bool json = arguments.json;
   const int threads = set_threads(0);
-  const double busy = busy_share();
   const double product_bf16 = product_gflops(at::kBFloat16),
                product_f32 = product_gflops(at::kFloat);
   const double step_bf16 = step_gflops(at::kBFloat16), step_f32 = step_gflops(at::kFloat);
+  const double busy = std::max(busy_before, busy_share());
   const Json out = {{"gflops_bfloat16", step_bf16},
                     {"gflops_float32", step_f32},
                     {"matmul_gflops_bfloat16", product_bf16},
@@ -146,7 +173,12 @@ int run_calibrate(bool json) {
                     {"busy_share", busy},
                     {"measured", utc_text(RealClock().unix_ms())}};
   make_folders(cache_folder());
-  write_atomically(cache_folder() / "machine-calibration.json", out.dump(2) + "\n");
+  if (busy > kBusyShare && quiet_before()) {
+    log_warning("others kept the machine busy: " + MachineCalibration::path().string() +
+                " stays as it was measured on a quiet machine");
+  } else {
+    write_atomically(MachineCalibration::path(), out.dump(2) + "\n");
+  }
   if (json) {
     std::printf("%s\n", out.dump().c_str());
     return 0;

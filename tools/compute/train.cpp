@@ -159,6 +159,7 @@ class Run {
     ranks_->in_turns("preparing the data", [&] {
       data_ = prepare_data(data_options(recipe()), model_tokenizer(model_folder_, spec_.vocab),
                            spec_.vocab);
+      remember_data(recipe(), data_);
     });
     release_free_memory();
     train_store_ = std::make_shared<const TokenStore>(TokenStore::open(data_.train.store));

@@ -4,29 +4,18 @@
 
 #include "base/log.h"
 #include "base/text.h"
+#include "tools/plan_words.h"
 #include "tools/planning.h"
+#include "tools/probe.h"
 #include "tools/table.h"
 #include "tools/terminal.h"
 #include "tools/verbs.h"
+#include "tools/verbs/plan_compare.h"
 
 namespace tailor {
 namespace {
 
-std::string count_of(double value) { return count_text(std::llround(value)); }
 std::string bytes_of(double value) { return bytes_text(std::llround(value)); }
-
-/// A figure in the words of its unit; "not known: reason" without a value.
-std::string words(const Figure& figure) {
-  if (!figure.value) return "not known: " + figure.working;
-  const double value = *figure.value;
-  if (figure.unit == "bytes") return bytes_of(value);
-  if (figure.unit == "usd") return usd_text(std::llround(value * 1e6));
-  if (figure.unit == "seconds") return seconds_text(value);
-  if (figure.unit == "hours") return seconds_text(value * 3600);
-  if (figure.unit == "tokens/s") return number_text(value, 3) + " tokens/s";
-  if (value == std::floor(value)) return count_of(value) + " " + figure.unit;
-  return number_text(value, 3) + " " + figure.unit;
-}
 
 void add_phases(const Plan& plan, bool explain, TextTable& table) {
   for (const JobPhase& phase : plan.phases) {
@@ -107,30 +96,90 @@ void print_plan(const PlannedRecipe& planned, const ResolvedRecipe& recipe, bool
     }
     out << rows_text(terms, "  ");
   }
+  if (!plan.advice.empty()) {
+    out << "\n" << heading(plan.fits ? "would be cheaper" : "would fit") << "\n";
+    for (const Advice& advice : plan.advice) {
+      out << "  " << advice.what << "\n";
+      if (plan.fits) out << "    " << join(advice.changes, " ") << "\n";
+      if (explain) out << "    = " << advice.working << "\n";
+    }
+  }
   for (const std::string& warning : plan.warnings) out << "\nnote: " << warning;
   for (const std::string& note : recipe.notes) out << "\nnote: " << note;
   if (!plan.warnings.empty() || !recipe.notes.empty()) out << "\n";
   if (!explain) out << "\n--explain shows how each figure comes about\n";
 }
 
+/// Words without '=' among the overrides are further recipes.
+std::vector<std::string> split_recipes(const PlanArguments& arguments,
+                                       std::vector<std::string>& overrides) {
+  std::vector<std::string> recipes = {arguments.recipe};
+  for (const std::string& word : arguments.overrides)
+    (word.find('=') == std::string::npos ? recipes : overrides).push_back(word);
+  return recipes;
+}
+
+std::vector<std::string> machines_of(const std::string& on) {
+  if (on.empty()) return {};
+  std::vector<std::string> names;
+  for (const std::string& part : split(on, ',')) {
+    const std::string name(trim(part));
+    if (name.empty()) {
+      throw Error(Fault::usage, {"--on has an empty name in '" + on + "'", "the command line",
+                                 "Name machine profiles: --on a100-40gb,4xh100."});
+    }
+    names.push_back(name);
+  }
+  return names;
+}
+
 }  // namespace
 
 int run_plan(const PlanArguments& arguments) {
-  const ResolvedRecipe recipe = resolve_recipe(arguments.recipe, arguments.overrides);
-  const PlannedRecipe planned = plan_recipe(recipe, data_stats(recipe.file.recipe, arguments.data),
-                                            Measure::once, arguments.oracle_assumptions);
+  std::vector<std::string> overrides;
+  const std::vector<std::string> recipes = split_recipes(arguments, overrides);
+  const std::vector<std::string> machines = machines_of(arguments.on);
+  const bool several = recipes.size() > 1 || !machines.empty();
+  std::vector<ComparedPlan> plans;
+  std::optional<ResolvedRecipe> only;
+  for (const std::string& name : recipes) {
+    const ResolvedRecipe recipe = resolve_recipe(name, overrides);
+    const std::optional<DataStats> data = data_stats(recipe.file.recipe, arguments.data);
+    const auto add = [&](const ResolvedRecipe& on) {
+      PlanChoices choices;
+      choices.measure = Measure::once;
+      choices.oracle_assumptions = arguments.oracle_assumptions;
+      choices.advice = !several;
+      if (arguments.probe) choices.probe = probe(on, data);
+      ComparedPlan plan{on.file.recipe.name, "", on.file.recipe.machine.ranks,
+                        plan_recipe(on, data, choices), on.notes};
+      plan.machine = plan.planned.machine.name;
+      plans.push_back(std::move(plan));
+    };
+    if (machines.empty()) add(recipe);
+    for (const std::string& machine : machines) add(on_machine(recipe, machine));
+    if (!several) only = recipe;
+  }
+  if (several) {
+    if (arguments.json) {
+      std::cout << compare_json(plans).dump(2) << "\n";
+    } else {
+      std::cout << compare_text(plans);
+    }
+    const bool any = std::any_of(plans.begin(), plans.end(),
+                                 [](const ComparedPlan& plan) { return plan.planned.plan.fits; });
+    return any ? 0 : static_cast<int>(Fault::does_not_fit);
+  }
   if (arguments.json) {
-    Json out = plan_json(planned.plan);
-    out["recipe"] = recipe.file.name;
-    out["name"] = recipe.file.recipe.name;
-    out["machine"] = planned.machine.name;
-    out["notes"] = recipe.notes;
+    Json out = named_plan_json(plans.front());
+    out["recipe"] = only->file.name;
+    out["name"] = only->file.recipe.name;
     std::cout << out.dump(2) << "\n";
   } else {
-    print_plan(planned, recipe, arguments.explain, std::cout);
+    print_plan(plans.front().planned, *only, arguments.explain, std::cout);
   }
-  if (planned.plan.fits) return 0;
-  throw does_not_fit(planned.plan);
+  if (plans.front().planned.plan.fits) return 0;
+  throw does_not_fit(plans.front().planned.plan);
 }
 
 }  // namespace tailor
