@@ -315,7 +315,8 @@ class Adviser {
     if (hours) out.hours_saved = *plan_.hours.value - *then.hours.value;
     if (plan_.usd.value && then.usd.value) out.usd_saved = *plan_.usd.value - *then.usd.value;
     if (out.usd_saved) {
-      out.what += ", " + cents(*out.usd_saved) + " saved";
+      // Of the amounts as they are shown, so that they add up.
+      out.what += ", " + cents(shown_usd(*plan_.usd.value) - shown_usd(*then.usd.value)) + " saved";
     } else if (hours) {
       out.what += ", " + seconds_text(*out.hours_saved * 3600) + " saved";
     }
@@ -330,11 +331,9 @@ class Adviser {
     }
     return out;
   }
-  /// Dollars and cents; less than a cent to two digits.
-  static std::string cents(double usd) {
-    const double micros = usd >= 0.1 ? std::round(usd * 100) * 1e4 : usd * 1e6;
-    return usd_text(std::llround(micros));
-  }
+  /// Dollars and cents; of less than ten cents all there is.
+  static double shown_usd(double usd) { return usd >= 0.1 ? std::round(usd * 100) / 100 : usd; }
+  static std::string cents(double usd) { return usd_text(std::llround(shown_usd(usd) * 1e6)); }
   static std::string job_text(const Plan& plan) {
     std::string out = short_text(*plan.seconds_per_step.value) + " s a step, " +
                       number_text(*plan.tokens_per_second.value, 4) + " tokens/s";

@@ -54,8 +54,7 @@ struct Job {
 };
 Job job(const std::string& recipe, std::vector<std::string> overrides,
         const std::function<void(Machine&)>& change = {}) {
-  PlannedRun run = planned_run(recipe, overrides);
-  if (change) change(run.machine);
+  PlannedRun run = planned_run(recipe, overrides, {}, change);
   const double steps = std::ceil(kJobTokens / static_cast<double>(run.recipe.tokens_per_step()));
   run.recipe.training.max_steps = std::llround(steps);
   Job out{make_plan(run.recipe, run.model, run.machine, shipped_prices(), run.extras)};

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -28,13 +29,15 @@ inline const PriceBook& shipped_prices() {
 }
 
 inline PlannedRun planned_run(const std::string& recipe, const std::vector<std::string>& overrides,
-                              PlanExtras extras = {}) {
+                              PlanExtras extras = {},
+                              const std::function<void(Machine&)>& change = {}) {
   RecipeFile file = read_recipe(shipped_folder() / (recipe + ".yaml"), overrides);
   PlannedRun out;
   out.model = read_model_facts(file.recipe.base_model, shipped_folder() / "models");
   resolve(file, out.model.traits());
   out.recipe = file.recipe;
   out.machine = find_machine(*out.recipe.machine.profile, shipped_folder() / "machines");
+  if (change) change(out.machine);
   out.extras = std::move(extras);
   if (out.extras.at_unix_ms == 0) out.extras.at_unix_ms = 1'772'800'000'000;  // 2026-03-06
   out.plan = make_plan(out.recipe, out.model, out.machine, shipped_prices(), out.extras);
