@@ -3,8 +3,11 @@
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <utility>
 
 namespace tailor {
 namespace {
@@ -33,11 +36,28 @@ std::shared_ptr<spdlog::logger>& logger() {
   return instance;
 }
 
+std::mutex& before_mutex() {
+  static std::mutex instance;
+  return instance;
+}
+
+std::function<void()>& before() {
+  static std::function<void()> instance;
+  return instance;
+}
+
 }  // namespace
 
 void start_log(LogLevel level) { logger()->set_level(to_spdlog(level)); }
 
+void before_log(std::function<void()> call) {
+  const std::scoped_lock lock(before_mutex());
+  before() = std::move(call);
+}
+
 void log(LogLevel level, std::string_view message) {
+  const std::scoped_lock lock(before_mutex());
+  if (before() && logger()->should_log(to_spdlog(level))) before()();
   logger()->log(to_spdlog(level), spdlog::string_view_t(message.data(), message.size()));
 }
 

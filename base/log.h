@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <string_view>
 
 namespace tailor {
@@ -12,6 +13,9 @@ enum class LogLevel { debug, info, warning, error };
 /// Once at start; `level` is the least severe that is shown. Colour only on a terminal.
 void start_log(LogLevel level);
 void log(LogLevel level, std::string_view message);
+/// `call` is made before each message, to take a display that redraws itself out of its way; it
+/// must not log. Null: nobody is called.
+void before_log(std::function<void()> call);
 
 inline void log_debug(std::string_view message) { log(LogLevel::debug, message); }
 inline void log_info(std::string_view message) { log(LogLevel::info, message); }

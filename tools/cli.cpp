@@ -686,6 +686,8 @@ class CommandLine {
                                   "tailor runs report runs/demo-maverick");
     report.app.add_option("RUN", report.own.run,
                           "Identifier or its beginning, name, or folder; the newest without one");
+    report.app.add_option("--html", report.own.html, "Write the page, report.html, into this file")
+        ->type_name("FILE");
     with_ledger(report);
     with_json(report);
     auto out = verb<RunsExportArguments>(runs, "export", "All runs for spreadsheets and billing",

@@ -9,12 +9,16 @@
 
 namespace tailor {
 
-bool takes_colour(int descriptor) {
-  const char* no_colour = std::getenv("NO_COLOR");
-  if (no_colour != nullptr && *no_colour != '\0') return false;
+bool moves_cursor(int descriptor) {
   const char* term = std::getenv("TERM");
   if (term != nullptr && std::string_view(term) == "dumb") return false;
   return isatty(descriptor) == 1;
+}
+
+bool takes_colour(int descriptor) {
+  const char* no_colour = std::getenv("NO_COLOR");
+  if (no_colour != nullptr && *no_colour != '\0') return false;
+  return moves_cursor(descriptor);
 }
 
 std::string heading(std::string_view text) {

@@ -8,6 +8,9 @@ namespace tailor {
 /// True when `descriptor` is a terminal that takes colour: NO_COLOR is unset and TERM not "dumb".
 bool takes_colour(int descriptor);
 
+/// True when `descriptor` is a terminal on which lines can be drawn over: TERM is not "dumb".
+bool moves_cursor(int descriptor);
+
 /// `text` in bold where stdout takes colour.
 std::string heading(std::string_view text);
 

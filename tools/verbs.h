@@ -133,6 +133,7 @@ struct RunsShowArguments {
 struct RunsReportArguments {
   std::string run;  ///< empty: the newest
   std::string ledger;
+  std::string html;  ///< the page goes into this file, and nothing is printed
   bool json = false;
 };
 struct RunsExportArguments {

@@ -70,6 +70,11 @@ void Trainer::add_over_ranks(StepRecord& record) const {
   record.stall_seconds = most[0];
   record.exchange_seconds = most[1];
   record.exchange_exposed_seconds = most[2];
+  if (record.expert_rows.empty()) return;
+  std::vector<double> rows(record.expert_rows.begin(), record.expert_rows.end());
+  others()->all_reduce(rows, Reduce::sum);
+  std::transform(rows.begin(), rows.end(), record.expert_rows.begin(),
+                 [](double count) { return static_cast<std::int64_t>(count); });
 }
 
 StepRecord Trainer::step(std::int64_t index, bool another_follows) {
@@ -104,6 +109,9 @@ StepRecord Trainer::step(std::int64_t index, bool another_follows) {
   pass.seed = options_.seed;
   pass.step = static_cast<std::uint64_t>(index);
   pass.another_follows = another_follows;
+  if (options_.count_experts_every > 0 && index % options_.count_experts_every == 0) {
+    pass.expert_rows = &record.expert_rows;
+  }
   const RingCounters before = counted_.value_or(decoder_.weights().counters());
   const ShardedFactors::Times waited = sharded_ ? sharded_->times() : ShardedFactors::Times{};
   const RankTraffic sent = sharded_ ? sharded_->traffic() : RankTraffic{};

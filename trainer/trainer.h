@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "adapters/lora.h"
 #include "data/tokens/token_source.h"
@@ -32,6 +33,8 @@ struct TrainerOptions {
   /// step and keeps its part of the factors' state (see ShardedFactors), gradients and cast factors
   /// in arenas of `paged_experts` where that is set. Null: one rank.
   Ranks* ranks = nullptr;
+  /// The first step and every so many after it count the rows of each expert; 0: none does.
+  std::int64_t count_experts_every = 0;
 };
 
 struct StepRecord {
@@ -52,6 +55,9 @@ struct StepRecord {
   std::int64_t exchange_bytes() const {
     return exchange_weight_bytes + exchange_factor_bytes + exchange_gradient_bytes;
   }
+  /// Where the step counted them: rows that each expert of each layer was given by all ranks,
+  /// [moe layers * E].
+  std::vector<std::int64_t> expert_rows;
 };
 
 struct Evaluation {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "base/text.h"
 #include "data/runs/table.h"
@@ -10,9 +11,17 @@
 namespace tailor {
 namespace {
 
-constexpr double kWidth = 860, kHeight = 300;
-constexpr double kLeft = 78, kRight = 18, kTop = 40, kBottom = 52;
-constexpr double kPlotWidth = kWidth - kLeft - kRight, kPlotHeight = kHeight - kTop - kBottom;
+/// Of one of the two drawings.
+struct Canvas {
+  const char* kind;
+  double width, height, left, right;
+  int x_ticks, y_ticks;
+  static constexpr double kTop = 30, kBottom = 44;
+  double plot_width() const { return width - left - right; }
+  double plot_height() const { return height - kTop - kBottom; }
+};
+constexpr Canvas kWide{"wide", 760, 250, 58, 12, 8, 5};
+constexpr Canvas kNarrow{"narrow", 380, 220, 50, 8, 4, 4};
 
 struct Range {
   double low = std::numeric_limits<double>::infinity();
@@ -21,6 +30,7 @@ struct Range {
     low = std::min(low, value);
     high = std::max(high, value);
   }
+  double size() const { return high - low; }
 };
 
 /// Round values 1, 2 or 5 times a power of ten apart that cover the range, about `count` of them.
@@ -29,12 +39,13 @@ struct Ticks {
   std::vector<double> values;
 };
 
-Ticks ticks_for(const Range& range, int count) {
-  const double raw = (range.high - range.low) / count;
+Ticks ticks_for(const Range& range, int count, bool whole = false) {
+  const double raw = range.size() / count;
   const double power = std::pow(10.0, std::floor(std::log10(raw)));
   const double lead = raw / power;
   Ticks ticks;
   ticks.step = power * (lead <= 1 ? 1 : lead <= 2 ? 2 : lead <= 5 ? 5 : 10);
+  if (whole) ticks.step = std::max(1.0, ticks.step);
   const double first = std::ceil(range.low / ticks.step - 1e-9);
   for (double i = first; i * ticks.step <= range.high + ticks.step * 1e-9; ++i) {
     ticks.values.push_back(i * ticks.step);
@@ -45,171 +56,224 @@ Ticks ticks_for(const Range& range, int count) {
 std::string tick_text(double value, double step) {
   if (std::abs(value) < step * 1e-9) return "0";
   if (step >= 1) {
-    return std::abs(value) < 1e9 ? count_text(std::llround(value)) : number_text(value, 3);
+    return std::abs(value) < 1e6 ? count_text(std::llround(value)) : number_text(value, 3);
   }
   const int decimals = static_cast<int>(std::ceil(-std::log10(step) - 1e-9));
   return decimals <= 7 ? fixed_text(value, decimals) : number_text(value, 3);
 }
 
-std::string px(double value) { return fixed_text(value, 1); }
-
-bool finite(const std::pair<double, double>& point) {
-  return std::isfinite(point.first) && std::isfinite(point.second);
+/// Tenths of a pixel, without what says nothing.
+std::string px(double value) {
+  std::string text = fixed_text(value, 1);
+  if (text.ends_with(".0")) text.resize(text.size() - 2);
+  return text == "-0" ? "0" : text;
 }
 
-/// Where more points than pixels come, each pixel keeps its lowest and highest.
-std::vector<std::pair<double, double>> thinned(const std::vector<std::pair<double, double>>& all) {
-  std::vector<std::pair<double, double>> points;
-  std::copy_if(all.begin(), all.end(), std::back_inserter(points), finite);
-  constexpr std::size_t kBuckets = 700;
-  if (points.size() <= 2 * kBuckets) return points;
-  std::vector<std::pair<double, double>> out;
-  for (std::size_t b = 0; b < kBuckets; ++b) {
-    const auto begin = points.begin() + static_cast<std::ptrdiff_t>(b * points.size() / kBuckets);
-    const auto end =
-        points.begin() + static_cast<std::ptrdiff_t>((b + 1) * points.size() / kBuckets);
-    auto [low, high] = std::minmax_element(
-        begin, end, [](const auto& p, const auto& q) { return p.second < q.second; });
-    if (low > high) std::swap(low, high);
-    out.push_back(*low);
-    if (low != high) out.push_back(*high);
+/// Where the axis ends if single values lie far above all others: at twice the range of all but
+/// one in a thousand of them. Nothing where no value lies beyond that.
+std::optional<double> cut_above(const Chart& chart) {
+  std::vector<double> values;
+  for (const Series& series : chart.series) {
+    for (const auto& point : series.points) {
+      if (is_finite(point)) values.push_back(point.second);
+    }
   }
-  return out;
+  if (!chart.may_cut || values.size() < 20) return std::nullopt;
+  std::sort(values.begin(), values.end());
+  const std::size_t few = std::max<std::size_t>(1, values.size() / 1000);
+  const double most = values[values.size() - 1 - few], low = values.front();
+  const double end = low + 2 * (most - low);
+  return most > low && values.back() > end ? std::optional(end) : std::nullopt;
 }
 
-std::string text_at(double x, double y, const std::string& anchor, const std::string& text,
-                    const std::string& more = "") {
-  return "<text x=\"" + px(x) + "\" y=\"" + px(y) + "\" text-anchor=\"" + anchor + "\"" + more +
+std::string text_at(double x, double y, const char* anchor, const std::string& text,
+                    const char* kind = "") {
+  return "<text x=\"" + px(x) + "\" y=\"" + px(y) + "\" text-anchor=\"" + anchor + "\"" + kind +
          ">" + escape_html(text) + "</text>\n";
 }
 
-std::string line_at(double x1, double y1, double x2, double y2, const std::string& colour) {
-  return "<line x1=\"" + px(x1) + "\" y1=\"" + px(y1) + "\" x2=\"" + px(x2) + "\" y2=\"" + px(y2) +
-         "\" stroke=\"" + colour + "\"/>\n";
+std::string line_at(double x1, double y1, double x2, double y2, const char* kind) {
+  return "<path class=\"" + std::string(kind) + "\" d=\"M" + px(x1) + " " + px(y1) + "L" + px(x2) +
+         " " + px(y2) + "\"/>\n";
+}
+
+/// One drawing: ranges first, then what lies behind the lines, then these.
+class Drawing {
+ public:
+  Drawing(const Chart& chart, const Canvas& canvas, const Range& x, const Range& y, bool cut)
+      : chart_(chart), canvas_(canvas), x_(x), y_(y), cut_(cut) {
+    canvas_.height = Canvas::kTop + Canvas::kBottom + canvas.plot_height() * chart.height;
+  }
+
+  std::string text() {
+    const int count = std::max(2, static_cast<int>(std::lround(canvas_.y_ticks * chart_.height)));
+    const Ticks y_ticks = ticks_for(y_, count);
+    y_.low = std::floor(y_.low / y_ticks.step + 1e-9) * y_ticks.step;
+    if (!cut_) y_.high = std::ceil(y_.high / y_ticks.step - 1e-9) * y_ticks.step;
+    axes(y_ticks.step, count);
+    levels();
+    marks();
+    for (const Series& series : chart_.series) line(series);
+    return "<svg class=\"" + std::string(canvas_.kind) + "\" viewBox=\"0 0 " + px(canvas_.width) +
+           " " + px(canvas_.height) + "\" role=\"img\" aria-label=\"" + escape_html(chart_.title) +
+           "\">\n" + out_ + "</svg>\n";
+  }
+
+ private:
+  double to_x(double v) const {
+    return canvas_.left + (v - x_.low) / x_.size() * canvas_.plot_width();
+  }
+  double to_y(double v) const {
+    return Canvas::kTop + (y_.high - std::min(v, y_.high)) / y_.size() * canvas_.plot_height();
+  }
+  double bottom() const { return Canvas::kTop + canvas_.plot_height(); }
+  double end() const { return canvas_.left + canvas_.plot_width(); }
+
+  void axes(double y_step, int count) {
+    out_ += text_at(0, 14, "start", chart_.y_label, " class=\"q\"");
+    for (const double tick : ticks_for(y_, count).values) {
+      out_ += line_at(canvas_.left, to_y(tick), end(), to_y(tick), "grid");
+      out_ += text_at(canvas_.left - 8, to_y(tick) + 4, "end", tick_text(tick, y_step));
+    }
+    const Ticks x_ticks = ticks_for(x_, canvas_.x_ticks, chart_.whole_x);
+    for (const double tick : x_ticks.values) {
+      out_ += line_at(to_x(tick), bottom(), to_x(tick), bottom() + 5, "axis");
+      // A label at the end would be cut off if it stood in the middle of its tick.
+      const bool last = to_x(tick) > end() - 18;
+      out_ += text_at(last ? end() : to_x(tick), bottom() + 19, last ? "end" : "middle",
+                      tick_text(tick, x_ticks.step));
+    }
+    out_ += line_at(canvas_.left, bottom(), end(), bottom(), "axis");
+    out_ += text_at(canvas_.left + canvas_.plot_width() / 2, canvas_.height - 6, "middle",
+                    chart_.x_label, " class=\"q\"");
+  }
+
+  void levels() {
+    for (const auto& [y, label] : chart_.levels) {
+      if (y < y_.low || y > y_.high) continue;
+      out_ += line_at(canvas_.left, to_y(y), end(), to_y(y), "level");
+      out_ += text_at(end(), to_y(y) - 5, "end", label, " class=\"q\"");
+    }
+  }
+
+  void marks() {
+    double free_from = canvas_.left;
+    for (const auto& [x, label] : chart_.marks) {
+      if (x < x_.low || x > x_.high) continue;
+      out_ += line_at(to_x(x), Canvas::kTop, to_x(x), bottom(), "mark");
+      const double width = 6.2 * static_cast<double>(label.size());
+      const double begin = std::min(to_x(x) + 4, end() - width);
+      if (begin < free_from) continue;  // a label that would lie on another one
+      free_from = begin + width + 8;
+      out_ += text_at(begin, Canvas::kTop - 4, "start", label, " class=\"q\"");
+    }
+  }
+
+  void line(const Series& series) {
+    const Points points = thinned(series.points, static_cast<std::size_t>(canvas_.plot_width()));
+    if (points.empty()) return;
+    std::string path;
+    for (const auto& [x, y] : points) {
+      path += (path.empty() ? "M" : "L") + px(to_x(x)) + " " + px(to_y(y));
+    }
+    const std::string colour = escape_html(series.colour);
+    if (series.area) {
+      out_ += "<path class=\"area\" style=\"fill:" + colour + "\" d=\"" + path + "L" +
+              px(to_x(points.back().first)) + " " + px(bottom()) + "L" +
+              px(to_x(points.front().first)) + " " + px(bottom()) + "z\"/>\n";
+    }
+    out_ += "<path class=\"line" + std::string(series.faint ? " faint" : "") +
+            (series.dashed ? " dashed" : "") + "\" style=\"stroke:" + colour + "\" d=\"" + path +
+            "\"/>\n";
+    if (series.dots || points.size() == 1) dots(points, colour);
+    if (!cut_) return;
+    for (const auto& [x, y] : points) {
+      if (y <= y_.high) continue;
+      out_ += "<path style=\"fill:" + colour + "\" d=\"M" + px(to_x(x)) + " " +
+              px(Canvas::kTop + 1) + "l4 6h-8z\"/>\n";
+    }
+  }
+
+  void dots(const Points& points, const std::string& colour) {
+    const bool many = static_cast<double>(points.size()) > canvas_.plot_width() / 14;
+    const std::string radius = many ? "2" : "3.2";
+    for (const auto& [x, y] : points) {
+      out_ += "<circle cx=\"" + px(to_x(x)) + "\" cy=\"" + px(to_y(y)) + "\" r=\"" + radius +
+              "\" style=\"fill:" + colour + "\"/>\n";
+    }
+  }
+
+  const Chart& chart_;
+  Canvas canvas_;
+  Range x_, y_;
+  bool cut_;
+  std::string out_;
+};
+
+std::string key(const Chart& chart) {
+  const auto shown = std::count_if(chart.series.begin(), chart.series.end(), [](const Series& s) {
+    return !s.points.empty() && !s.label.empty();
+  });
+  if (shown < 2) return {};
+  std::string out = "<ul class=\"key\">\n";
+  for (const Series& series : chart.series) {
+    if (series.points.empty() || series.label.empty()) continue;
+    out += "<li><i class=\"" + std::string(series.faint ? "pale" : "full") +
+           "\" style=\"background:" + escape_html(series.colour) + "\"></i>" +
+           escape_html(series.label) + "</li>\n";
+  }
+  return out + "</ul>\n";
+}
+
+/// The values beyond the axis' end, in words.
+std::string cut_words(const Chart& chart, double end) {
+  std::size_t count = 0;
+  std::pair<double, double> most{0, -std::numeric_limits<double>::infinity()};
+  for (const Series& series : chart.series) {
+    if (series.points.empty()) continue;
+    for (const auto& point : series.points) {
+      if (!is_finite(point) || point.second <= end) continue;
+      ++count;
+      if (point.second > most.second) most = point;
+    }
+  }
+  return counted(static_cast<std::int64_t>(count), "value") + " above the axis, the highest " +
+         number_text(most.second, 4) + " at " + chart.x_label + " " +
+         count_text(std::llround(most.first)) + ".";
 }
 
 }  // namespace
 
-std::string escape_html(const std::string& text) {
-  std::string out;
-  for (const char c : text) {
-    switch (c) {
-      case '&':
-        out += "&amp;";
-        break;
-      case '<':
-        out += "&lt;";
-        break;
-      case '>':
-        out += "&gt;";
-        break;
-      case '"':
-        out += "&quot;";
-        break;
-      case '\'':
-        out += "&#39;";
-        break;
-      default:
-        out += c;
-    }
-  }
-  return out;
-}
-
-std::vector<std::pair<double, double>> moving_mean(
-    const std::vector<std::pair<double, double>>& points, std::size_t width) {
-  std::vector<std::pair<double, double>> finite_points;
-  std::copy_if(points.begin(), points.end(), std::back_inserter(finite_points), finite);
-  std::vector<double> sums = {0};
-  for (const auto& point : finite_points) sums.push_back(sums.back() + point.second);
-  std::vector<std::pair<double, double>> out;
-  const std::size_t half = width / 2;
-  for (std::size_t i = 0; i < finite_points.size(); ++i) {
-    // Narrower towards both ends, so that the window stays centred.
-    const std::size_t reach = std::min({half, i, finite_points.size() - 1 - i});
-    const double sum = sums[i + reach + 1] - sums[i - reach];
-    out.emplace_back(finite_points[i].first, sum / static_cast<double>(2 * reach + 1));
-  }
-  return out;
-}
-
-std::string to_svg(const Chart& chart) {
+std::string to_figure(const Chart& chart) {
   Range x;
   Range y;
   for (const Series& series : chart.series) {
     for (const auto& point : series.points) {
-      if (!finite(point)) continue;
+      if (!is_finite(point)) continue;
       x.take(point.first);
       y.take(point.second);
     }
   }
   if (x.low > x.high) return {};
+  const std::optional<double> cut = cut_above(chart);
+  if (cut) y.high = *cut;
   if (chart.from_zero) y.take(0);
+  for (const auto& [level, label] : chart.levels) {
+    // One that is far away would leave no room for the line.
+    if (level > y.high && level <= 1.8 * y.high) y.high = level * 1.04;
+  }
   if (x.low == x.high) x = {x.low - 0.5, x.high + 0.5};
   if (y.low == y.high) {
     const double pad = y.low == 0 ? 1 : std::abs(y.low) * 0.1;
     y = {y.low == 0 ? 0 : y.low - pad, y.high + pad};
   }
-  const Ticks y_ticks = ticks_for(y, 5);
-  y.low = std::floor(y.low / y_ticks.step + 1e-9) * y_ticks.step;
-  y.high = std::ceil(y.high / y_ticks.step - 1e-9) * y_ticks.step;
-  Ticks x_ticks = ticks_for(x, 8);
-  if (x_ticks.step < 1) x_ticks = {1, {}};  // steps are whole
-  if (x_ticks.values.empty()) {
-    for (double v = std::ceil(x.low); v <= x.high; ++v) x_ticks.values.push_back(v);
-  }
-
-  const auto to_x = [&](double v) { return kLeft + (v - x.low) / (x.high - x.low) * kPlotWidth; };
-  const auto to_y = [&](double v) { return kTop + (y.high - v) / (y.high - y.low) * kPlotHeight; };
-
-  std::string out = "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 " + px(kWidth) + " " +
-                    px(kHeight) + "\" role=\"img\" aria-label=\"" + escape_html(chart.title) +
-                    "\" font-family=\"system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif\" "
-                    "font-size=\"12\" fill=\"#1a1a1a\">\n";
-  out += text_at(kLeft, 20, "start", chart.title, " font-size=\"15\" font-weight=\"600\"");
-  for (const double tick : ticks_for(y, 5).values) {
-    out += line_at(kLeft, to_y(tick), kLeft + kPlotWidth, to_y(tick), "#e6e6e6");
-    out += text_at(kLeft - 8, to_y(tick) + 4, "end", tick_text(tick, y_ticks.step));
-  }
-  for (const double tick : x_ticks.values) {
-    out += line_at(to_x(tick), kTop + kPlotHeight, to_x(tick), kTop + kPlotHeight + 5, "#767676");
-    out += text_at(to_x(tick), kTop + kPlotHeight + 19, "middle", tick_text(tick, x_ticks.step));
-  }
-  out += line_at(kLeft, kTop + kPlotHeight, kLeft + kPlotWidth, kTop + kPlotHeight, "#767676");
-  out += text_at(kLeft + kPlotWidth / 2, kHeight - 12, "middle", chart.x_label);
-  out += text_at(0, 0, "middle", chart.y_label,
-                 " transform=\"translate(16 " + px(kTop + kPlotHeight / 2) + ") rotate(-90)\"");
-
-  for (const Series& series : chart.series) {
-    const auto points = thinned(series.points);
-    if (points.empty()) continue;
-    std::string path;
-    for (const auto& [px_x, px_y] : points) {
-      path += (path.empty() ? "M" : " L") + px(to_x(px_x)) + " " + px(to_y(px_y));
-    }
-    out += "<path d=\"" + path + "\" fill=\"none\" stroke=\"" + series.colour +
-           "\" stroke-linejoin=\"round\" stroke-width=\"" +
-           (series.faint ? "1\" stroke-opacity=\"0.35" : "2") + "\"/>\n";
-    if (!series.dots && points.size() > 1) continue;
-    for (const auto& [dot_x, dot_y] : points) {
-      out += "<circle cx=\"" + px(to_x(dot_x)) + "\" cy=\"" + px(to_y(dot_y)) +
-             "\" r=\"3.5\" fill=\"" + series.colour + "\"/>\n";
-    }
-  }
-
-  double legend_x = kLeft + kPlotWidth;
-  const bool several = std::count_if(chart.series.begin(), chart.series.end(),
-                                     [](const Series& s) { return !s.points.empty(); }) > 1;
-  for (auto series = chart.series.rbegin(); several && series != chart.series.rend(); ++series) {
-    if (series->points.empty()) continue;
-    out += text_at(legend_x, 20, "end", series->label);
-    legend_x -= 7.0 * static_cast<double>(series->label.size()) + 6;
-    out += "<line x1=\"" + px(legend_x - 18) + "\" y1=\"16\" x2=\"" + px(legend_x) +
-           "\" y2=\"16\" stroke=\"" + series->colour + "\" stroke-width=\"" +
-           (series->faint ? "1.5\" stroke-opacity=\"0.5" : "3") + "\"/>\n";
-    legend_x -= 34;
-  }
-  return out + "</svg>\n";
+  std::string note = chart.note;
+  if (cut) note += (note.empty() ? "" : " ") + cut_words(chart, *cut);
+  return "<figure>\n<h3>" + escape_html(chart.title) + "</h3>\n" + key(chart) +
+         Drawing(chart, kWide, x, y, cut.has_value()).text() +
+         Drawing(chart, kNarrow, x, y, cut.has_value()).text() +
+         (note.empty() ? "" : "<figcaption>" + escape_html(note) + "</figcaption>\n") +
+         "</figure>\n";
 }
 
 }  // namespace tailor

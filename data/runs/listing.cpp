@@ -229,8 +229,8 @@ std::string run_text(const Ledger* ledger, std::string_view what) {
   const RunReport report = read_report(*ledger, run);
   const RunRecord& record = report.record;
   std::string out = report_text(report);
-  out += " base model  " + record.facts.base_model + "\n output_dir  " + record.facts.output_dir +
-         "\n";
+  out += " base model  " + visible_text(record.facts.base_model) + "\n output_dir  " +
+         visible_text(record.facts.output_dir) + "\n" + details_text(report);
 
   out += "\nattempts\n";
   TextTable attempts({">no.", "status", "began (UTC)", ">from step", ">steps",

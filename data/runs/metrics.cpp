@@ -1,6 +1,8 @@
 #include "data/runs/metrics.h"
 
+#include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -67,6 +69,9 @@ StepMetrics step_from(const JsonReader& reader) {
           .stream_bytes = reader.integer("stream_bytes", 0),
           .stall_seconds = reader.number("stall_seconds", 0),
           .exchange = exchange_from(reader),
+          .host_bytes_peak = reader.has("host_bytes_peak")
+                                 ? std::optional(reader.integer("host_bytes_peak"))
+                                 : std::nullopt,
           .gpu_hours = reader.number("gpu_hours", kNan),
           .usd = number_or_null(reader, "usd")};
 }
@@ -78,6 +83,29 @@ EvalMetrics eval_from(const JsonReader& reader) {
           .seconds = reader.number("eval_seconds", kNan),
           .gpu_hours = reader.number("gpu_hours", kNan),
           .usd = number_or_null(reader, "usd")};
+}
+
+/// A line of another shape, say of a later version, is no sample.
+std::optional<ExpertMetrics> experts_from(const Json& object) {
+  const Json& layers = object["expert_rows"];
+  if (!layers.is_object()) return std::nullopt;
+  ExpertMetrics out{object["step"].get<std::int64_t>(), {}};
+  for (const auto& [name, rows] : layers.items()) {
+    int layer = 0;
+    const auto [end, error] = std::from_chars(name.data(), name.data() + name.size(), layer);
+    if (error != std::errc() || end != name.data() + name.size() || layer < 0 || !rows.is_array()) {
+      return std::nullopt;
+    }
+    ExpertMetrics::Layer one{layer, {}};
+    for (const Json& count : rows) {
+      if (!count.is_number_unsigned()) return std::nullopt;
+      one.rows.push_back(count.get<std::int64_t>());
+    }
+    out.layers.push_back(std::move(one));
+  }
+  std::sort(out.layers.begin(), out.layers.end(),
+            [](const auto& a, const auto& b) { return a.layer < b.layer; });
+  return out;
 }
 
 /// Calls `use(line, object)` for every line that is a whole JSON object with a step; returns the
@@ -124,6 +152,7 @@ std::string to_line(const StepMetrics& metrics) {
         .add("exchange_seconds", metrics.exchange->seconds)
         .add("exchange_exposed_seconds", metrics.exchange->exposed_seconds);
   }
+  if (metrics.host_bytes_peak) line.add("host_bytes_peak", *metrics.host_bytes_peak);
   return line.add("gpu_hours", metrics.gpu_hours).add("usd", metrics.usd).text();
 }
 
@@ -136,6 +165,19 @@ std::string to_line(const EvalMetrics& metrics) {
       .add("gpu_hours", metrics.gpu_hours)
       .add("usd", metrics.usd)
       .text();
+}
+
+std::string to_line(const ExpertMetrics& metrics) {
+  std::string out = "{\"step\": " + std::to_string(metrics.step) + ", \"expert_rows\": {";
+  for (const ExpertMetrics::Layer& layer : metrics.layers) {
+    if (&layer != &metrics.layers.front()) out += ", ";
+    out += "\"" + std::to_string(layer.layer) + "\": [";
+    for (std::size_t e = 0; e < layer.rows.size(); ++e) {
+      out += (e == 0 ? "" : ", ") + std::to_string(layer.rows[e]);
+    }
+    out += "]";
+  }
+  return out + "}}";
 }
 
 MetricsWriter::MetricsWriter(const fs::path& path)
@@ -174,6 +216,11 @@ void MetricsWriter::sync() {
   sync_path(path_);
 }
 
+void MetricsWriter::write(const ExpertMetrics& metrics) {
+  file_->write(to_line(metrics) + "\n");
+  file_->flush();
+}
+
 Metrics read_metrics(const fs::path& path) {
   Metrics metrics;
   if (!fs::exists(path)) return metrics;
@@ -182,6 +229,8 @@ Metrics read_metrics(const fs::path& path) {
     const JsonReader reader(object, where);
     if (object.contains("loss")) metrics.steps.push_back(step_from(reader));
     if (object.contains("eval_loss")) metrics.evals.push_back(eval_from(reader));
+    if (!object.contains("expert_rows")) return;
+    if (auto sample = experts_from(object)) metrics.experts.push_back(std::move(*sample));
   });
   return metrics;
 }

@@ -30,6 +30,8 @@ struct StepMetrics {
     std::int64_t bytes() const { return weight_bytes + factor_bytes + gradient_bytes; }
   };
   std::optional<Exchange> exchange{};
+  /// Most memory the first rank's process has held so far; a line has it where it was measured.
+  std::optional<std::int64_t> host_bytes_peak{};
   double gpu_hours = 0;         ///< the run so far, all attempts
   std::optional<double> usd{};  ///< the run so far; null where no price is known
 };
@@ -43,9 +45,20 @@ struct EvalMetrics {
   std::optional<double> usd{};
 };
 
+/// How one step's rows fell on the routed experts; over all ranks.
+struct ExpertMetrics {
+  struct Layer {
+    int layer = 0;                   ///< of all the model's layers, from 0
+    std::vector<std::int64_t> rows;  ///< [E]
+  };
+  std::int64_t step = 0;
+  std::vector<Layer> layers;
+};
+
 /// One line without its newline: JSON, floats with 9 significant digits, null where not finite.
 std::string to_line(const StepMetrics& metrics);
 std::string to_line(const EvalMetrics& metrics);
+std::string to_line(const ExpertMetrics& metrics);
 
 /// Writes metrics.jsonl: one line a step or evaluation, handed to the kernel before write()
 /// returns, so that kill -9 loses none.
@@ -59,6 +72,7 @@ class MetricsWriter {
 
   void write(const StepMetrics& metrics);
   void write(const EvalMetrics& metrics);
+  void write(const ExpertMetrics& metrics);
   /// Makes all lines survive a power cut; for checkpoints.
   void sync();
 
@@ -71,6 +85,7 @@ class MetricsWriter {
 struct Metrics {
   std::vector<StepMetrics> steps;
   std::vector<EvalMetrics> evals;
+  std::vector<ExpertMetrics> experts;
   int broken_lines = 0;  ///< skipped: a torn last line, or damage
 };
 

@@ -65,6 +65,14 @@ StreamTotals stream_totals(const RunReport& report) {
   return out;
 }
 
+std::optional<std::int64_t> host_bytes_peak(const RunReport& report) {
+  std::optional<std::int64_t> out;
+  for (const StepMetrics& step : report.metrics.steps) {
+    if (step.host_bytes_peak) out = std::max(out.value_or(0), *step.host_bytes_peak);
+  }
+  return out;
+}
+
 std::vector<PlannedFigure> planned_and_measured(const RunReport& report) {
   double seconds = 0;
   double tokens = 0;
@@ -92,6 +100,12 @@ std::vector<PlannedFigure> planned_and_measured(const RunReport& report) {
       {"GPU-hours", "gpu_hours", {}, totals.gpu_hours()},
       {"USD", "usd", {}, totals.usd()},
   };
+  // The plan speaks of a machine's ranks together, the measurement of one.
+  const auto& attempts = report.record.attempts;
+  if (const auto bytes = host_bytes_peak(report);
+      bytes && !attempts.empty() && attempts.back().facts.world_size == 1) {
+    figures.push_back({"peak host memory", "host_bytes_peak", {}, static_cast<double>(*bytes)});
+  }
   for (PlannedFigure& figure : figures) figure.planned = planned_figure(report.plan, figure.key);
   return figures;
 }
@@ -140,6 +154,7 @@ Json summary_json(const RunReport& report) {
   out["stream_bytes"] = stream.bytes;
   out["stall_seconds"] = stream.stall_seconds;
   out["bound"] = stream.step_seconds > 0 ? Json(stream.bound()) : Json();
+  if (const auto bytes = host_bytes_peak(report)) out["host_bytes_peak"] = *bytes;
   out["estimated"] = totals.estimated;
   Json phases = Json::object();
   for (const Phase phase : kPhases) {

@@ -43,12 +43,17 @@ StreamTotals stream_totals(const RunReport& report);
 /// Time all attempts together took, in seconds.
 double ran_seconds(const RunReport& report);
 
+/// Most memory the first rank's process has held; nothing where no step says.
+std::optional<std::int64_t> host_bytes_peak(const RunReport& report);
+
 /// The table at the end of a run: device-hours, USD and share by phase, what was kept, planned
 /// beside measured.
 std::string report_text(const RunReport& report);
+/// What report.html draws, in characters: curves over the steps, memory, energy, expert load.
+std::string details_text(const RunReport& report);
 /// The document summary.json: plain unrounded numbers; usd null with `usd_null_reason`.
 Json summary_json(const RunReport& report);
-/// One self-contained page: figures, loss, speed and cost curves as inline SVG; no script.
+/// One self-contained page (docs/reports.md): inline SVG, no script, nothing loaded.
 std::string report_html(const RunReport& report);
 
 /// Writes summary.json and report.html into the run's folder, each atomically. Call after the

@@ -1,148 +1,82 @@
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "base/text.h"
-#include "data/runs/chart.h"
-#include "data/runs/report.h"
+#include "data/runs/report_page.h"
 #include "data/runs/report_words.h"
 #include "data/runs/table.h"
 
 namespace tailor {
 namespace {
 
-constexpr const char* kStyle = R"css(
-:root { color-scheme: light; }
-body { margin: 0 auto; padding: 2rem 1.25rem 3rem; max-width: 60rem; background: #fff; color: #1a1a1a;
-  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem; }
-p { margin: .35rem 0; }
-.quiet { color: #555; }
-.status { font-weight: 600; padding: .1rem .55rem; border-radius: .3rem; background: #eee; }
-.succeeded { background: #d8f0de; color: #0b4f22; }
-.failed, .lost { background: #fbe0dd; color: #7d1a10; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
-  margin: 1.25rem 0; padding: 0; }
-.figures div { border: 1px solid #d5d5d5; border-radius: .4rem; padding: .6rem .8rem; }
-.figures dt { color: #555; font-size: .85rem; }
-.figures dd { margin: 0; font-size: 1.25rem; font-weight: 600; font-variant-numeric: tabular-nums; }
-svg { display: block; width: 100%; height: auto; margin: 1.25rem 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid #e3e3e3;
-  vertical-align: top; }
-th { font-weight: 600; border-bottom-color: #999; }
-.n { text-align: right; white-space: nowrap; }
-.t { white-space: nowrap; }
-tr.sum td { font-weight: 600; border-top: 1px solid #999; }
-.bar { display: inline-block; height: .7rem; background: #1f5fa8; border-radius: 2px; }
-code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-@media print { body { padding: 0; } }
-)css";
-
-std::string element(const std::string& tag, const std::string& inner,
-                    const std::string& kind = "") {
-  return "<" + tag + (kind.empty() ? "" : " class=\"" + kind + "\"") + ">" + inner + "</" + tag +
-         ">";
-}
-
-std::string cell(const std::string& text) { return element("td", escape_html(text)); }
-std::string number_cell(const std::string& text) { return element("td", escape_html(text), "n"); }
-std::string code(const std::string& text) { return element("code", escape_html(text)); }
-
-/// Headings beginning with '>' stand over numbers.
-std::string table(const std::vector<std::string>& headings, const std::string& rows) {
-  std::string head;
-  for (const std::string& heading : headings) {
-    const bool number = heading.starts_with('>');
-    head += element("th", escape_html(number ? heading.substr(1) : heading), number ? "n" : "");
+std::string header(const RunReport& report) {
+  const RunFacts& facts = report.record.facts;
+  const std::string title = facts.name.empty() ? report.record.run() : facts.name;
+  std::string out = "<header>\n" + element("p", "Report of a Tailor run", "kicker") + "\n" +
+                    element("h1", escape_html(title)) + "\n";
+  out += element("p",
+                 element("span", escape_html(status_words(report.status)),
+                         "status " + std::string(status_name(report.status))) +
+                     " " + escape_html(summary_words(report)),
+                 "lead") +
+         "\n";
+  std::string rows;
+  const auto fact = [&](const std::string& label, const std::string& html) {
+    rows += element("dt", escape_html(label)) + element("dd", html) + "\n";
+  };
+  fact("Base model", code(facts.base_model));
+  const auto& attempts = report.record.attempts;
+  if (!attempts.empty()) {
+    fact("Hardware", escape_html(hardware_words(attempts.back().facts)));
+    std::string when = minute_text(attempts.front().began_unix_ms);
+    if (attempts.back().ended_unix_ms) when += " to " + minute_text(*attempts.back().ended_unix_ms);
+    fact("When", escape_html(when + " UTC"));
   }
-  return "<div class=\"wide\"><table>\n<thead><tr>" + head + "</tr></thead>\n<tbody>\n" + rows +
-         "</tbody></table></div>\n";
+  if (!facts.project.empty()) fact("Project", escape_html(facts.project));
+  fact("Run", code(report.record.run()) + " in " + code(facts.output_dir));
+  return out + "<dl class=\"facts\">\n" + rows + "</dl>\n</header>\n";
 }
 
-std::string row(const std::string& cells, const std::string& kind = "") {
-  return element("tr", cells, kind) + "\n";
-}
-
-std::string figures(const RunReport& report) {
+std::string tiles(const RunReport& report) {
   std::string out;
-  const auto figure = [&](const std::string& label, const std::string& value) {
-    out += "<div>" + element("dt", escape_html(label)) + element("dd", escape_html(value)) +
-           "</div>\n";
+  const auto tile = [&](const std::string& label, const std::string& value,
+                        const std::string& more) {
+    out += "<div>" + element("dt", escape_html(label)) +
+           element("dd", escape_html(value), "value") +
+           (more.empty() ? "" : element("dd", escape_html(more), "more")) + "</div>\n";
   };
   const auto& steps = report.metrics.steps;
-  figure("Steps", count_text(report.totals.useful_steps));
-  if (!steps.empty()) figure("Loss at the end", number_text(steps.back().loss, 4));
-  if (!report.metrics.evals.empty()) {
-    figure("Eval loss", number_text(report.metrics.evals.back().eval_loss, 4));
+  const auto& evals = report.metrics.evals;
+  if (!evals.empty()) {
+    const bool several = evals.size() > 1;
+    tile("Held-out loss", number_text(evals.back().eval_loss, 4),
+         several ? "from " + number_text(evals.front().eval_loss, 4) + " at step " +
+                       count_text(evals.front().step)
+                 : "at step " + count_text(evals.back().step));
   }
+  if (!steps.empty()) {
+    tile("Training loss", number_text(steps.back().loss, 4),
+         "from " + number_text(steps.front().loss, 4) + " at step " +
+             count_text(steps.front().step));
+  }
+  const RunTotals& totals = report.totals;
+  tile("Steps", count_text(totals.useful_steps), count_text(totals.useful_tokens) + " tokens");
   for (const PlannedFigure& measured : planned_and_measured(report)) {
-    if (measured.key == "tokens_per_second" && measured.measured.has_value()) {
-      figure("Tokens per second", figure_text(measured.measured, measured.key));
-    }
+    if (measured.key != "tokens_per_second" || !measured.measured) continue;
+    tile("Tokens per second", figure_text(measured.measured, measured.key),
+         measured.planned ? "planned " + figure_text(measured.planned, measured.key) : "");
   }
-  figure("Time", seconds_text(ran_seconds(report)));
-  figure(hours_heading(report) == "GPU-hours" ? "GPU-hours" : "Device-hours",
-         number_text(report.totals.gpu_hours(), 4));
-  figure("Cost", usd_or_unknown(report.totals.usd_micros));
-  return "<dl class=\"figures\">\n" + out + "</dl>\n";
-}
-
-std::string charts(const RunReport& report) {
-  using Points = std::vector<std::pair<double, double>>;
-  Points loss;
-  Points eval_loss;
-  Points speed;
-  Points usd;
-  Points hours;
-  for (const StepMetrics& step : report.metrics.steps) {
-    const auto x = static_cast<double>(step.step);
-    loss.emplace_back(x, step.loss);
-    speed.emplace_back(x, step.tokens_per_second);
-    hours.emplace_back(x, step.gpu_hours);
-    if (step.usd.has_value()) usd.emplace_back(x, *step.usd);
+  tile(hours_heading(report) == "GPU-hours" ? "GPU-hours" : "Device-hours",
+       number_text(totals.gpu_hours(), 4), seconds_text(ran_seconds(report)) + " held");
+  std::string more;
+  if (totals.usd_micros && totals.useful_tokens > 0) {
+    more = usd_text(usd_micros_per_million(totals)) + " per million tokens";
   }
-  for (const EvalMetrics& eval : report.metrics.evals) {
-    eval_loss.emplace_back(static_cast<double>(eval.step), eval.eval_loss);
-  }
-
-  Chart losses{"Loss", "step", "loss per trained token", {}, false};
-  constexpr std::size_t kPointsToSmooth = 60;
-  if (loss.size() >= kPointsToSmooth) {
-    const std::size_t width = loss.size() / 40 * 2 + 1;
-    losses.series.push_back({"each step", "#1f5fa8", loss, true, false});
-    losses.series.push_back({"mean of " + std::to_string(width) + " steps", "#1f5fa8",
-                             moving_mean(loss, width), false, false});
-  } else {
-    losses.series.push_back({"training", "#1f5fa8", loss, false, loss.size() < 20});
-  }
-  losses.series.push_back({"evaluation", "#b8420b", eval_loss, false, true});
-
-  std::string out = to_svg(losses);
-  out += to_svg({"Speed",
-                 "step",
-                 "tokens per second",
-                 {{"tokens per second", "#0b6e64", speed, false, false}},
-                 true});
-  if (!usd.empty()) {
-    out += to_svg({"Cost of the run so far, all attempts",
-                   "step",
-                   "USD",
-                   {{"USD", "#6b2fb3", usd, false, false}},
-                   true});
-  } else {
-    const std::string what = hours_heading(report);
-    out += to_svg({"Device time of the run so far, all attempts",
-                   "step",
-                   what,
-                   {{what, "#6b2fb3", hours, false, false}},
-                   true});
-  }
-  if (out.empty()) return element("p", "No steps are recorded.", "quiet") + "\n";
-  return out;
+  tile("Cost", usd_or_unknown(totals.usd_micros), more);
+  return "<dl class=\"tiles\">\n" + out + "</dl>\n";
 }
 
 std::string costs(const RunReport& report) {
@@ -150,33 +84,33 @@ std::string costs(const RunReport& report) {
   const int hour_decimals = decimals_for(totals.gpu_hours()) + 1;
   const int usd_decimals = decimals_for(totals.usd().value_or(0));
   std::string rows;
-  const auto add = [&](const std::string& label, const PhaseTotals& part, bool sum) {
-    const double share = totals.device_ms > 0 ? static_cast<double>(part.device_ms) /
-                                                    static_cast<double>(totals.device_ms)
-                                              : 0;
-    const std::string bar =
-        sum ? ""
-            : "<span class=\"bar\" style=\"width:" + fixed_text(share * 100, 1) + "%\"></span>";
+  const auto add = [&](const std::string& label, const PhaseTotals& part, const std::string& note,
+                       bool sum) {
     rows += row(
-        cell(label) +
+        "<td><span class=\"t\">" + label + "</span>" +
+            (note.empty() ? "" : element("div", escape_html(note), "quiet narrow-only")) + "</td>" +
             number_cell(fixed_text(static_cast<double>(part.device_ms) / 3.6e6, hour_decimals)) +
             number_cell(part.usd_micros.has_value()
                             ? fixed_text(static_cast<double>(*part.usd_micros) / 1e6, usd_decimals)
                             : "unknown") +
             number_cell(percent_text(part.device_ms, totals.device_ms)) +
-            "<td style=\"width:30%\">" + bar + "</td>",
+            element("td", escape_html(note), "wide-only"),
         sum ? "sum" : "");
   };
   for (const Phase phase : kPhases) {
-    if (totals.of(phase).device_ms > 0) add(phase_words(phase), totals.of(phase), false);
+    if (totals.of(phase).device_ms == 0) continue;
+    add("<i class=\"box\" style=\"background:" + phase_colour(phase) + "\"></i>" +
+            escape_html(phase_words(phase)),
+        totals.of(phase), phase_note(report, phase), false);
   }
-  add("total", {totals.device_ms, totals.usd_micros}, true);
-  std::string out = table({"", ">" + hours_heading(report), ">USD", ">share", ""}, rows);
-  out += element("p", escape_html(tokens_words(totals)), "quiet") + "\n";
-  for (const std::string& line : closing_words(report)) {
-    out += element("p", escape_html(line), "quiet") + "\n";
+  add("total", {totals.device_ms, totals.usd_micros}, total_note(report), true);
+  std::string out = phase_bar(totals, "bar");
+  out += html_table({"", ">" + hours_heading(report), ">USD", ">share", "|"}, rows);
+  for (std::string line : closing_words(report)) {
+    if (line.front() >= 'a' && line.front() <= 'z') line.front() -= 'a' - 'A';
+    out += paragraph(line + ".");
   }
-  return out;
+  return out + cost_chart(report);
 }
 
 std::string plan(const RunReport& report) {
@@ -184,33 +118,56 @@ std::string plan(const RunReport& report) {
   std::string rows;
   for (const PlannedFigure& figure : planned_and_measured(report)) {
     if (!figure.planned.has_value()) continue;
-    const bool both = figure.measured.has_value() && *figure.planned != 0;
+    const bool both = figure.measured.has_value() && *figure.planned > 0;
+    const double ratio = both ? *figure.measured / *figure.planned : 0;
+    const std::string bar = both ? "<div class=\"ratio\"><i style=\"width:" +
+                                       fixed_text(50 * std::clamp(ratio, 0.0, 2.0), 1) +
+                                       "%\"></i><b></b></div>"
+                                 : "";
     rows += row(cell(figure.label) + number_cell(figure_text(figure.planned, figure.key)) +
                 number_cell(figure_text(figure.measured, figure.key)) +
-                number_cell(both ? fixed_text(*figure.measured / *figure.planned, 2) : "-"));
+                number_cell(both ? fixed_text(ratio, 2) : "-") + element("td", bar, "wide-only"));
   }
   if (rows.empty()) return {};
-  return element("h2", "Planned and measured") + "\n" +
-         table({"", ">planned", ">measured", ">measured / planned"}, rows);
+  return html_table({"", ">planned", ">measured", ">ratio", "|measured beside planned"}, rows) +
+         paragraph("The upright line is the plan; a bar twice as long fills its field.",
+                   "quiet wide-only");
+}
+
+std::string memory_and_energy(const RunReport& report) {
+  std::string rows;
+  for (const auto& [label, value] : memory_and_energy_words(report)) {
+    rows += element("dt", escape_html(label)) + element("dd", escape_html(value)) + "\n";
+  }
+  return "<dl class=\"facts\">\n" + rows + "</dl>\n";
 }
 
 std::string attempts(const RunReport& report) {
+  const auto& all = report.record.attempts;
+  // On what is said above for all, and here where they differ.
+  const bool alike = std::all_of(all.begin(), all.end(), [&](const AttemptRecord& attempt) {
+    return device_words(attempt.facts) == device_words(all.front().facts);
+  });
   std::string rows;
   for (const AttemptRecord& attempt : report.record.attempts) {
     const RunTotals totals = total(report.record, attempt.attempt);
+    std::string how = status_words(attempt.status);
+    if (attempt.estimated && attempt.reason.empty()) how += " (end estimated)";
+    if (!attempt.reason.empty()) how += ": " + attempt.reason;
     rows += row(number_cell(std::to_string(attempt.attempt)) +
-                cell(status_words(attempt.status) + (attempt.estimated ? " (end estimated)" : "")) +
                 element("td", minute_text(attempt.began_unix_ms), "t") +
                 number_cell(count_text(attempt.facts.resumed_from_step)) +
                 number_cell(count_text(totals.steps)) +
                 number_cell(number_text(totals.gpu_hours(), 4)) +
-                number_cell(usd_or_unknown(totals.usd_micros)) + cell(device_words(attempt.facts)) +
-                cell(attempt.reason));
+                number_cell(usd_or_unknown(totals.usd_micros)) +
+                element("td", phase_bar(totals, "bar small")) + cell(how) +
+                (alike ? "" : cell(device_words(attempt.facts))));
   }
-  return element("h2", "Attempts") + "\n" +
-         table({">no.", "status", "began (UTC)", ">from step", ">steps",
-                ">" + hours_heading(report), ">cost", "hardware", "reason"},
-               rows);
+  std::vector<std::string> headings = {
+      ">no.",  "began (UTC)",   ">from step",  ">steps", ">" + hours_heading(report),
+      ">cost", "where it went", "how it ended"};
+  if (!alike) headings.emplace_back("hardware");
+  return html_table(headings, rows);
 }
 
 std::string files(const RunReport& report) {
@@ -223,50 +180,88 @@ std::string files(const RunReport& report) {
                 element("td", code(artifact.facts.sha256.substr(0, 16))));
   }
   if (rows.empty()) return {};
-  return element("h2", "Files") + "\n" +
-         table({"kind", "path", ">step", ">size", "SHA-256 begins"}, rows);
+  return html_table({"kind", "path", ">step", ">size", "SHA-256 begins"}, rows);
 }
 
+/// Of many events the first and the last: a page is no log.
 std::string events(const RunReport& report) {
+  const std::vector<EventRecord>& all = report.record.events;
+  constexpr std::size_t kEnd = 50;
   std::string rows;
-  for (const EventRecord& event : report.record.events) {
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    if (all.size() > 2 * kEnd && i == kEnd) {
+      rows += row(cell("...") + number_cell("") + cell("") +
+                  cell(count_text(static_cast<std::int64_t>(all.size() - 2 * kEnd)) +
+                       " more, which `tailor runs show` lists"));
+      i = all.size() - kEnd;
+    }
+    const EventRecord& event = all[i];
     rows += row(element("td", minute_text(event.unix_ms), "t") +
                 number_cell(event.step.has_value() ? count_text(*event.step) : "") +
                 cell(event.kind) + cell(event.text));
   }
   if (rows.empty()) return {};
-  return element("h2", "Events") + "\n" + table({"when (UTC)", ">step", "kind", "what"}, rows);
+  return html_table({"when (UTC)", ">step", "kind", "what"}, rows);
 }
 
 }  // namespace
+
+std::string html_table(const std::vector<std::string>& headings, const std::string& rows) {
+  std::string head;
+  for (const std::string& heading : headings) {
+    const bool number = heading.starts_with('>'), wide = heading.starts_with('|');
+    head += element("th", escape_html(number || wide ? heading.substr(1) : heading),
+                    number ? "n"
+                    : wide ? "wide-only"
+                           : "");
+  }
+  return "<div class=\"scroll\"><table>\n<thead><tr>" + head + "</tr></thead>\n<tbody>\n" + rows +
+         "</tbody></table></div>\n";
+}
+
+std::string phase_colour(Phase phase) { return "var(--" + std::string(phase_name(phase)) + ")"; }
+
+std::string phase_bar(const RunTotals& totals, const std::string& kind) {
+  if (totals.device_ms <= 0) return {};
+  std::string out = "<div class=\"" + kind + "\">";
+  for (const Phase phase : kPhases) {
+    const double share =
+        static_cast<double>(totals.of(phase).device_ms) / static_cast<double>(totals.device_ms);
+    if (share <= 0) continue;
+    out += "<i style=\"width:" + fixed_text(100 * share, 2) +
+           "%;background:" + phase_colour(phase) + "\" title=\"" + escape_html(phase_words(phase)) +
+           "\"></i>";
+  }
+  return out + "</div>\n";
+}
 
 std::string report_html(const RunReport& report) {
   const RunFacts& facts = report.record.facts;
   const std::string title = facts.name.empty() ? report.record.run() : facts.name;
   std::string out =
-      "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
-      "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
+      "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n"
+      "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n"
       "<title>" +
-      escape_html(title) + " - Tailor run</title>\n<style>" + kStyle +
+      escape_html(title) + " - Tailor run</title>\n<style>" + kReportStyle +
       "</style>\n</head>\n<body>\n";
-  out += element("h1", escape_html(title)) + "\n";
-  out += element("p", element("span", escape_html(status_words(report.status)),
-                              "status " + std::string(status_name(report.status))) +
-                          " " + escape_html(attempts_words(report))) +
-         "\n";
-  out += element("p",
-                 "Run " + code(report.record.run()) + ", base model " + code(facts.base_model) +
-                     ", folder " + code(facts.output_dir),
-                 "quiet") +
-         "\n";
-  if (!report.record.attempts.empty()) {
-    out += element("p", escape_html(hardware_words(report.record.attempts.back().facts)), "quiet") +
-           "\n";
+  out += header(report) + tiles(report);
+  std::string charts = step_charts(report);
+  if (charts.empty()) charts = paragraph("No steps are recorded.");
+  out += section("How it learned", charts);
+  out += section("Where the " + hours_heading(report) + " went", costs(report));
+  out += section("Planned and measured", plan(report));
+  out += section("Memory and energy", memory_and_energy(report));
+  out += expert_section(report);
+  out += section("Attempts", attempts(report));
+  out += section("Files", files(report)) + section("Events", events(report));
+  if (!facts.recipe_text.empty()) {
+    out += section("Recipe", "<pre>" + escape_html(facts.recipe_text) + "</pre>\n");
   }
-  out += figures(report) + charts(report);
-  out += element("h2", "Where the time went") + "\n" + costs(report);
-  out += plan(report) + attempts(report) + files(report) + events(report);
-  return out + "</body>\n</html>\n";
+  return out +
+         element("footer", "Made by Tailor " + escape_html(facts.code_version) +
+                               " from its ledger and the run&#39;s folder. One file: it loads "
+                               "nothing and runs nothing.") +
+         "\n</body>\n</html>\n";
 }
 
 }  // namespace tailor

@@ -31,6 +31,7 @@ TextTable::TextTable(std::vector<std::string> columns) {
 
 void TextTable::add(std::vector<std::string> cells) {
   TAILOR_CHECK(cells.size() == right_.size());
+  for (std::string& cell : cells) cell = visible_text(cell);
   rows_.push_back(std::move(cells));
 }
 

@@ -13,6 +13,7 @@ namespace tailor {
 class TextTable {
  public:
   explicit TextTable(std::vector<std::string> columns);
+  /// Cells are shown as visible_text().
   void add(std::vector<std::string> cells);
   /// Every line begins with `indent` and ends with a newline.
   std::string text(std::string_view indent = "") const;
@@ -21,6 +22,10 @@ class TextTable {
   std::vector<bool> right_;
   std::vector<std::vector<std::string>> rows_;  ///< the first one is the heading
 };
+
+/// `text` as one line for a terminal: line ends and tabs as spaces; other control characters, those
+/// that turn the direction of writing, and what is not UTF-8 as U+FFFD.
+std::string visible_text(std::string_view text);
 
 /// `value` with a fixed number of decimals.
 std::string fixed_text(double value, int decimals);

@@ -103,6 +103,30 @@ TEST(Scan, counts_what_deepseeks_groups_choose) {
   expect_same(scan(*model.decoder, source, CountedTokens::all), want);
 }
 
+TEST(Training, counts_the_rows_of_each_expert_where_asked) {
+  TinyModel model = model_with_top_k(3, at::kFloat);
+  const RandomSource source(model.spec.vocab, kDocuments);
+  LoraOptions lora;
+  lora.targets = {"attention"};
+  Adapter adapter = Adapter::create(model.spec, lora, 7);
+  AdamW optimizer(adapter, {});
+  TrainerOptions options;
+  options.schedule = {ScheduleKind::constant, 1e-3, 0, 3};
+  options.count_experts_every = 2;
+  Trainer trainer(*model.decoder, adapter, optimizer, source, options);
+  for (int s = 0; s < 3; ++s) {
+    ExpertLoad load = empty_load(model.spec);
+    model.decoder->set_adapter(&adapter);
+    count_routing(*model.decoder, source.batch_at(s, 0, 1), CountedTokens::all, false, load);
+    std::vector<std::int64_t> want;
+    for (const LayerLoad& layer : load.layers) {
+      want.insert(want.end(), layer.tokens.begin(), layer.tokens.end());
+    }
+    if (s == 1) want.clear();
+    EXPECT_EQ(trainer.step(s).expert_rows, want) << s;
+  }
+}
+
 TEST(Scan, of_a_store_on_disk_counts_what_one_in_memory_counts) {
   const fs::path folder =
       fs::path(testing::TempDir()) / ("scan_store_" + std::to_string(::getpid()));

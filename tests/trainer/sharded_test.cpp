@@ -89,6 +89,7 @@ class Sharded : public testing::Test {
       options.keep = course.keep;
       if (course.state_on_disk) options.paged_experts = home;
       options.ranks = &ranks;
+      options.count_experts_every = 1;
       trainer = std::make_unique<Trainer>(*decoder, adapter, optimizer, source, options);
     }
     static LoraOptions lora(const Course& course) {
@@ -246,6 +247,10 @@ TEST_F(Sharded, ranks_together_read_every_tile_twice_a_step_and_each_holds_its_p
   course.kind = WeightKind::int4;
   course.resident_bytes = 0;
   const Outcome one = run(course, 1);
+  std::vector<std::int64_t> expert_rows;
+  on_ranks(
+      1, [&](Ranks& ranks) { expert_rows = attempt(course, ranks)->trainer->step(0).expert_rows; });
+  EXPECT_FALSE(expert_rows.empty());
   for (const int N : {2, 4}) {
     course.resident_bytes = 0;
     std::vector<StreamFacts> facts(static_cast<std::size_t>(N));
@@ -256,6 +261,7 @@ TEST_F(Sharded, ranks_together_read_every_tile_twice_a_step_and_each_holds_its_p
       const StepRecord record = now->trainer->step(0);
       const RingCounters counters = now->decoder->weights().counters();
       const auto at = static_cast<std::size_t>(ranks.rank());
+      EXPECT_EQ(record.expert_rows, expert_rows);
       facts[at] = now->facts;
       tile_bytes[at] = counters.streamed_bytes - counters.row_bytes;
       EXPECT_EQ(tile_bytes[at], 2 * now->facts.streamed_bytes);

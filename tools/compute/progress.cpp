@@ -2,7 +2,6 @@
 
 #include <unistd.h>
 
-#include <cmath>
 #include <cstdio>
 
 #include "base/clock.h"
@@ -11,54 +10,66 @@
 namespace tailor {
 
 RunProgress::RunProgress(std::int64_t steps_total, std::int64_t steps_before)
-    : steps_total_(steps_total),
-      steps_before_(steps_before),
-      terminal_(::isatty(STDERR_FILENO) == 1) {}
-
-RunProgress::~RunProgress() {
-  if (shown_) std::fputc('\n', stderr);
+    : block_(STDERR_FILENO), steps_before_(steps_before), began_(seconds_now()) {
+  figures_.steps_total = steps_total;
+  figures_.step = steps_before;
 }
 
-void RunProgress::clear() {
-  if (shown_) std::fputs("\r\033[K", stderr);
-  shown_ = false;
-}
-
-double RunProgress::tokens_per_second() const {
-  return seconds_ > 0 ? static_cast<double>(tokens_) / seconds_ : 0;
-}
-
-void RunProgress::step(const StepRecord& record, std::optional<double> usd) {
+void RunProgress::step(const StepRecord& record, const RunMoney& money) {
   seconds_ += record.seconds;
+  stall_seconds_ += record.stall_seconds;
   tokens_ += record.tokens;
-  ++steps_;
-  const bool last = record.step == steps_total_;
-  const double now = seconds_now();
-  if (!terminal_ && !last && steps_ != 1 && now - last_said_ < 10) return;
-  last_said_ = now;
-  const double left =
-      static_cast<double>(steps_total_ - record.step) * seconds_ / static_cast<double>(steps_);
-  std::string line = "step " + std::to_string(record.step) + "/" + std::to_string(steps_total_) +
-                     "  loss " + number_text(record.loss) + "  grad norm " +
-                     number_text(record.grad_norm, 3) + "  " + number_text(tokens_per_second(), 3) +
-                     " tokens/s  ETA " + seconds_text(left);
+  figures_.step = record.step;
+  figures_.doing.clear();
+  figures_.loss = record.loss;
+  figures_.tokens_per_second = seconds_ > 0 ? static_cast<double>(tokens_) / seconds_ : 0;
+  figures_.stall_share = seconds_ > 0 ? stall_seconds_ / seconds_ : 0;
   if (record.exchange_bytes() > 0) {
-    line += "  exchange " + bytes_text(record.exchange_bytes()) + ", " +
-            number_text(record.exchange_exposed_seconds, 2) + " s exposed";
+    figures_.exchange = bytes_text(record.exchange_bytes()) + ", " +
+                        number_text(record.exchange_exposed_seconds, 2) + " s exposed";
   }
-  if (usd) line += "  " + usd_text(static_cast<std::int64_t>(std::llround(*usd * 1e6)));
-  if (terminal_) {
-    std::fprintf(stderr, "\r\033[K%s", line.c_str());
-    shown_ = true;
+  // By the clock: evaluations and checkpoints go on taking their share.
+  const double elapsed = seconds_now() - began_;
+  figures_.seconds_left = elapsed / static_cast<double>(record.step - steps_before_) *
+                          static_cast<double>(figures_.steps_total - record.step);
+  figures_.gpu_hours = money.gpu_hours;
+  figures_.usd = money.usd;
+  figures_.usd_per_second = money.usd_per_second;
+  figures_.usd_budget = money.usd_budget;
+  figures_.gpu_hours_budget = money.gpu_hours_budget;
+  figures_.devices = money.devices;
+  figures_.hours_word = money.hours_word;
+  show(record.step == figures_.steps_total || record.step == steps_before_ + 1);
+}
+
+void RunProgress::doing(const std::string& what) {
+  figures_.doing = what;
+  if (block_.possible() && figures_.step > steps_before_) show(true);
+}
+
+void RunProgress::evaluation(std::int64_t step, const Evaluation& result) {
+  figures_.doing.clear();
+  figures_.held_out_loss = result.loss;
+  figures_.held_out_step = step;
+  say("evaluation after step " + std::to_string(step) + ": loss " + number_text(result.loss) +
+      ", token accuracy " + number_text(100 * result.token_accuracy, 3) + " %");
+}
+
+void RunProgress::show(bool now) {
+  const double time = seconds_now();
+  if (!now && time - last_shown_ < (block_.possible() ? 0.1 : 10)) return;
+  last_shown_ = time;
+  if (block_.possible()) {
+    block_.draw(live_lines(figures_, block_.style()));
   } else {
-    std::fprintf(stderr, "%s\n", line.c_str());
+    std::fprintf(stderr, "%s\n", live_line(figures_).c_str());
   }
-  std::fflush(stderr);
 }
 
 void RunProgress::say(const std::string& text) {
-  clear();
+  block_.clear();
   std::fprintf(stderr, "%s\n", text.c_str());
+  if (block_.possible() && figures_.step > steps_before_) show(true);
 }
 
 }  // namespace tailor

@@ -1,35 +1,44 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string>
 
+#include "tools/live_block.h"
 #include "trainer/trainer.h"
 
 namespace tailor {
 
-/// A run's progress on stderr: one line that overwrites itself on a terminal, elsewhere a plain
-/// line every ten seconds and at the end.
+/// What a run's books know of its cost, for RunProgress.
+struct RunMoney {
+  double gpu_hours = 0;         ///< all attempts
+  std::optional<double> usd{};  ///< all attempts; nothing where no price is known
+  std::optional<double> usd_per_second{};
+  std::optional<double> usd_budget{}, gpu_hours_budget{};
+  double devices = 1;
+  std::string hours_word = "GPU-hours";
+};
+
+/// A run's progress on stderr: a live block on a terminal, elsewhere a plain line every ten seconds
+/// and at the end.
 class RunProgress {
  public:
   RunProgress(std::int64_t steps_total, std::int64_t steps_before);
-  ~RunProgress();
-  RunProgress(const RunProgress&) = delete;
-  RunProgress& operator=(const RunProgress&) = delete;
 
-  /// usd: the run so far, all attempts; null where no price is known.
-  void step(const StepRecord& record, std::optional<double> usd);
-  /// A line of its own, the progress line kept below.
+  void step(const StepRecord& record, const RunMoney& money);
+  /// After a step, what takes time besides training: "evaluating", "saving".
+  void doing(const std::string& what);
+  void evaluation(std::int64_t step, const Evaluation& result);
+  /// A line of its own, the block kept below.
   void say(const std::string& text);
-  double tokens_per_second() const;
 
  private:
-  void clear();
-  std::int64_t steps_total_, steps_before_;
-  bool terminal_, shown_ = false;
-  double last_said_ = 0;
-  double seconds_ = 0;
-  std::int64_t steps_ = 0, tokens_ = 0;
+  void show(bool now);
+  LiveFigures figures_;
+  LiveBlock block_;
+  std::int64_t steps_before_;
+  double began_, last_shown_ = 0;
+  double seconds_ = 0, stall_seconds_ = 0;
+  std::int64_t tokens_ = 0;
 };
 
 }  // namespace tailor

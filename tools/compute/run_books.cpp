@@ -8,6 +8,7 @@
 #include "base/file.h"
 #include "base/launcher.h"
 #include "base/log.h"
+#include "base/memory.h"
 #include "base/text.h"
 
 namespace tailor {
@@ -77,8 +78,26 @@ void RunBooks::open_metrics() {
   }
 }
 
+RunMoney RunBooks::money() const {
+  const SegmentTimer::Spent spent = timer_->spent();
+  RunMoney out;
+  out.gpu_hours = spent.gpu_hours();
+  out.usd = spent.usd();
+  out.devices = devices_;
+  out.hours_word = "device-hours";  // as its ledger has it: the attempt's kind is cpu
+  if (const auto rate = plan_.price.usd_micros_per_device_hour) {
+    out.usd_per_second = static_cast<double>(*rate) * devices_ / 3.6e9;
+  }
+  if (const auto usd = recipe_.budget.usd_micros) {
+    out.usd_budget = static_cast<double>(*usd) / 1e6;
+  }
+  out.gpu_hours_budget = recipe_.budget.gpu_hours;
+  return out;
+}
+
 void RunBooks::step(const StepRecord& record) {
   timer_->step_done({record.step, record.tokens, record.trained_tokens, record.stall_seconds});
+  if (!record.expert_rows.empty()) write_experts(record);
   const bool log_it =
       record.step % recipe_.logging.metrics_every_steps == 0 || record.step == facts_.steps;
   if (!log_it) return;
@@ -98,6 +117,7 @@ void RunBooks::step(const StepRecord& record) {
                      record.exchange_gradient_bytes, record.exchange_seconds,
                      record.exchange_exposed_seconds};
   }
+  line.host_bytes_peak = resident_bytes_peak();
   line.gpu_hours = timer_->spent().gpu_hours();
   line.usd = timer_->spent().usd();
   metrics_->write(line);
@@ -108,6 +128,18 @@ void RunBooks::step(const StepRecord& record) {
   tensorboard_->scalar("train/tokens_per_second", line.tokens_per_second, line.step);
   if (line.usd) tensorboard_->scalar("cost/usd", *line.usd, line.step);
   tensorboard_->flush();
+}
+
+void RunBooks::write_experts(const StepRecord& record) {
+  ExpertMetrics line{record.step, {}};
+  const auto experts =
+      static_cast<std::ptrdiff_t>(record.expert_rows.size() / facts_.moe_layers.size());
+  auto rows = record.expert_rows.begin();
+  for (const int layer : facts_.moe_layers) {
+    line.layers.push_back({layer, {rows, rows + experts}});
+    rows += experts;
+  }
+  metrics_->write(line);
 }
 
 void RunBooks::evaluation(std::int64_t step, const Evaluation& result) {

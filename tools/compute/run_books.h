@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "base/clock.h"
 #include "base/error.h"
@@ -32,6 +33,7 @@ class RunBooks {
     std::string sku;
     std::int64_t first_step = 0, steps = 0;
     std::int64_t began_steady_ms = 0;  ///< when the program began
+    std::vector<int> moe_layers;       ///< those with routed experts
   };
   /// All but `facts` must outlive the books. Begins the attempt, in Phase::load.
   RunBooks(const Recipe& recipe, const Plan& plan, const RunFolder& folder, const RunRanks& ranks,
@@ -40,7 +42,7 @@ class RunBooks {
   /// Before the first line is written, once nothing can go wrong any more but training itself.
   void open_metrics();
   Phase switch_to(Phase phase) { return timer_->switch_to(phase); }
-  std::optional<double> usd() const { return timer_->spent().usd(); }
+  RunMoney money() const;
 
   void step(const StepRecord& record);
   void evaluation(std::int64_t step, const Evaluation& result);
@@ -57,6 +59,7 @@ class RunBooks {
   void fail(const Error& error);
 
  private:
+  void write_experts(const StepRecord& record);
   const Recipe& recipe_;
   const Plan& plan_;
   const RunFolder& folder_;

@@ -307,10 +307,18 @@ class Run {
       if (!ranks_->first()) return;
       write_atomically(folder_->recipe(), resolved_text(file_));
       write_atomically(folder_->plan(), plan_json(plan_).dump(2) + "\n");
-      const RunBooks::Facts facts{resolved_text(file_), data_.digest, sku_,
-                                  first_step_,          steps_,       began_steady_ms_};
+      const RunBooks::Facts facts{resolved_text(file_), data_.digest, sku_, first_step_, steps_,
+                                  began_steady_ms_,     moe_layers()};
       books_ = std::make_unique<RunBooks>(recipe(), plan_, *folder_, *ranks_, clock_, facts);
     });
+  }
+
+  std::vector<int> moe_layers() const {
+    std::vector<int> out;
+    for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
+      if (spec_.layers[l].moe) out.push_back(static_cast<int>(l));
+    }
+    return out;
   }
 
   void load() {
@@ -377,6 +385,9 @@ class Run {
     out.keep = plan_.keep_activations ? Activations::kept : Activations::recomputed;
     if (experts_.on_disk()) out.paged_experts = experts_;
     out.ranks = ranks_->others();
+    // Some thirty samples show where the rows go; every step's counts would outgrow the metrics.
+    constexpr std::int64_t kExpertSamples = 32;
+    out.count_experts_every = (steps_ + kExpertSamples - 1) / kExpertSamples;
     return out;
   }
 
@@ -413,7 +424,7 @@ class Run {
       const StepRecord record = trainer.step(s, s + 1 < steps_ && !evaluates_after(s + 1));
       if (books_) {
         books_->step(record);
-        progress->step(record, books_->usd());
+        progress->step(record, books_->money());
       }
       const std::int64_t done = s + 1;
       if (evaluates_after(done)) evaluate_after(done);
@@ -432,8 +443,10 @@ class Run {
       const bool due = (when.every_steps && done % *when.every_steps == 0) || wanted[2] > 0;
       if (stop || due) {
         ranks_->doing("saving after step " + std::to_string(done));
+        if (progress) progress->doing("saving");
         trainer.flush();
         save(done, trainer.sharded());
+        if (progress) progress->doing("");
         saved_at = seconds_now();
       }
       if (stop) return ending;
@@ -448,6 +461,7 @@ class Run {
   void evaluate_now(std::int64_t step, RunProgress* progress, const Interrupt& interrupt) {
     ranks_->doing("evaluating after step " + std::to_string(step));
     switch_to(Phase::evaluate);
+    if (progress != nullptr) progress->doing("evaluating");
     model_.decoder->set_adapter(adapter_.get());
     const std::int64_t rows =
         std::max<std::int64_t>(1, recipe().training.micro_batch_size) * ranks_->size();
@@ -459,9 +473,7 @@ class Run {
     switch_to(Phase::train);
     if (!done || !books_) return;
     books_->evaluation(step, *done);
-    progress->say("evaluation after step " + std::to_string(step) + ": loss " +
-                  number_text(done->loss) + ", token accuracy " +
-                  number_text(100 * done->token_accuracy, 3) + " %");
+    progress->evaluation(step, *done);
   }
 
   void save(std::int64_t step, ShardedFactors* sharded) {

@@ -74,6 +74,11 @@ int run_runs_report(const RunsReportArguments& arguments) {
   const auto ledger = open_ledger(arguments.ledger, clock);
   const std::string run = require_run(ledger.get(), named_run(ledger.get(), arguments.run));
   const RunReport report = read_report(*ledger, run);
+  if (!arguments.html.empty()) {
+    write_atomically(arguments.html, report_html(report));
+    log_info("wrote " + arguments.html);
+    if (!arguments.json) return 0;
+  }
   if (arguments.json) {
     std::cout << summary_json(report).dump(2) << "\n";
   } else {

@@ -300,6 +300,12 @@ class DecoderOf final : public Decoder {
       input_mark[l + 1] = workspace_.kept.mark();
       x_TD = take_kept(x_TD.sizes());
       feed_forward(layer, layout.micro_batches(), mine, x_TD, keep);
+      if (pass.expert_rows != nullptr && layer.moe) {
+        const std::vector<std::int64_t>& begin = mine.routing.expert_begin;
+        for (std::size_t e = 0; e + 1 < begin.size(); ++e) {
+          pass.expert_rows->push_back(begin[e + 1] - begin[e]);
+        }
+      }
       if (!keep) mine.attention = {};
       // The last layer is the first on the way back.
       if (l + 1 < kept.size()) workspace_.kept.page_out(input_mark[l], input_mark[l + 1]);

@@ -33,6 +33,8 @@ struct TrainPass {
   std::uint64_t seed = 0;
   std::uint64_t step = 0;
   bool another_follows = false;  ///< a pass like this one comes next: weights may be read ahead
+  /// Set: gets the rows that each expert of each layer was given, [moe layers * E].
+  std::vector<std::int64_t>* expert_rows = nullptr;
 };
 
 /// Everything a parity test looks at.

@@ -62,6 +62,34 @@ TEST_F(MetricsTest, what_was_written_is_there_at_once_and_reads_back) {
   EXPECT_TRUE(read_metrics(folder_ / "absent").steps.empty());
 }
 
+TEST_F(MetricsTest, rows_of_experts_are_a_line_of_their_own) {
+  const ExpertMetrics sample{4, {{1, {3, 0, 5}}, {11, {8, 0, 0}}}};
+  EXPECT_EQ(to_line(sample), R"({"step": 4, "expert_rows": {"1": [3, 0, 5], "11": [8, 0, 0]}})");
+  MetricsWriter writer = MetricsWriter::create(path());
+  writer.write(sample);
+  writer.write(step(4));
+  const Metrics metrics = read_metrics(path());
+  EXPECT_EQ(metrics.steps.size(), 1U);
+  ASSERT_EQ(metrics.experts.size(), 1U);
+  ASSERT_EQ(metrics.experts[0].layers.size(), 2U);
+  EXPECT_EQ(metrics.experts[0].layers[1].layer, 11);
+  EXPECT_EQ(metrics.experts[0].layers[1].rows, (std::vector<std::int64_t>{8, 0, 0}));
+  for (const char* other : {"7", "[]", R"({"a": [1]})", R"({"1": 2})", R"({"1": [-1]})"}) {
+    write_atomically(path(), R"({"step": 4, "expert_rows": )" + std::string(other) + "}\n");
+    EXPECT_TRUE(read_metrics(path()).experts.empty()) << other;
+  }
+}
+
+TEST_F(MetricsTest, peak_memory_is_there_where_it_was_measured) {
+  StepMetrics measured = step(1);
+  measured.host_bytes_peak = 1'234'567;
+  EXPECT_EQ(parse_json(to_line(measured), "line")["host_bytes_peak"], 1'234'567);
+  write_atomically(path(), to_line(step(1)) + "\n" + to_line(measured) + "\n");
+  const Metrics metrics = read_metrics(path());
+  EXPECT_FALSE(metrics.steps[0].host_bytes_peak.has_value());
+  EXPECT_EQ(metrics.steps[1].host_bytes_peak, 1'234'567);
+}
+
 TEST_F(MetricsTest, resuming_cuts_back_to_the_checkpoint) {
   {
     MetricsWriter writer = MetricsWriter::create(path());

@@ -4,17 +4,26 @@
 
 #include <cmath>
 
+#include "base/text.h"
 #include "data/runs/chart.h"
 #include "data/runs/listing.h"
+#include "data/runs/report_words.h"
 #include "data/runs/run_folder.h"
 #include "data/runs/segment_timer.h"
+#include "data/runs/table.h"
 #include "tests/data/runs/runs_fixture.h"
+#include "tests/support/page_check.h"
+#include "tests/support/synthetic_run.h"
 
 namespace tailor {
 namespace {
 
 using testing::HasSubstr;
+using testing::IsEmpty;
 using testing::Not;
+using testing_support::PageCheck;
+using testing_support::SteppedClock;
+using testing_support::SyntheticRun;
 
 /// A run of two attempts: the first dies at step 14 with a checkpoint at 10, the second finishes.
 class ReportTest : public RunsTest {
@@ -118,16 +127,101 @@ TEST_F(ReportTest, text_is_a_table) {
   EXPECT_THAT(report_text(report), HasSubstr("USD unknown: no price is known for attempt 2"));
 }
 
-TEST_F(ReportTest, page_is_self_contained_and_escaped) {
+TEST_F(ReportTest, page_is_well_formed_and_loads_nothing) {
   write_report(*ledger_, run_);
   const std::string html = read_text(path_ / "report.html");
+  const PageCheck page(html);
+  EXPECT_THAT(page.problems, IsEmpty());
   EXPECT_THAT(html, HasSubstr("support &lt;lora&gt; &amp; co"));
-  EXPECT_THAT(html, Not(HasSubstr("<lora>")));
-  EXPECT_THAT(html, Not(HasSubstr("<script")));
-  EXPECT_THAT(html, Not(HasSubstr("src=")));
-  EXPECT_THAT(html, Not(HasSubstr("href=")));
-  EXPECT_THAT(html, HasSubstr("<svg"));
-  EXPECT_THAT(html, HasSubstr("tokens per second"));
+  EXPECT_THAT(html, Not(HasSubstr("://")));
+  for (const char* words :
+       {"How it learned", "tokens per second", "Waiting for weights", "Where the GPU-hours went",
+        "Cost over time", "Planned and measured", "Memory and energy", "not measured", "Attempts",
+        "Recipe", "base_model: tiny-moe"}) {
+    EXPECT_THAT(page.text, HasSubstr(words));
+  }
+  for (const char* drawing : {"aria-label=\"Loss\"", "aria-label=\"Speed\"",
+                              "aria-label=\"Cost over time\"", "class=\"mark\"", "class=\"bar\""}) {
+    EXPECT_THAT(html, HasSubstr(drawing));
+  }
+}
+
+// Whatever a name, a recipe, a message or a path holds, it comes out as text.
+TEST_F(ReportTest, strings_of_others_stay_text) {
+  const std::string evil =
+      "</pre></style><script src=\"https://evil.example/x.js\">alert('1')</script>"
+      "<img src=x onerror=\"y()\"> &amp; ]]> --> \x01\x1b[31m \xff\xfe \u202Eabc \"' onload=z";
+  RunReport report = read_report(*ledger_, run_);
+  const auto spoil = [&](std::string& text) { text = evil; };
+  RunFacts& facts = report.record.facts;
+  for (std::string* text : {&facts.name, &facts.project, &facts.output_dir, &facts.base_model,
+                            &facts.recipe_text, &facts.code_version}) {
+    spoil(*text);
+  }
+  for (AttemptRecord& attempt : report.record.attempts) {
+    for (std::string* text :
+         {&attempt.facts.host, &attempt.facts.sku, &attempt.facts.price_id,
+          &attempt.facts.price_kind, &attempt.facts.no_price_reason, &attempt.reason}) {
+      spoil(*text);
+    }
+  }
+  for (ArtifactRecord& artifact : report.record.artifacts) {
+    spoil(artifact.facts.kind);
+    spoil(artifact.facts.path);
+    spoil(artifact.facts.sha256);
+  }
+  for (EventRecord& event : report.record.events) {
+    spoil(event.kind);
+    spoil(event.text);
+  }
+  report.plan["bound"]["value"] = evil;
+  report.metrics.steps.back().stream_bytes = 1;
+  const std::string html = report_html(report);
+  const PageCheck page(html);
+  EXPECT_THAT(page.problems, IsEmpty());
+  EXPECT_THAT(html, HasSubstr("&lt;script src=&quot;https://evil.example"));
+  for (const std::string& text : {report_text(report), details_text(report)}) {
+    EXPECT_THAT(text, Not(HasSubstr("\x1b")));
+    EXPECT_THAT(text, Not(HasSubstr("\u202E")));
+    EXPECT_TRUE(is_utf8(text));
+  }
+}
+
+TEST(PageChecks, find_what_they_look_for) {
+  const auto problems = [](const std::string& body) {
+    return PageCheck("<!DOCTYPE html><html><body>" + body + "</body></html>").problems;
+  };
+  EXPECT_THAT(problems("<p class=\"a\">x &amp; y</p>"), IsEmpty());
+  for (const char* body :
+       {"<script>x</script>", "<p>a & b</p>", "<p>a > b</p>", "<p><b>x</p></b>", "<p>\x01</p>",
+        "<p onclick=\"x\">y</p>", "<a href=\"x\">y</a>", "<img src=\"x\"/>", "<p class=a>y</p>",
+        "<style>@import 'x'</style>", "<p style=\"background:url(x)\">y</p>", "<p>x"}) {
+    EXPECT_THAT(problems(body), Not(IsEmpty())) << body;
+  }
+}
+
+// 58 layers of 256 experts and steps by the ten thousand: the page stays small, a single spike
+// stays seen.
+TEST(LongRun, page_is_small_and_keeps_spikes) {
+  const fs::path folder =
+      fs::path(testing::TempDir()) / ("tailor_long_" + std::to_string(::getpid()));
+  fs::remove_all(folder);
+  SyntheticRun run;
+  run.steps = 1'600;
+  run.step_ms = 100;
+  SteppedClock clock;
+  const std::string id = run.make(folder / "run", (folder / "ledger.db").string(), clock);
+  const auto ledger = Ledger::open((folder / "ledger.db").string(), clock);
+  const RunReport report = write_report(*ledger, id);
+  EXPECT_EQ(report.metrics.steps.size(), 1'600U);
+  EXPECT_EQ(report.metrics.experts.size(), 32U);
+  const std::string html = read_text(folder / "run/report.html");
+  EXPECT_LT(html.size(), 1'500'000U);
+  const PageCheck page(html);
+  EXPECT_THAT(page.problems, IsEmpty());
+  EXPECT_THAT(page.text, HasSubstr("1 value above the axis, the highest 812.5 at step 820."));
+  EXPECT_THAT(page.text, HasSubstr("32 sampled steps"));
+  fs::remove_all(folder);
 }
 
 TEST_F(ReportTest, a_folder_that_is_gone_costs_only_its_part) {
@@ -172,20 +266,58 @@ TEST_F(ReportTest, exported_rows_add_up) {
   EXPECT_THAT(export_csv(ledger_.get()), HasSubstr("\"runpod.io/pricing, 2025-04-01\""));
 }
 
+Chart chart_of(Points points) {
+  Chart chart;
+  chart.title = "t";
+  chart.x_label = "step";
+  chart.series.push_back({.label = "a", .colour = "#000", .points = std::move(points)});
+  return chart;
+}
+
 TEST(Chart, survives_what_runs_give) {
   const double nan = std::nan("");
-  EXPECT_EQ(to_svg({"t", "x", "y", {{"a", "#000", {}, false, false}}, false}), "");
-  EXPECT_EQ(to_svg({"t", "x", "y", {{"a", "#000", {{1, nan}}, false, false}}, false}), "");
+  EXPECT_EQ(to_figure(chart_of({})), "");
+  EXPECT_EQ(to_figure(chart_of({{1, nan}})), "");
   for (const double value : {0.0, 1e-12, 3.0, 1e15, -4.0}) {
-    const std::string svg = to_svg(
-        {"t", "x", "y", {{"a", "#000", {{1, value}, {2, nan}, {3, value}}, false, false}}, false});
+    const std::string svg = to_figure(chart_of({{1, value}, {2, nan}, {3, value}}));
+    EXPECT_THAT(svg, HasSubstr("<svg"));
     EXPECT_THAT(svg, Not(HasSubstr("nan")));
     EXPECT_THAT(svg, Not(HasSubstr("inf")));
   }
-  std::vector<std::pair<double, double>> many;
+}
+
+TEST(Chart, thinning_keeps_every_pixels_lowest_and_highest) {
+  Points many;
   for (int i = 0; i < 100'000; ++i) many.emplace_back(i, std::sin(i));
-  EXPECT_LT(to_svg({"t", "x", "y", {{"a", "#000", many, false, false}}, false}).size(), 40'000U);
-  EXPECT_NEAR(moving_mean(many, 629)[50'000].second, 0, 0.01);
+  const Points smooth = moving_median(many, 629, 401);
+  ASSERT_EQ(smooth.size(), 401U);
+  EXPECT_EQ(smooth.front(), many.front());
+  EXPECT_EQ(smooth.back(), many.back());
+  EXPECT_NEAR(smooth[200].second, 0, 0.01);
+  EXPECT_EQ(moving_median({{1, 5}, {2, 900}, {3, 7}}, 3, 9), (Points{{1, 5}, {2, 7}, {3, 7}}));
+  const std::string plain = to_figure(chart_of(many));
+  EXPECT_LT(plain.size(), 60'000U);
+  // One point in 100,000 reaches the top of the drawing, at the same place in both.
+  many[51'203].second = 40;
+  Chart chart = chart_of(many);
+  const std::string spiked = to_figure(chart);
+  EXPECT_THAT(spiked, HasSubstr(" 30L"));  // y of the upper end
+  chart.may_cut = true;
+  const std::string cut = to_figure(chart);
+  EXPECT_THAT(cut, HasSubstr("1 value above the axis, the highest 40.00 at step 51,203."));
+  EXPECT_THAT(cut, HasSubstr("l4 6h-8z"));
+  EXPECT_THAT(spiked, Not(HasSubstr("above the axis")));
+}
+
+TEST(Text, is_shown_as_one_line_without_controls) {
+  EXPECT_EQ(visible_text("a\nb\tc"), "a b c");
+  EXPECT_EQ(visible_text("\x1b[2J\xc2\x9b"
+                         "31m"),
+            "\uFFFD[2J\uFFFD"
+            "31m");
+  EXPECT_EQ(visible_text("caf\u00e9 \xe9"), "caf\u00e9 \uFFFD");
+  EXPECT_EQ(sparkline({1, 1, 9, 1}, 2), "\u2581\u2588");
+  EXPECT_EQ(sparkline({}, 5), "");
 }
 
 }  // namespace
