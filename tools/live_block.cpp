@@ -149,7 +149,9 @@ std::vector<std::string> live_lines(const LiveFigures& figures, const LiveStyle&
       {"step " + count_text(figures.step) + "/" + count_text(figures.steps_total), "1"},
       {fixed_percent(share)}};
   std::string right = figures.doing;
-  if (figures.seconds_left) {
+  if (right.empty() && figures.step == figures.steps_total) {
+    right = "done";
+  } else if (figures.seconds_left) {
     right += (right.empty() ? "ETA " : ", ETA ") + seconds_text(*figures.seconds_left);
   }
   // The bar takes what the others leave of the first line.

@@ -1,5 +1,6 @@
 // Report of a long run: 100,000 steps in four attempts, 58 layers of 256 experts.
 //   build/release/bin/bench_report FOLDER [steps]
+// FOLDER is best in memory (/dev/shm/NAME): making the ledger waits for thousands of fsyncs.
 // Makes the run in FOLDER (once), then reads ledger and folder and writes the report, five times.
 
 #include <algorithm>

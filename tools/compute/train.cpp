@@ -454,6 +454,7 @@ class Run {
         if (progress) progress->doing("saving");
         trainer.flush();
         save(done, trainer.sharded());
+        if (progress) progress->doing("");
         saved_at = seconds_now();
       }
       if (stop) return ending;

@@ -17,6 +17,7 @@ namespace {
 
 using testing::Contains;
 using testing::ElementsAre;
+using testing::EndsWith;
 using testing::HasSubstr;
 using testing::Not;
 using testing::StartsWith;
@@ -66,6 +67,11 @@ TEST(LiveBlock, says_where_a_run_stands_and_what_it_will_cost) {
   LiveFigures nearly = figures();
   nearly.step = 9'999;
   EXPECT_THAT(live_lines(nearly, {100, false, true})[0], HasSubstr("99.9 %"));
+  nearly.step = 10'000;
+  nearly.seconds_left = 0;
+  EXPECT_THAT(live_lines(nearly, {100, false, true})[0], EndsWith("   done"));
+  nearly.doing = "saving";
+  EXPECT_THAT(live_lines(nearly, {100, false, true})[0], HasSubstr("   saving, ETA 0.0 s"));
 }
 
 TEST(LiveBlock, every_line_is_narrower_than_the_terminal) {

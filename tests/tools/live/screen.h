@@ -16,7 +16,10 @@ class Screen {
 
   void resize(std::size_t columns) { columns_ = columns; }
 
-  void feed(std::string_view text) {
+  /// May end inside a control sequence.
+  void feed(std::string_view more) {
+    const std::string text = pending_ + std::string(more);
+    pending_.clear();
     for (std::size_t i = 0; i < text.size(); ++i) {
       if (text[i] == '\r') {
         // Of the row on the screen; behind a full row the cursor still belongs to it.
@@ -27,8 +30,11 @@ class Screen {
         if (line_ == lines_.size()) lines_.emplace_back();
       } else if (text[i] == '\033') {
         const std::size_t end = text.find_first_of("AJKm", i);
-        control(text.substr(i, end - i), end == std::string_view::npos ? ' ' : text[end]);
-        if (end == std::string_view::npos) return;
+        if (end == std::string::npos) {
+          pending_ = text.substr(i);
+          return;
+        }
+        control(text.substr(i, end - i), text[end]);
         i = end;
       } else {
         put(text[i]);
@@ -92,6 +98,7 @@ class Screen {
   std::size_t columns_;
   std::vector<std::vector<std::string>> lines_ = std::vector<std::vector<std::string>>(1);
   std::size_t line_ = 0, column_ = 0;
+  std::string pending_;
 };
 
 }  // namespace tailor::testing_support
