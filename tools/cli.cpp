@@ -181,9 +181,6 @@ class CommandLine {
             "--on", plan.own.on,
             "Machine profiles to compare, by commas: a100-40gb,4xh100; auto is this machine")
         ->type_name("NAMES");
-    plan.app.add_flag("--probe", plan.own.probe,
-                      "Measure this machine's disk, memory and compute for some seconds, with "
-                      "layers like the recipe's, and plan with that");
     plan.app.add_flag("--explain", plan.own.explain, "Show the working of every figure");
     plan.app.add_flag(
         "--data", plan.own.data,

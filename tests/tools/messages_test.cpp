@@ -84,7 +84,6 @@ INSTANTIATE_TEST_SUITE_P(
         CommandLineCase{"plan_machine_misspelt", {"plan", "maverick-a100", "--on", "a100-40bg"}},
         CommandLineCase{"plan_machine_unclear", {"plan", "maverick-a100", "--on", "4xh100,a100"}},
         CommandLineCase{"plan_machine_empty", {"plan", "maverick-a100", "--on", "4xh100,"}},
-        CommandLineCase{"plan_probe_elsewhere", {"plan", "maverick-a100", "--probe"}},
         CommandLineCase{"plan_second_recipe", {"plan", "maverick-a100", "r1-4xh10"}},
         CommandLineCase{"no_runs", {"runs", "report"}},
         CommandLineCase{"no_such_run", {"runs", "show", "nothing"}},
