@@ -82,10 +82,9 @@ struct DataStats {
 
 /// A measured speed that replaces the machine profile's assumption.
 struct Calibration {
-  double gflops = 0;          ///< what a training step reaches on the CPU, over all cores
-  std::string source;         ///< "measured on this machine on 2026-11-23"
-  bool disturbed = false;     ///< others used the machine meanwhile
-  bool dequantising = false;  ///< those steps unpacked their weights: the speed has it in
+  double gflops = 0;       ///< what a training step reaches on the CPU, over all cores
+  std::string source;      ///< "measured on this machine on 2026-11-23"
+  bool disturbed = false;  ///< others used the machine meanwhile
 };
 
 /// What a run needs and costs, before anything loads.

@@ -239,8 +239,7 @@ void Planner::add_cpu_time(bool keep, double value_bytes) {
   const double compute = flops.total() * computed / (gflops * 1e9);
   forward_seconds_per_token_ =
       (flops.forward_other + flops.forward_expert + flops.head) / (gflops * 1e9);
-  const bool counted = measured && extras_.calibration->dequantising;
-  const double unpacked = counted ? 0 : dequantise_bytes(value_bytes);
+  const double unpacked = dequantise_bytes(value_bytes);
   const double dequantise = 2 * unpacked / machine_.memory_bytes_per_second;
   const double busy = compute + dequantise;
   const double weights = base_.all();

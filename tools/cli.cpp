@@ -810,48 +810,6 @@ class CommandLine {
     with_json(out);
   }
 
-  void add_merge() {
-    auto out = verb<MergeArguments>(
-        app_, "merge", "Add adapters to their base: a model that any server can serve",
-        "tailor merge --base models/smollm2-maverick --adapter runs/demo-maverick/adapter --out "
-        "merged");
-    out.app.add_option("--base", out.own.base, "The model's folder, or a repository in the cache")
-        ->type_name("MODEL");
-    out.app.add_option("--adapter", out.own.adapters, "PEFT folder; several are added up")
-        ->type_name("DIR");
-    out.app
-        .add_option("--weight", out.own.weights,
-                    "What each adapter's change is multiplied by, in their order; 1 without it")
-        ->type_name("X");
-    out.app.add_option("--out", out.own.out, "Folder of the merged model, a new one")
-        ->type_name("DIR");
-    out.app
-        .add_option("--dtype", out.own.dtype,
-                    "as_base: the base's own format, quantised again where it is; else all "
-                    "weights as bfloat16 or float32")
-        ->check(one_of("--dtype", {"as_base", "bfloat16", "float32"}))
-        ->type_name("NAME")
-        ->capture_default_str();
-    out.app
-        .add_option("--onto", out.own.onto,
-                    "For adapters trained on a quantised base: original, the weights of --base; "
-                    "trained, the dequantised ones, --base being the store")
-        ->check(one_of("--onto", {"original", "trained"}))
-        ->type_name("NAME");
-    out.app.add_option("--max-ram", out.own.max_ram, "Memory it may use")
-        ->type_name("BYTES")
-        ->capture_default_str();
-    out.app.add_option("--threads", out.own.threads, "Pieces in flight; 0: twice the cores")
-        ->check(not_below("--threads", 0))
-        ->type_name("N");
-    out.app
-        .add_option("--verify", out.own.verify,
-                    "Compare a merged folder with its receipt, and with --base and --adapter "
-                    "where they are given")
-        ->type_name("DIR");
-    with_json(out);
-  }
-
   void add_runs() {
     CLI::App& runs = group("runs", "What ran, how it ended and what it cost", "tailor runs ls");
     auto list = verb<RunsListArguments>(runs, "ls", "All runs, newest first", "tailor runs ls");
@@ -931,19 +889,6 @@ class CommandLine {
         app_, "calibrate",
         "Measure what a training step reaches on this machine, for `tailor plan`",
         "tailor calibrate");
-    calibrate.app.add_option(
-        "RECIPE", calibrate.own.recipe,
-        "Measure steps of some layers of this recipe's model; nothing is kept");
-    calibrate.app.add_option("key=value", calibrate.own.overrides, kOverrides)->type_name("");
-    calibrate.app
-        .add_option("--tokens", calibrate.own.tokens, "With RECIPE: tokens of a step; full rows")
-        ->type_name("N")
-        ->check(not_below("--tokens", 1));
-    calibrate.app
-        .add_option("--document-tokens", calibrate.own.document_tokens,
-                    "With RECIPE: tokens of a document; a row's")
-        ->type_name("N")
-        ->check(not_below("--document-tokens", 2));
     with_json(calibrate);
   }
 

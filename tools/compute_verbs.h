@@ -105,10 +105,6 @@ struct ExpertsScanArguments {
 int run_experts_scan(const ExpertsScanArguments& arguments);
 
 struct CalibrateArguments {
-  std::string recipe;                  ///< empty: the machine as such
-  std::vector<std::string> overrides;  ///< key=value, of the recipe
-  std::int64_t tokens = 0;             ///< of a step; 0: full rows
-  std::int64_t document_tokens = 0;    ///< of a document; 0: a row
   bool json = false;
 };
 /// Measures training steps and bare matrix products for a few seconds and writes

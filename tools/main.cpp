@@ -77,7 +77,6 @@ int run(const Command& command, char** argv) {
           [](const AdapterInspectArguments& arguments) { return run_adapter_inspect(arguments); },
           [](const AdapterExportArguments& arguments) { return run_adapter_export(arguments); },
           [](const MergeArguments& arguments) { return run_merge(arguments); },
-          [](const AdapterExportArguments& arguments) { return run_adapter_export(arguments); },
           [](const RunsListArguments& arguments) { return run_runs_list(arguments); },
           [](const RunsShowArguments& arguments) { return run_runs_show(arguments); },
           [](const RunsReportArguments& arguments) { return run_runs_report(arguments); },

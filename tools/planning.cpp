@@ -96,7 +96,7 @@ std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& m
   const bool wide = recipe.compute.dtype == ComputeType::float32;
   return Calibration{wide ? found->gflops_float32 : found->gflops_bfloat16,
                      "measured on this machine on " + found->measured,
-                     found->busy_share > kBusyShare, false};
+                     found->busy_share > kBusyShare};
 }
 
 PriceBook price_books() {
@@ -133,12 +133,7 @@ PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<Da
   PlannedRecipe out{recipe_machine(recipe), {}};
   PlanExtras extras;
   extras.data = data;
-  if (const auto& probe = choices.probe) {
-    out.machine.disk_bytes_per_second = probe->disk_bytes_per_second;
-    extras.calibration = Calibration{probe->gflops, probe->source, probe->disturbed, true};
-  } else {
-    extras.calibration = calibration_of(recipe, out.machine, choices.measure);
-  }
+  extras.calibration = calibration_of(recipe, out.machine, choices.measure);
   extras.at_unix_ms = RealClock().unix_ms();
   extras.oracle_assumptions = choices.oracle_assumptions;
   if (!recipe.machine.profile) {  // of other machines nothing is known

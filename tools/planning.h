@@ -44,19 +44,11 @@ struct PlannedRecipe {
   Machine machine;
   Plan plan;
 };
-/// What was measured on this machine for one recipe (tools/probe.h).
-struct MachineProbe {
-  double gflops = 0;                 ///< of a step of this recipe's layers, dequantising included
-  double disk_bytes_per_second = 0;  ///< reads past the page cache
-  std::string source;
-  bool disturbed = false;
-};
 
 struct PlanChoices {
   Measure measure = Measure::never;
   bool oracle_assumptions = false;
   bool advice = false;  ///< Plan::advice as well
-  std::optional<MachineProbe> probe;
 };
 PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<DataStats>& data,
                           const PlanChoices& choices);

@@ -43,7 +43,6 @@ struct PlanArguments {
   bool data = false;                   ///< tokenise the data if need be, whatever its size
   bool oracle_assumptions = false;     ///< leave out where our step departs from the oracle
   std::string on;                      ///< machine profiles to compare, by commas
-  bool probe = false;                  ///< measure this machine and plan with that
   bool json = false;
 };
 int run_plan(const PlanArguments& arguments);
@@ -155,17 +154,6 @@ struct MergeArguments {
   bool json = false;
 };
 int run_merge(const MergeArguments& arguments);
-
-struct AdapterExportArguments {
-  std::string adapter;
-  std::string to;                 ///< the folder, which may not be there
-  std::string target;             ///< vllm, sglang, peft or peft@VERSION
-  std::string base;               ///< the model; empty: the one the adapter names
-  std::string dtype = "float32";  ///< or bfloat16
-  bool uniform_rank = false;      ///< for PEFT
-  bool json = false;
-};
-int run_adapter_export(const AdapterExportArguments& arguments);
 
 struct RunsListArguments {
   std::string by;      ///< day, model, user, project; empty: a row for each run

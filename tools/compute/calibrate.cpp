@@ -16,7 +16,6 @@
 #include "base/text.h"
 #include "recipes/model_facts.h"
 #include "recipes/step_cost.h"
-#include "tools/compute/calibrate_recipe.h"
 #include "tools/compute/setup.h"
 #include "tools/compute_verbs.h"
 #include "tools/planning.h"
@@ -139,26 +138,10 @@ bool quiet_before() {
   return before && before->busy_share <= kBusyShare;
 }
 
-int calibrate_for(const CalibrateArguments& arguments, double busy_before) {
-  Json out = calibrate_recipe(arguments);
-  out["busy_share"] = std::max(busy_before, busy_share());
-  if (arguments.json) {
-    std::printf("%s\n", out.dump().c_str());
-    return 0;
-  }
-  std::printf("a step of %s tokens takes %s, %s GFLOP/s (%s)\n",
-              count_text(out["tokens"].get<std::int64_t>()).c_str(),
-              seconds_text(out["step_seconds"].get<double>()).c_str(),
-              number_text(out["gflops"].get<double>(), 3).c_str(),
-              out["source"].get<std::string>().c_str());
-  return 0;
-}
-
 }  // namespace
 
 int run_calibrate(const CalibrateArguments& arguments) {
   const double busy_before = busy_share();
-  if (!arguments.recipe.empty()) return calibrate_for(arguments, busy_before);
   const bool json = arguments.json;
   const int threads = set_threads(0);
   const double product_bf16 = product_gflops(at::kBFloat16),

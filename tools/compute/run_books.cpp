@@ -234,18 +234,6 @@ void RunBooks::write_experts(const StepRecord& record) {
   metrics_->write(line);
 }
 
-void RunBooks::write_experts(const StepRecord& record) {
-  ExpertMetrics line{record.step, {}};
-  const auto experts =
-      static_cast<std::ptrdiff_t>(record.expert_rows.size() / facts_.moe_layers.size());
-  auto rows = record.expert_rows.begin();
-  for (const int layer : facts_.moe_layers) {
-    line.layers.push_back({layer, {rows, rows + experts}});
-    rows += experts;
-  }
-  metrics_->write(line);
-}
-
 void RunBooks::evaluation(std::int64_t step, const Evaluation& result) {
   EvalMetrics line;
   line.step = step;

@@ -6,7 +6,6 @@
 #include "base/text.h"
 #include "tools/plan_words.h"
 #include "tools/planning.h"
-#include "tools/probe.h"
 #include "tools/table.h"
 #include "tools/terminal.h"
 #include "tools/verbs.h"
@@ -150,7 +149,6 @@ int run_plan(const PlanArguments& arguments) {
       choices.measure = Measure::once;
       choices.oracle_assumptions = arguments.oracle_assumptions;
       choices.advice = !several;
-      if (arguments.probe) choices.probe = probe(on, data);
       ComparedPlan plan{on.file.recipe.name, "", on.file.recipe.machine.ranks,
                         plan_recipe(on, data, choices), on.notes};
       plan.machine = plan.planned.machine.name;

@@ -272,14 +272,6 @@ Chart chart_of(Points points) {
   return chart;
 }
 
-Chart chart_of(Points points) {
-  Chart chart;
-  chart.title = "t";
-  chart.x_label = "step";
-  chart.series.push_back({.label = "a", .colour = "#000", .points = std::move(points)});
-  return chart;
-}
-
 TEST(Chart, survives_what_runs_give) {
   const double nan = std::nan("");
   EXPECT_EQ(to_figure(chart_of({})), "");
