@@ -86,8 +86,8 @@ struct Choices<StateHome> {
 };
 template <>
 struct Choices<BudgetAction> {
-  static constexpr std::array<std::pair<std::string_view, BudgetAction>, 1> kWords = {
-      {{"checkpoint_stop", BudgetAction::checkpoint_stop}}};
+  static constexpr std::array<std::pair<std::string_view, BudgetAction>, 2> kWords = {
+      {{"checkpoint_stop", BudgetAction::checkpoint_stop}, {"warn", BudgetAction::warn}}};
 };
 
 /// The word a recipe writes for `value`: "as_is", "auto", ...

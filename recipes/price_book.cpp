@@ -170,6 +170,7 @@ PriceBook PriceBook::read_text(std::string_view text, const std::string& name) {
     } else {
       for (const YamlNode& row : rows->items) {
         book.prices_.push_back(read_row(row, problems));
+        book.prices_.back().book = name;
         places.push_back(row.place);
       }
     }
@@ -195,6 +196,39 @@ PriceBook PriceBook::read_text(std::string_view text, const std::string& name) {
   return book;
 }
 
+PriceBook PriceBook::join(const std::vector<PriceBook>& books) {
+  if (books.size() == 1) return books.front();
+  PriceBook out;
+  std::string digests;
+  std::string problems;
+  int count = 0;
+  for (const PriceBook& book : books) {
+    for (const Price& price : book.prices_) {
+      for (const Price& other : out.prices_) {
+        const bool same_id = price.id == other.id;
+        if (other.book == price.book || (!same_id && !overlap(price, other))) continue;
+        ++count;
+        problems += (problems.empty() ? "" : "\n") + price.id + " of " + price.book +
+                    (same_id ? " is an id of " : " overlaps with " + other.id + " of ") +
+                    other.book;
+      }
+    }
+    out.prices_.insert(out.prices_.end(), book.prices_.begin(), book.prices_.end());
+    out.name_ += (out.name_.empty() ? "" : ", ") + book.name_;
+    digests += book.sha256_;
+  }
+  if (count > 0) {
+    throw Error(Fault::bad_file,
+                {"price books contradict each other in " + std::to_string(count) +
+                     (count == 1 ? " price" : " prices"),
+                 problems,
+                 "Give your prices ids and a provider of your own (provider: my-company); the "
+                 "automatic choice prefers your book."});
+  }
+  out.sha256_ = sha256_hex(digests);
+  return out;
+}
+
 const Price* PriceBook::find(std::string_view id) const {
   for (const Price& price : prices_) {
     if (price.id == id) return &price;
@@ -210,6 +244,26 @@ std::vector<const Price*> PriceBook::find_sku(std::string_view sku, std::int64_t
   }
   return found;
 }
+
+namespace {
+
+/// What comes closest: the days on which the SKU has prices, or SKUs of almost that name.
+std::string near_price(const PriceBook& book, const std::string& sku) {
+  std::vector<std::string> skus;
+  std::string days;
+  for (const Price& price : book.prices()) {
+    if (price.unit != "gpu_hour") continue;
+    skus.push_back(price.sku);
+    if (price.sku != sku) continue;
+    days += (days.empty() ? " (it has one from " : ", from ") + day_text(price.from_ms);
+    if (price.to_ms) days += " until " + day_text(*price.to_ms);
+  }
+  if (!days.empty()) return days + ")";
+  const std::string near = nearest_name(sku, skus);
+  return near.empty() ? "" : " (the nearest is '" + near + "')";
+}
+
+}  // namespace
 
 PriceQuote quote(const PriceBook& book, const PriceChoice& choice, const std::string& sku,
                  const std::string& tier, std::int64_t unix_ms) {
@@ -255,7 +309,7 @@ PriceQuote quote(const PriceBook& book, const PriceChoice& choice, const std::st
   PriceQuote none;
   none.reason = sku.empty() ? "the machine has no SKU to find a price by; set cost.price"
                             : "no price for sku '" + sku + "' on " + day_text(unix_ms) +
-                                  " in the price book; set cost.price";
+                                  " in the price book" + near_price(book, sku) + "; set cost.price";
   return none;
 }
 

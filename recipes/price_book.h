@@ -25,6 +25,7 @@ struct Price {
   std::optional<std::int64_t> to_ms;  ///< first one it does not hold; null: still in force
   std::int64_t step_s = 1;            ///< billing goes by whole steps of this many seconds
   std::string source;                 ///< where the amount was read
+  std::string book{};                 ///< the file it stands in
 
   bool in_force(std::int64_t unix_ms) const {
     return unix_ms >= from_ms && (!to_ms || unix_ms < *to_ms);
@@ -43,9 +44,13 @@ class PriceBook {
   /// impossible dates, periods of the same product that overlap.
   static PriceBook read(const fs::path& path);
   static PriceBook read_text(std::string_view text, const std::string& name);
+  /// Several books as one; of prices that would do equally, those of an earlier book come first.
+  /// Throws Error{bad_file} also where they share an id, or periods of the same product overlap.
+  static PriceBook join(const std::vector<PriceBook>& books);
 
   const std::vector<Price>& prices() const noexcept { return prices_; }
-  const std::string& sha256() const noexcept { return sha256_; }  ///< of the file
+  const std::string& sha256() const noexcept { return sha256_; }  ///< of the file, or of all
+  const std::string& name() const noexcept { return name_; }      ///< of the file, or the files
   const Price* find(std::string_view id) const;
 
   /// Device-hour prices of `sku` in force at `unix_ms`, in the book's order.

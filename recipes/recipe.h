@@ -26,7 +26,7 @@ enum class BaseFormat { as_is, int4, nf4, fp8, bf16 };
 enum class ActivationHome { automatic, device, host, disk };
 /// Where what is trained of the routed experts lives.
 enum class StateHome { automatic, memory, disk };
-enum class BudgetAction { checkpoint_stop };
+enum class BudgetAction { checkpoint_stop, warn };
 
 /// What LoRA is put on. Groups by the part of the model, and modules by their PEFT name.
 struct LoraTargets {

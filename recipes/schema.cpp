@@ -666,7 +666,8 @@ std::vector<RecipeKey> make_keys() {
           "Share of the budget at which a warning comes."),
       choice_key<BudgetAction>(
           "budget.action", [](R& r) -> BudgetAction& { return r.budget.action; },
-          "What happens when the budget is reached."),
+          "What happens when the budget is reached, and at the start where the plan exceeds it. "
+          "checkpoint_stop: the start is refused, the run is saved and stopped. warn: it goes on."),
 
       integer_or_key<std::int64_t>(
           "checkpoint.every_steps",

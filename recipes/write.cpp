@@ -2,31 +2,10 @@
 
 #include <algorithm>
 
+#include "base/url.h"
 #include "recipes/schema.h"
 
 namespace tailor {
-
-std::string without_password(const std::string& address) {
-  const std::size_t scheme = address.find("://");
-  if (scheme == std::string::npos) return address;
-  const std::size_t begin = scheme + 3;
-  const std::size_t end = std::min(address.find_first_of("/?#", begin), address.size());
-  const std::size_t at = address.rfind('@', end);
-  std::string out = address;
-  if (at != std::string::npos && at >= begin && at < end) {
-    const std::size_t colon = address.find(':', begin);
-    if (colon < at) out.replace(colon + 1, at - colon - 1, "***");
-  }
-  for (const std::string field : {"password=", "sslpassword="}) {
-    for (std::size_t found = out.find(field); found != std::string::npos;) {
-      const std::size_t value = found + field.size();
-      const std::size_t stop = std::min(out.find_first_of("&#", value), out.size());
-      out.replace(value, stop - value, "***");
-      found = out.find(field, value);
-    }
-  }
-  return out;
-}
 
 std::string resolved_text(const RecipeFile& file) {
   Recipe shown = file.recipe;

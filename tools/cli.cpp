@@ -13,6 +13,8 @@ namespace {
 
 constexpr const char* kJson = "One JSON document on stdout, everything else on stderr";
 constexpr const char* kRecipe = "Recipe file, or the name of a shipped one (tailor recipe ls)";
+constexpr const char* kOverBudget =
+    "Start although the plan exceeds the budget; stopped in time all the same";
 constexpr const char* kOverrides = "key=value with dotted keys, as training.max_steps=20";
 constexpr const char* kLedger = "Ledger file instead of the default one (tailor doctor names it)";
 
@@ -196,6 +198,7 @@ class CommandLine {
     with_recipe(train);
     train.app.add_flag("--resume", train.own.resume,
                        "Go on from the newest good checkpoint; afresh where there is none");
+    train.app.add_flag("--over-budget", train.own.over_budget, kOverBudget);
     with_json(train);
   }
 
@@ -218,6 +221,7 @@ class CommandLine {
     local.app.add_option("key=value", train.overrides, kOverrides)->type_name("");
     local.app.add_flag("--resume", train.resume,
                        "Go on from the newest good checkpoint; afresh where there is none");
+    local.app.add_flag("--over-budget", train.over_budget, kOverBudget);
     local.app
         .add_option("--nodes", local.own.nodes,
                     "Machines that share the ranks, each of which runs this; PET_NNODES, else 1")
@@ -726,6 +730,9 @@ class CommandLine {
   void add_runs() {
     CLI::App& runs = group("runs", "What ran, how it ended and what it cost", "tailor runs ls");
     auto list = verb<RunsListArguments>(runs, "ls", "All runs, newest first", "tailor runs ls");
+    list.app.add_option("--by", list.own.by, "Costs added up by day (UTC), model, user or project")
+        ->check(one_of("--by", {"day", "model", "user", "project"}))
+        ->type_name("WHAT");
     with_ledger(list);
     with_json(list);
     auto show = verb<RunsShowArguments>(runs, "show", "One run with its attempts, files and events",
@@ -752,6 +759,23 @@ class CommandLine {
         ->type_name("FILE");
     with_ledger(out);
     out.app.add_flag("--json", out.own.json, "The same as --format json");
+    auto replay = verb<RunsReplayArguments>(
+        runs, "replay", "Give the ledger what a run's journal kept while it was away",
+        "tailor runs replay runs/demo-maverick");
+    replay.app.add_option("FOLDER", replay.own.folder, "The run's folder")->required();
+    with_ledger(replay);
+    with_json(replay);
+    auto budget = verb<RunsBudgetArguments>(
+        runs, "budget", "The budget that a project's runs share: show it, or set it",
+        "tailor runs budget team-a --usd 150 --gpu-hours 60");
+    budget.app.add_option("PROJECT", budget.own.project, "cost.project of the recipes")->required();
+    budget.app.add_option("--usd", budget.own.usd, "Dollars all runs of the project may cost")
+        ->type_name("AMOUNT");
+    budget.app.add_option("--gpu-hours", budget.own.gpu_hours, "Device hours that they may hold")
+        ->type_name("N");
+    budget.app.add_flag("--none", budget.own.none, "No budget any more");
+    with_ledger(budget);
+    with_json(budget);
   }
 
   void add_prices() {
@@ -764,7 +788,8 @@ class CommandLine {
     auto check = verb<PricesCheckArguments>(
         prices, "check", "Check a price book, and that the shipped recipes find their price",
         "tailor prices check");
-    check.app.add_option("FILE", check.own.file, "Price book; the shipped one without it");
+    check.app.add_option("FILE", check.own.file,
+                         "Price book; the shipped one with yours without it");
     with_json(check);
   }
 

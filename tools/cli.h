@@ -20,10 +20,10 @@ using Command =
                  DataTokenizeArguments, ModelInspectArguments, ModelPackArguments,
                  ModelVerifyArguments, ModelSynthesiseArguments, ModelExportArguments,
                  AdapterInspectArguments, MergeArguments, RunsListArguments, RunsShowArguments,
-                 RunsReportArguments, RunsExportArguments, PricesListArguments,
-                 PricesCheckArguments, DoctorArguments, TrainArguments, LaunchLocalArguments,
-                 LaunchJobArguments, LaunchStatusArguments, EvalArguments, GenerateArguments,
-                 ExpertsScanArguments, CalibrateArguments>;
+                 RunsReportArguments, RunsExportArguments, RunsReplayArguments, RunsBudgetArguments,
+                 PricesListArguments, PricesCheckArguments, DoctorArguments, TrainArguments,
+                 LaunchLocalArguments, LaunchJobArguments, LaunchStatusArguments, EvalArguments,
+                 GenerateArguments, ExpertsScanArguments, CalibrateArguments>;
 
 /// Reads a command line. Throws Error{usage} in three parts, naming the nearest verb or flag.
 Command parse_command_line(int argc, const char* const* argv);

@@ -16,6 +16,7 @@ struct TrainArguments {
   std::string recipe;                  ///< path, or the name of a shipped recipe
   std::vector<std::string> overrides;  ///< key=value
   bool resume = false;
+  bool over_budget = false;  ///< start although the plan exceeds the budget
   bool json = false;
 };
 int run_train(const TrainArguments& arguments);

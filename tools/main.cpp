@@ -79,6 +79,8 @@ int run(const Command& command, char** argv) {
           [](const RunsShowArguments& arguments) { return run_runs_show(arguments); },
           [](const RunsReportArguments& arguments) { return run_runs_report(arguments); },
           [](const RunsExportArguments& arguments) { return run_runs_export(arguments); },
+          [](const RunsReplayArguments& arguments) { return run_runs_replay(arguments); },
+          [](const RunsBudgetArguments& arguments) { return run_runs_budget(arguments); },
           [](const PricesListArguments& arguments) { return run_prices_list(arguments); },
           [](const PricesCheckArguments& arguments) { return run_prices_check(arguments); },
           [](const DoctorArguments& arguments) { return run_doctor(arguments); },

@@ -33,4 +33,14 @@ fs::path recipes_folder() {
   return own_program().parent_path().parent_path() / "share/tailor/recipes";
 }
 
+fs::path config_folder() {
+  const auto set = [](const char* name) -> fs::path {
+    const char* value = std::getenv(name);
+    return value != nullptr ? value : "";
+  };
+  if (!set("TAILOR_CONFIG").empty()) return set("TAILOR_CONFIG");
+  if (!set("XDG_CONFIG_HOME").empty()) return set("XDG_CONFIG_HOME") / "tailor";
+  return set("HOME") / ".config/tailor";
+}
+
 }  // namespace tailor

@@ -15,4 +15,8 @@ fs::path sibling_program(const std::string& name);
 /// this program was built from, else ../share/tailor/recipes beside the program.
 fs::path recipes_folder();
 
+/// The user's settings (price books): $TAILOR_CONFIG, else $XDG_CONFIG_HOME/tailor, else
+/// ~/.config/tailor.
+fs::path config_folder();
+
 }  // namespace tailor

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 
@@ -98,6 +99,24 @@ std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& m
                      found->busy_share > kBusyShare, false};
 }
 
+PriceBook price_books() {
+  std::vector<fs::path> paths;
+  const fs::path own = config_folder();
+  std::error_code error;
+  if (fs::exists(own / "prices.yaml", error)) paths.push_back(own / "prices.yaml");
+  std::vector<fs::path> more;
+  for (fs::directory_iterator it(own / "prices", error), end; !error && it != end;
+       it.increment(error)) {
+    if (it->path().extension() == ".yaml") more.push_back(it->path());
+  }
+  std::sort(more.begin(), more.end());
+  paths.insert(paths.end(), more.begin(), more.end());
+  paths.push_back(recipes_folder() / "prices.yaml");
+  std::vector<PriceBook> books;
+  for (const fs::path& path : paths) books.push_back(PriceBook::read(path));
+  return PriceBook::join(books);
+}
+
 Machine recipe_machine(const Recipe& recipe) {
   return recipe.machine.profile
              ? find_machine(*recipe.machine.profile, recipes_folder() / "machines")
@@ -105,8 +124,7 @@ Machine recipe_machine(const Recipe& recipe) {
 }
 
 PriceQuote recipe_price(const Recipe& recipe, const Machine& machine) {
-  return quote(PriceBook::read(recipes_folder() / "prices.yaml"), recipe.cost.price, machine.sku,
-               machine.tier, RealClock().unix_ms());
+  return quote(price_books(), recipe.cost.price, machine.sku, machine.tier, RealClock().unix_ms());
 }
 
 PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<DataStats>& data,
@@ -127,7 +145,7 @@ PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<Da
     extras.weights_here = has_weights(recipe.base_model);
     extras.store_here = !recipe_store(recipe).empty();
   }
-  const PriceBook prices = PriceBook::read(recipes_folder() / "prices.yaml");
+  const PriceBook prices = price_books();
   out.plan = make_plan(recipe, resolved.facts, out.machine, prices, extras);
   if (choices.advice) {
     out.plan.advice = advise(recipe, resolved.facts, out.machine, prices, extras, out.plan);

@@ -30,6 +30,10 @@ enum class Measure { once, never };
 std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& machine,
                                           Measure measure);
 
+/// The user's price books (prices.yaml and prices/*.yaml of the config folder), then the shipped
+/// one.
+PriceBook price_books();
+
 /// The machine the recipe names, or this one.
 Machine recipe_machine(const Recipe& recipe);
 

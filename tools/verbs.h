@@ -139,6 +139,7 @@ struct MergeArguments {
 int run_merge(const MergeArguments& arguments);
 
 struct RunsListArguments {
+  std::string by;      ///< day, model, user, project; empty: a row for each run
   std::string ledger;  ///< empty: the default one
   bool json = false;
 };
@@ -157,6 +158,19 @@ struct RunsExportArguments {
   std::string ledger;
   bool json = false;  ///< as format json
 };
+struct RunsReplayArguments {
+  std::string folder, ledger;
+  bool json = false;
+};
+struct RunsBudgetArguments {
+  std::string project;
+  std::string usd, gpu_hours;  ///< decimals; empty: stays as it is
+  bool none = false;
+  std::string ledger;
+  bool json = false;
+};
+int run_runs_replay(const RunsReplayArguments& arguments);
+int run_runs_budget(const RunsBudgetArguments& arguments);
 int run_runs_list(const RunsListArguments& arguments);
 int run_runs_show(const RunsShowArguments& arguments);
 int run_runs_report(const RunsReportArguments& arguments);

@@ -47,6 +47,7 @@ struct RunFacts {
   std::string run{};  ///< identifier to use (RunFolder makes one); empty: a new one
   std::string name{};
   std::string project{};     ///< costs are added up by it; may be empty
+  std::string owner{};       ///< the user that began it; empty where not known
   std::string output_dir{};  ///< absolute path of the run's folder
   std::string base_model{};
   std::string base_sha256{};  ///< empty where not known
@@ -77,6 +78,9 @@ struct AttemptFacts {
   std::string price_id{};      ///< "runpod/h100-80gb-sxm/on-demand/2025-04-01"
   std::string price_kind{};    ///< on-demand, spot, reserved, owned, recipe
   std::string price_source{};  ///< where it was read and when
+
+  /// What the plan says is still to come when the attempt begins; null: not known.
+  std::optional<std::int64_t> planned_device_ms{}, planned_usd_micros{};
 
   std::int64_t resumed_from_step = 0;  ///< 0: from the beginning
   std::int64_t held_ms_before = 0;  ///< device time held before this call, booked as Phase::start
@@ -187,8 +191,37 @@ RunTotals total(const RunRecord& record);
 /// The same of one attempt; `attempts` is then 1, and USD is null only where this one has no price.
 RunTotals total(const RunRecord& record, int attempt);
 
+/// A budget that all runs of a project share.
+struct ProjectBudget {
+  std::optional<std::int64_t> usd_micros_limit{}, device_ms_limit{};  ///< null: no limit
+  std::string set_by{};
+  std::int64_t set_unix_ms = 0;
+};
+
+/// What all runs of a project have used, as far as it is written down, and who goes on using it.
+struct ProjectSpending {
+  struct Running {
+    AttemptId attempt;
+    int devices = 1;
+    std::optional<std::int64_t> usd_micros_per_device_hour{};
+    std::optional<std::int64_t> planned_device_ms{}, planned_usd_micros{};
+    std::int64_t device_ms = 0, usd_micros = 0;  ///< of this attempt, among the sums
+    std::int64_t heartbeat_unix_ms = 0;
+  };
+  std::int64_t device_ms = 0;
+  std::int64_t usd_micros = 0;  ///< of the attempts that have a price
+  bool unpriced = false;        ///< some attempt has none
+  std::vector<Running> running;
+};
+
 /// How often time is written down at least; what a kill -9 can leave unaccounted.
 constexpr std::int64_t kHeartbeatMs = 15'000;
+
+struct LedgerEntry;
+
+struct LedgerOptions {
+  int patience_ms = 30'000;  ///< how long another writer, or the server, is waited for
+};
 
 /// Append-only record of runs: attempts, device time by cause at a frozen price, artifacts, events.
 /// Shared by all runs of a user or a team; any number of processes and threads may write at once.
@@ -198,12 +231,16 @@ class Ledger {
  public:
   virtual ~Ledger() = default;
 
-  /// Opens the ledger at `place`, a file path; creates file and parents on first use. Throws
-  /// Error{usage} for a newer schema or an unsupported kind of place, Error{bad_file} for a file
-  /// that is no ledger, Error{io}.
-  static std::unique_ptr<Ledger> open(const std::string& place, const Clock& clock);
-  /// As open, but null where there is no file: to look things up without leaving traces.
+  /// Opens the ledger at `place`: the path of an SQLite file, or postgresql://USER@HOST/DATABASE.
+  /// Makes file, parents and tables on first use. Throws Error{usage} for a newer schema or an
+  /// unsupported kind of place, Error{bad_file} for a database that is no ledger, Error{io}.
+  static std::unique_ptr<Ledger> open(const std::string& place, const Clock& clock,
+                                      const LedgerOptions& options = {});
+  /// As open, but null where there is no file, or no table: to look things up without leaving
+  /// traces.
   static std::unique_ptr<Ledger> open_existing(const std::string& place, const Clock& clock);
+  /// As open, in memory: gone with the object.
+  static std::unique_ptr<Ledger> in_memory(const Clock& clock);
   /// data_folder() / "ledger.db".
   static std::string default_place();
 
@@ -224,6 +261,14 @@ class Ledger {
   virtual void artifact_deleted(const AttemptId& attempt, const std::string& path) = 0;
   virtual void event(const AttemptId& attempt, std::optional<std::int64_t> step,
                      const std::string& kind, const std::string& text) = 0;
+  /// Any of the above as a value; a numbered one is taken once. The attempt it was about.
+  virtual AttemptId apply(const LedgerEntry& entry) = 0;
+
+  /// The newest one set, or null.
+  virtual std::optional<ProjectBudget> budget(const std::string& project) const = 0;
+  /// Of `budget`, the moment is the ledger's own. Earlier ones are kept, for who asks.
+  virtual void set_budget(const std::string& project, const ProjectBudget& budget) = 0;
+  virtual ProjectSpending spending(const std::string& project) const = 0;
 
   /// Identifiers, newest first.
   virtual std::vector<std::string> runs() const = 0;
@@ -237,6 +282,7 @@ class Ledger {
 
   RunTotals totals(const std::string& run) const { return total(read(run)); }
   virtual const Clock& clock() const = 0;
+  /// A path, or an address without its password.
   virtual std::string place() const = 0;
 };
 

@@ -108,6 +108,9 @@ Json run_document(const RunReport& report) {
   out["trained_tokens"] = report.totals.trained_tokens;
   out["useful_tokens"] = report.totals.useful_tokens;
   out["useful_trained_tokens"] = report.totals.useful_trained_tokens;
+  out["energy_kwh"] = report.totals.energy_mj
+                          ? Json(static_cast<double>(*report.totals.energy_mj) / 3.6e9)
+                          : Json();  // not measured
   out["phases"] = phases_json(report.totals);
   out["attempt_list"] = Json::array();
   for (const AttemptRecord& attempt : record.attempts) {

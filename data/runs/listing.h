@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 
@@ -28,7 +29,13 @@ std::string require_run(const Ledger* ledger, std::string_view what);
 std::string export_csv(const Ledger* ledger);
 /// All runs as `runs show --json` gives them, in an array.
 Json export_json(const Ledger* ledger);
-/// Rows in FOCUS 1.0 (FinOps Open Cost and Usage Specification), one for each attempt and phase.
-std::string export_focus_csv(const Ledger* ledger);
+/// FOCUS 1.0 (FinOps Open Cost and Usage Specification), all its columns: a row for each run,
+/// attempt, phase and day (UTC), so that months add up. FOCUS has no unknown costs: what has no
+/// price is left out, and counted.
+struct FocusExport {
+  std::string csv;
+  std::int64_t unpriced_device_ms = 0;
+};
+FocusExport export_focus(const Ledger* ledger);
 
 }  // namespace tailor

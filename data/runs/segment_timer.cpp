@@ -12,8 +12,8 @@
 namespace tailor {
 
 SegmentTimer::SegmentTimer(Ledger& ledger, AttemptId attempt, Phase phase, Heartbeats heartbeats,
-                           std::optional<std::int64_t> begun_steady_ms)
-    : ledger_(ledger), attempt_(std::move(attempt)), phase_(phase) {
+                           std::optional<std::int64_t> begun_steady_ms, Extras extras)
+    : ledger_(ledger), attempt_(std::move(attempt)), phase_(phase), extras_(std::move(extras)) {
   const std::int64_t now = ledger_.clock().steady_ms();
   since_ms_ = std::min(now, begun_steady_ms.value_or(now));
   written_at_ms_ = now;
@@ -89,7 +89,9 @@ void SegmentTimer::tick() {
   bool due = false;
   {
     const std::lock_guard guard(mutex_);
-    due = !finished_ && ledger_.clock().steady_ms() - written_at_ms_ >= kHeartbeatMs;
+    // A step does not wait for the ledger where a thread can.
+    due = !finished_ && !thread_.joinable() &&
+          ledger_.clock().steady_ms() - written_at_ms_ >= kHeartbeatMs;
   }
   if (due) write_or_keep();
 }
@@ -120,6 +122,14 @@ SegmentTimer::Spent SegmentTimer::spent() const {
   return spent;
 }
 
+void SegmentTimer::spent_before_at_least(const Spent& before) {
+  const std::lock_guard guard(mutex_);
+  prior_device_ms_ = std::max(prior_device_ms_, before.device_ms);
+  if (before.usd_micros && prior_usd_micros_) {
+    prior_usd_micros_ = std::max(*prior_usd_micros_, *before.usd_micros);
+  }
+}
+
 std::optional<double> SegmentTimer::Spent::usd() const {
   if (!usd_micros.has_value()) return std::nullopt;
   return static_cast<double>(*usd_micros) / static_cast<double>(kMicrosPerUsd);
@@ -147,11 +157,12 @@ void SegmentTimer::write() {
     account();
     open.swap(pending_);
   }
+  share_energy(open);
   std::vector<SegmentFacts> rows;
   for (const Open& one : open) {
     SegmentFacts facts = one.facts;
     facts.ms -= one.stall_ms;
-    if (facts.ms > 0 || facts.steps > 0) rows.push_back(facts);
+    if (facts.ms > 0 || facts.steps > 0 || facts.energy_mj) rows.push_back(facts);
     if (one.stall_ms > 0) {
       rows.push_back({.phase = Phase::stall, .ms = one.stall_ms, .step = facts.step});
     }
@@ -165,6 +176,27 @@ void SegmentTimer::write() {
   }
   const std::lock_guard guard(mutex_);
   written_at_ms_ = ledger_.clock().steady_ms();
+}
+
+/// What was taken up since the last time, over the stretches it was for.
+void SegmentTimer::share_energy(std::vector<Open>& open) {
+  const auto millijoules = extras_.energy.take_millijoules();
+  if (!millijoules) return;
+  energy_carry_mj_ += *millijoules;
+  std::int64_t all_ms = 0;
+  for (const Open& one : open) all_ms += one.facts.ms;
+  if (all_ms == 0) return;  // for the next stretch
+  __extension__ using Wide = __int128;
+  std::int64_t until_ms = 0;
+  std::int64_t given = 0;
+  for (Open& one : open) {
+    until_ms += one.facts.ms;
+    const auto until =
+        static_cast<std::int64_t>(static_cast<Wide>(energy_carry_mj_) * until_ms / all_ms);
+    one.facts.energy_mj = one.facts.energy_mj.value_or(0) + until - given;
+    given = until;
+  }
+  energy_carry_mj_ = 0;
 }
 
 /// As write(), but a ledger that cannot be written to for now does not stop the training: the time
@@ -199,15 +231,16 @@ void SegmentTimer::beat() {
   while (true) {
     {
       std::unique_lock lock(mutex_);
-      if (wake_.wait_for(lock, std::chrono::milliseconds(kHeartbeatMs),
-                         [this] { return stopping_; })) {
+      constexpr std::int64_t kRoundMs = kHeartbeatMs / 3;
+      if (wake_.wait_for(lock, std::chrono::milliseconds(kRoundMs), [this] { return stopping_; })) {
         return;
       }
-      // Where the caller wrote not long ago, its next call or the next round is soon enough.
-      if (ledger_.clock().steady_ms() - written_at_ms_ < kHeartbeatMs / 2) continue;
+      // Where the next round comes too late, now.
+      if (ledger_.clock().steady_ms() - written_at_ms_ < kHeartbeatMs - kRoundMs) continue;
     }
     try {
       write_or_keep();
+      if (extras_.after_heartbeat) extras_.after_heartbeat();
     } catch (...) {
       const std::lock_guard guard(mutex_);
       error_ = std::current_exception();

@@ -3,15 +3,22 @@
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "data/runs/energy.h"
 #include "data/runs/ledger.h"
 
 namespace tailor {
+
+struct SegmentTimerExtras {
+  std::function<void()> after_heartbeat{};  ///< called by the heartbeat thread after each round
+  EnergyMeter energy{};  ///< asked whenever time is written down; shared out by time
+};
 
 /// Books an attempt's time: from construction to finish() every millisecond belongs to exactly one
 /// phase. Writes to the ledger at least every 15 s (a thread sees to it when the caller is busy),
@@ -28,6 +35,7 @@ namespace tailor {
 class SegmentTimer {
  public:
   enum class Heartbeats { thread, by_hand };
+  using Extras = SegmentTimerExtras;
   struct StepDone {
     std::int64_t step = 0;
     std::int64_t tokens = 0;
@@ -46,7 +54,7 @@ class SegmentTimer {
   /// now (ledger.clock().steady_ms()), so that its start-up is booked on `phase`.
   SegmentTimer(Ledger& ledger, AttemptId attempt, Phase phase,
                Heartbeats heartbeats = Heartbeats::thread,
-               std::optional<std::int64_t> begun_steady_ms = std::nullopt);
+               std::optional<std::int64_t> begun_steady_ms = std::nullopt, Extras extras = {});
   SegmentTimer(const SegmentTimer&) = delete;
   SegmentTimer& operator=(const SegmentTimer&) = delete;
   /// Writes what is left, ignoring failures; the attempt stays open unless finish() was called.
@@ -64,6 +72,9 @@ class SegmentTimer {
   void finish(RunStatus status, int exit_code, const std::string& reason);
 
   Spent spent() const;
+  /// What earlier attempts are known to have spent from elsewhere; counts where it is more than the
+  /// ledger knew when this one began.
+  void spent_before_at_least(const Spent& before);
   const AttemptId& attempt() const noexcept { return attempt_; }
 
  private:
@@ -76,6 +87,7 @@ class SegmentTimer {
   void account();
   void write();
   void write_or_keep();
+  void share_energy(std::vector<Open>& open);
   void rethrow();
   void stop_thread();
   void beat();
@@ -97,9 +109,11 @@ class SegmentTimer {
   std::int64_t own_ms_ = 0;  ///< of this attempt, pending_ included
   std::vector<Open> pending_;
   double stall_carry_ms_ = 0;
+  std::int64_t energy_carry_mj_ = 0;
   bool finished_ = false;
   bool stopping_ = false;
   std::exception_ptr error_;
+  Extras extras_;
   std::thread thread_;
 };
 

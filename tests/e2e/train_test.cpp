@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "tests/e2e/train_program.h"
+#include "tests/support/postgres_server.h"
 
 namespace tailor {
 namespace {
@@ -188,11 +189,62 @@ TEST_F(TrainProgram, a_diverging_run_ends_with_70_and_keeps_its_books) {
 }
 
 TEST_F(TrainProgram, the_budget_stops_a_run_at_a_checkpoint) {
-  const Finished done = run({"train", recipe(), "budget.gpu_hours=0.0000001"});
+  const Finished refused = run({"train", recipe(), "budget.gpu_hours=0.0000001"});
+  EXPECT_EQ(refused.code, 76) << refused.err;
+  EXPECT_NE(refused.err.find("error: the plan exceeds the run's budget: "), std::string::npos)
+      << refused.err;
+  EXPECT_FALSE(fs::exists(work_ / "run"));
+  const Finished done = run({"train", recipe(), "budget.gpu_hours=0.0000001", "--over-budget"});
   EXPECT_EQ(done.code, 76) << done.err;
   EXPECT_TRUE(fs::exists(work_ / "run/checkpoints/step-00000001/manifest.json"));
   const Finished more = run({"train", recipe(), "--resume"});
   EXPECT_EQ(more.code, 0) << more.err;
+}
+
+TEST_F(TrainProgram, a_run_on_postgresql_leaves_no_password_anywhere_and_outlives_its_server) {
+  if (const std::string missing = PostgresServer::missing(); !missing.empty()) {
+    GTEST_SKIP() << missing;
+  }
+  PostgresServer server;
+  server.make_database("team");
+  const std::string place = server.address("team", "tailor:hunter2");
+  const std::string ledger = "cost.ledger=" + place;
+  Finished done = run({"train", recipe(), ledger, "cost.project=p"});
+  ASSERT_EQ(done.code, 0) << done.err;
+  for (const auto& entry : fs::recursive_directory_iterator(work_)) {
+    if (!entry.is_regular_file() || entry.path().extension() == ".db") continue;
+    EXPECT_EQ(read_text(entry.path()).find("hunter2"), std::string::npos) << entry.path();
+  }
+  const Finished listed = run({"runs", "ls", "--json", "--ledger", place});
+  ASSERT_EQ(listed.code, 0) << listed.err;
+  ASSERT_EQ(parse_json(listed.out, "stdout").size(), 1U);
+
+  // A run that goes on finds the server gone, and the ledger learns of it later.
+  done = run({"train", recipe(), ledger, "output_dir=" + (work_ / "other").string(),
+              "budget.gpu_hours=0.0000001", "--over-budget"});
+  ASSERT_EQ(done.code, 76) << done.err;
+  EXPECT_EQ((done.out + done.err).find("hunter2"), std::string::npos) << done.err;
+  server.stop();
+  const std::vector<std::string> go_on = {"train", recipe(), ledger,
+                                          "output_dir=" + (work_ / "other").string(), "--resume"};
+  done = run(go_on);
+  EXPECT_EQ(done.code, 0) << done.err;
+  EXPECT_NE(done.err.find("the ledger cannot be written, the run goes on"), std::string::npos);
+  EXPECT_EQ((done.out + done.err).find("hunter2"), std::string::npos) << done.err;
+  EXPECT_EQ(losses(work_ / "other").size(), 12U);
+  EXPECT_EQ(run({"train", recipe(), ledger, "output_dir=" + (work_ / "new").string()}).code, 74);
+  server.start();
+  const Finished replayed =
+      run({"runs", "replay", (work_ / "other").string(), "--ledger", place, "--json"});
+  ASSERT_EQ(replayed.code, 0) << replayed.err;
+  EXPECT_EQ(parse_json(replayed.out, "stdout").at("journals"), 1);
+  const Finished shown =
+      run({"runs", "show", (work_ / "other").string(), "--json", "--ledger", place});
+  ASSERT_EQ(shown.code, 0) << shown.err;
+  const Json record = parse_json(shown.out, "stdout");
+  EXPECT_EQ(record.at("attempts"), 2);
+  EXPECT_EQ(record.at("status"), "succeeded");
+  EXPECT_EQ(record.at("steps"), 12);
 }
 
 }  // namespace

@@ -81,6 +81,40 @@ TEST(PriceBook, splits_a_node_price_over_its_devices) {
   EXPECT_EQ(quote(book, {}, "s", "", *date_ms("2026-03-01")).usd_micros_per_device_hour, 1'190'000);
 }
 
+TEST(PriceBook, joined_with_the_users_prefers_theirs_and_refuses_contradictions) {
+  const std::int64_t day = *date_ms("2026-03-05");
+  const PriceBook ours =
+      PriceBook::read_text(kHead + row("shipped", "\"2.00\"", "from: 2026-01-01"), "ours.yaml");
+  const std::string mine =
+      "{id: mine, provider: me, sku: x, tier: spot, unit: gpu_hour, price: "
+      "\"1.50\", from: 2026-02-01, source: s}";
+  const PriceBook theirs = PriceBook::read_text(kHead + "  - " + mine + "\n", "mine.yaml");
+  const std::string sku = ours.prices()[0].sku;
+  EXPECT_EQ(PriceBook::join({theirs, ours}).find("mine")->book, "mine.yaml");
+  EXPECT_EQ(PriceBook::join({theirs, ours}).prices().size(), 2U);
+  EXPECT_NE(PriceBook::join({theirs, ours}).sha256(), ours.sha256());
+  EXPECT_EQ(quote(PriceBook::join({theirs, ours}), {}, "x", "spot", day).id, "mine");
+  try {
+    PriceBook::join({ours, PriceBook::read_text(
+                               kHead + row("other", "\"3.00\"", "from: 2026-02-01") +
+                                   row("shipped", "\"3.00\"", "from: 2025-01-01, to: 2025-02-01"),
+                               "mine.yaml")});
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.fault(), Fault::bad_file);
+    EXPECT_EQ(error.parts().what, "price books contradict each other in 2 prices");
+    EXPECT_NE(error.parts().where.find("other of mine.yaml overlaps with shipped of ours.yaml"),
+              std::string::npos);
+    EXPECT_NE(error.parts().where.find("shipped of mine.yaml is an id of ours.yaml"),
+              std::string::npos);
+  }
+  // Why there is no price: almost that name, or other days.
+  EXPECT_NE(quote(theirs, {}, "y", "spot", day).reason.find("the nearest is 'x'"),
+            std::string::npos);
+  EXPECT_NE(quote(ours, {}, sku, "spot", *date_ms("2025-03-05")).reason.find("from 2026-01-01"),
+            std::string::npos);
+}
+
 TEST(PriceBook, refuses_overlaps_duplicates_and_loose_amounts) {
   EXPECT_THAT(error_of(kHead + row("a", "\"1\"", "from: 2026-01-01") +
                        row("b", "\"2\"", "from: 2026-02-01")),

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/text.h"
+#include "base/url.h"
 #include "recipes/choices.h"
 #include "recipes/plan.h"
 #include "recipes/read.h"
@@ -153,7 +154,7 @@ TEST(ResolvedRecipe, names_origins_and_hides_passwords) {
   const std::string text = resolved_text(file);
   EXPECT_THAT(text, testing::HasSubstr("# override training.max_steps=20"));
   EXPECT_THAT(text, testing::HasSubstr("# least.yaml:1"));
-  EXPECT_THAT(text, testing::HasSubstr("postgresql://me:***@h/db"));
+  EXPECT_THAT(text, testing::HasSubstr("postgresql://me@h/db"));
   EXPECT_THAT(text, testing::Not(testing::HasSubstr("secret")));
 }
 
@@ -334,9 +335,11 @@ TEST(ReadRecipe, never_fails_otherwise_than_with_a_usage_error) {
       const std::string written = resolved_text(file);
       const Recipe again = read_recipe_text(written, "least.yaml").recipe;
       // A password that an edit made of an address is not written.
-      if (written.find("***") == std::string::npos) {
-        EXPECT_EQ(again, file.recipe) << text;
+      Recipe expected = file.recipe;
+      for (auto* address : {&expected.cost.ledger, &expected.logging.mlflow}) {
+        if (*address) *address = without_password(**address);
       }
+      EXPECT_EQ(again, expected) << text;
     } catch (const Error& error) {
       EXPECT_EQ(error.exit_code(), 2);
       EXPECT_TRUE(is_utf8(to_text(error))) << to_text(error);

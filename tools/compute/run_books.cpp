@@ -1,14 +1,19 @@
 #include "tools/compute/run_books.h"
 
+#include <pwd.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 #include "base/file.h"
 #include "base/launcher.h"
 #include "base/log.h"
 #include "base/text.h"
+#include "base/units.h"
+#include "base/url.h"
+#include "recipes/schema.h"
 
 namespace tailor {
 namespace {
@@ -18,7 +23,48 @@ std::string host_name() {
   return ::gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "unknown";
 }
 
+std::string user_name() {
+  const passwd* user = ::getpwuid(::geteuid());
+  return user != nullptr ? user->pw_name : std::to_string(::geteuid());
+}
+
+std::string ledger_place(const Recipe& recipe) {
+  return recipe.cost.ledger.value_or(Ledger::default_place());
+}
+
+BudgetLimits own_limits(const BudgetRecipe& budget) {
+  BudgetLimits limits{budget.usd_micros, std::nullopt};
+  if (budget.gpu_hours) limits.device_ms = std::llround(*budget.gpu_hours * 3.6e6);
+  return limits;
+}
+
+/// The plan's share for the steps that are still to come.
+PlannedUse planned_use(const Plan& plan, std::int64_t first_step, std::int64_t steps) {
+  PlannedUse out;
+  const double share =
+      steps > 0 ? static_cast<double>(steps - first_step) / static_cast<double>(steps) : 0;
+  if (plan.gpu_hours.value) out.device_ms = std::llround(*plan.gpu_hours.value * share * 3.6e6);
+  if (plan.usd.value) {
+    out.usd_micros = std::llround(*plan.usd.value * share * static_cast<double>(kMicrosPerUsd));
+  }
+  return out;
+}
+
 }  // namespace
+
+void refuse_plan_over_budget(const Recipe& recipe, const Plan& plan, const std::string& run,
+                             std::int64_t first_step, std::int64_t steps, const Clock& clock) {
+  if (recipe.budget.action == BudgetAction::warn) return;
+  std::unique_ptr<Ledger> ledger;
+  try {
+    ledger = Ledger::open_existing(ledger_place(recipe), clock);
+  } catch (const Error& error) {
+    if (error.fault() != Fault::io && error.fault() != Fault::bad_file) throw;
+  }
+  if (!ledger) ledger = Ledger::in_memory(clock);
+  refuse_over_budget(*ledger, run, recipe.cost.project.value_or(""), own_limits(recipe.budget),
+                     planned_use(plan, first_step, steps));
+}
 
 RunBooks::RunBooks(const Recipe& recipe, const Plan& plan, const RunFolder& folder,
                    const RunRanks& ranks, const Clock& clock, const Facts& facts)
@@ -27,12 +73,15 @@ RunBooks::RunBooks(const Recipe& recipe, const Plan& plan, const RunFolder& fold
       folder_(folder),
       facts_(facts),
       devices_(ranks.size()),
-      ledger_(Ledger::open(recipe.cost.ledger.value_or(Ledger::default_place()), clock)),
+      ledger_(std::make_unique<JournaledLedger>(
+          ledger_place(recipe), folder.path(), clock,
+          folder.resumed() ? JournaledLedger::Start::wait : JournaledLedger::Start::refuse)),
       clock_(clock) {
   RunFacts run;
   run.run = folder.run();
   run.name = recipe.name;
   run.project = recipe.cost.project.value_or("");
+  run.owner = user_name();
   run.output_dir = folder.path();
   run.base_model = recipe.base_model;
   run.dataset_sha256 = facts.dataset_sha256;
@@ -40,10 +89,9 @@ RunBooks::RunBooks(const Recipe& recipe, const Plan& plan, const RunFolder& fold
   run.recipe_sha256 = sha256_hex(facts.recipe_text);
   run.code_version = TAILOR_VERSION;
   run.seed = recipe.seed;
-  run.usd_micros_limit = recipe.budget.usd_micros;
-  if (recipe.budget.gpu_hours) {
-    run.device_ms_limit = static_cast<std::int64_t>(*recipe.budget.gpu_hours * 3.6e6);
-  }
+  const BudgetLimits limits = own_limits(recipe.budget);
+  run.usd_micros_limit = limits.usd_micros;
+  run.device_ms_limit = limits.device_ms;
   ledger_->begin_run(run);
   AttemptFacts attempt;
   const Launcher launcher = read_launcher();
@@ -61,15 +109,43 @@ RunBooks::RunBooks(const Recipe& recipe, const Plan& plan, const RunFolder& fold
   attempt.price_kind = plan.price.kind;
   attempt.price_source = plan.price.source;
   attempt.resumed_from_step = facts.first_step;
+  const PlannedUse planned = planned_use(plan, facts.first_step, facts.steps);
+  attempt.planned_device_ms = planned.device_ms;
+  attempt.planned_usd_micros = planned.usd_micros;
   attempt_ = ledger_->begin_attempt(folder.run(), attempt);
+  if (facts.over_budget) {
+    ledger_->event(attempt_, std::nullopt, "budget_overridden",
+                   "started with --over-budget: the plan may exceed the budget");
+  }
+  budget_ = std::make_unique<BudgetWatch>(
+      *ledger_, attempt_,
+      BudgetWatch::Options{limits, recipe.budget.warn, run.project, devices_,
+                           plan.price.usd_micros_per_device_hour, facts.first_step, facts.steps});
+  SegmentTimer::Extras extras;
+  extras.after_heartbeat = [this] { budget_->refresh(); };
+  // The first rank sees its own machine: half of a sum is no sum.
+  if (ranks.nodes() == 1) extras.energy = EnergyMeter::rapl();
   timer_ = std::make_unique<SegmentTimer>(*ledger_, attempt_, Phase::load,
-                                          SegmentTimer::Heartbeats::thread, facts.began_steady_ms);
+                                          SegmentTimer::Heartbeats::thread, facts.began_steady_ms,
+                                          std::move(extras));
+  if (folder.resumed() && !ledger_->connected()) count_earlier_attempts();
+}
+
+/// While the ledger is away, what earlier attempts spent is known from the metrics' last line.
+void RunBooks::count_earlier_attempts() {
+  const Metrics metrics = read_metrics(folder_.metrics());
+  if (metrics.steps.empty()) return;
+  const StepMetrics& last = metrics.steps.back();
+  SegmentTimer::Spent before{std::llround(last.gpu_hours * 3.6e6), std::nullopt};
+  if (last.usd) before.usd_micros = std::llround(*last.usd * static_cast<double>(kMicrosPerUsd));
+  timer_->spent_before_at_least(before);
 }
 
 void RunBooks::open_metrics() {
   metrics_ = std::make_unique<MetricsWriter>(
       folder_.resumed() ? MetricsWriter::resume(folder_.metrics(), facts_.first_step)
                         : MetricsWriter::create(folder_.metrics()));
+  if (recipe_.logging.mlflow) open_mlflow();
   if (!recipe_.logging.tensorboard) return;
   tensorboard_ = std::make_unique<TensorboardWriter>(folder_.path(), clock_, facts_.first_step);
   if (facts_.first_step == 0) {
@@ -101,13 +177,29 @@ void RunBooks::step(const StepRecord& record) {
   line.gpu_hours = timer_->spent().gpu_hours();
   line.usd = timer_->spent().usd();
   metrics_->write(line);
-  if (!tensorboard_) return;
-  tensorboard_->scalar("train/loss", line.loss, line.step);
-  tensorboard_->scalar("train/learning_rate", line.learning_rate, line.step);
-  tensorboard_->scalar("train/grad_norm", line.grad_norm, line.step);
-  tensorboard_->scalar("train/tokens_per_second", line.tokens_per_second, line.step);
-  if (line.usd) tensorboard_->scalar("cost/usd", *line.usd, line.step);
-  tensorboard_->flush();
+  scalar("train/loss", line.loss, line.step);
+  scalar("train/learning_rate", line.learning_rate, line.step);
+  scalar("train/grad_norm", line.grad_norm, line.step);
+  scalar("train/tokens_per_second", line.tokens_per_second, line.step);
+  if (line.usd) scalar("cost/usd", *line.usd, line.step);
+  if (tensorboard_) tensorboard_->flush();
+}
+
+void RunBooks::scalar(const std::string& name, double value, std::int64_t step) {
+  if (tensorboard_) tensorboard_->scalar(name, value, step);
+  if (mlflow_) mlflow_->metric(name, value, step);
+}
+
+void RunBooks::open_mlflow() {
+  MlflowSink::Options options;
+  options.address = *recipe_.logging.mlflow;
+  options.experiment = recipe_.cost.project.value_or("tailor");
+  options.name = recipe_.name;
+  options.run = folder_.run();
+  for (const RecipeKey& key : recipe_keys()) {
+    options.params[key.path] = without_password(key.write(recipe_));
+  }
+  mlflow_ = std::make_unique<MlflowSink>(std::move(options), clock_);
 }
 
 void RunBooks::evaluation(std::int64_t step, const Evaluation& result) {
@@ -119,10 +211,9 @@ void RunBooks::evaluation(std::int64_t step, const Evaluation& result) {
   line.gpu_hours = timer_->spent().gpu_hours();
   line.usd = timer_->spent().usd();
   metrics_->write(line);
-  if (!tensorboard_) return;
-  tensorboard_->scalar("eval/loss", result.loss, step);
-  tensorboard_->scalar("eval/token_accuracy", result.token_accuracy, step);
-  tensorboard_->flush();
+  scalar("eval/loss", result.loss, step);
+  scalar("eval/token_accuracy", result.token_accuracy, step);
+  if (tensorboard_) tensorboard_->flush();
 }
 
 void RunBooks::checkpoint(const SavedCheckpoint& saved, double seconds) {
@@ -131,26 +222,15 @@ void RunBooks::checkpoint(const SavedCheckpoint& saved, double seconds) {
                     {"checkpoint", saved.folder.string(), saved.step, saved.bytes, saved.sha256});
 }
 
-bool RunBooks::over_budget(RunProgress& progress) {
-  const BudgetRecipe& budget = recipe_.budget;
-  if (!budget.usd_micros && !budget.gpu_hours) return false;
-  const SegmentTimer::Spent spent = timer_->spent();
-  double share = 0;
-  const double reserve_hours = devices_ * (checkpoint_seconds_ + 2) / 3600;
-  const double hours = spent.gpu_hours() + reserve_hours;
-  if (budget.gpu_hours) share = std::max(share, hours / *budget.gpu_hours);
-  if (budget.usd_micros && spent.usd_micros) {
-    const double rate = static_cast<double>(plan_.price.usd_micros_per_device_hour.value_or(0));
-    share = std::max(share, (static_cast<double>(*spent.usd_micros) + reserve_hours * rate) /
-                                static_cast<double>(*budget.usd_micros));
+bool RunBooks::over_budget(std::int64_t step, RunProgress& progress) {
+  constexpr double kLeavingSeconds = 2;
+  const BudgetWatch::Verdict verdict =
+      budget_->after_step(timer_->spent(), step, checkpoint_seconds_ + kLeavingSeconds);
+  if (!verdict.event.empty()) {
+    progress.say("warning: " + verdict.say);
+    ledger_->event(attempt_, step, verdict.event, verdict.say);
   }
-  if (share >= budget.warn && !warned_of_budget_) {
-    warned_of_budget_ = true;
-    progress.say("warning: " + number_text(100 * share, 3) + " % of the budget is spent");
-    ledger_->event(attempt_, std::nullopt, "budget_warning",
-                   number_text(100 * share, 3) + " % spent");
-  }
-  return share >= 1;
+  return verdict.stop && recipe_.budget.action == BudgetAction::checkpoint_stop;
 }
 
 void RunBooks::adapter(const fs::path& file, std::int64_t step) {
@@ -160,6 +240,11 @@ void RunBooks::adapter(const fs::path& file, std::int64_t step) {
 
 RunReport RunBooks::finish(RunStatus status, int exit_code, const std::string& reason) {
   timer_->finish(status, exit_code, reason);
+  if (mlflow_) {
+    mlflow_->finish(status == RunStatus::succeeded ? "FINISHED"
+                    : status == RunStatus::failed  ? "FAILED"
+                                                   : "KILLED");
+  }
   return write_report(*ledger_, folder_.run());
 }
 

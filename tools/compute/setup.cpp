@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "base/text.h"
+#include "base/url.h"
 #include "data/store/fingerprint.h"
 #include "data/store/pack.h"
 #include "data/tokens/token_store.h"
@@ -26,9 +27,10 @@ void refuse_unsupported(const Recipe& recipe) {
                           const std::string& mend) {
     throw Error(Fault::usage, {what, recipe.name + ": " + key, mend});
   };
-  if (recipe.logging.mlflow) {
-    refuse("logging to MLflow is not possible yet", "logging.mlflow",
-           "Set logging.mlflow: null; metrics.jsonl and TensorBoard files are written.");
+  if (const auto& address = recipe.logging.mlflow;
+      address && !has_scheme(*address, "http") && !has_scheme(*address, "https")) {
+    refuse("not the address of an MLflow server: " + without_password(*address), "logging.mlflow",
+           "Write http://HOST:PORT or https://HOST.");
   }
 }
 

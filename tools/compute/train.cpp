@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "base/memory.h"
 #include "base/text.h"
+#include "base/url.h"
 #include "data/runs/metrics.h"
 #include "data/runs/report.h"
 #include "data/runs/run_folder.h"
@@ -61,11 +62,6 @@ class Run {
       : arguments_(arguments), began_steady_ms_(clock_.steady_ms()) {
     file_ = open_recipe(arguments.recipe, arguments.overrides);
     refuse_unsupported(recipe());
-    if (recipe().cost.ledger && recipe().cost.ledger->starts_with("postgres")) {
-      throw Error(Fault::usage,
-                  {"a PostgreSQL ledger is not possible yet", recipe().name + ": cost.ledger",
-                   "Leave cost.ledger at null, or give a file's path."});
-    }
   }
   Run(const Run&) = delete;
   Run& operator=(const Run&) = delete;
@@ -253,6 +249,7 @@ class Run {
     // The first rank takes the folder, the others find it taken for them.
     together(ranks_->all(), "opening the run's folder", [&] {
       if (!ranks_->first()) return;
+      if (!arguments_.resume) refuse_over_budget("");
       folder_ = std::make_unique<RunFolder>(
           RunFolder::open(recipe().output_dir, arguments_.resume, clock_));
       if (chosen_experts_) folder_->keep_experts(*recipe().lora.experts);
@@ -293,6 +290,12 @@ class Run {
     if (found) first_step_ = found->step;
   }
 
+  void refuse_over_budget(const std::string& run) {
+    if (!arguments_.over_budget) {
+      refuse_plan_over_budget(recipe(), plan_, run, first_step_, steps_, clock_);
+    }
+  }
+
   bool finished_before() {
     if (!resumed_ || first_step_ < steps_) return false;
     if (!ranks_->first()) return true;
@@ -308,10 +311,12 @@ class Run {
   void begin_books() {
     together(ranks_->all(), "opening the ledger", [&] {
       if (!ranks_->first()) return;
+      if (arguments_.resume) refuse_over_budget(folder_->run());
       write_atomically(folder_->recipe(), resolved_text(file_));
       write_atomically(folder_->plan(), plan_json(plan_).dump(2) + "\n");
-      const RunBooks::Facts facts{resolved_text(file_), data_.digest, sku_,
-                                  first_step_,          steps_,       began_steady_ms_};
+      const RunBooks::Facts facts{resolved_text(file_),  data_.digest, sku_,
+                                  first_step_,           steps_,       began_steady_ms_,
+                                  arguments_.over_budget};
       books_ = std::make_unique<RunBooks>(recipe(), plan_, *folder_, *ranks_, clock_, facts);
     });
   }
@@ -424,7 +429,7 @@ class Run {
       const CheckpointRecipe& when = recipe().checkpoint;
       const bool late = when.every_minutes && seconds_now() - saved_at >= *when.every_minutes * 60;
       std::array<double, 3> wanted = {interrupt.asked() ? 1.0 : 0.0,
-                                      books_ && books_->over_budget(*progress) ? 1.0 : 0.0,
+                                      books_ && books_->over_budget(done, *progress) ? 1.0 : 0.0,
                                       books_ && late ? 1.0 : 0.0};
       ranks_->all().all_reduce(wanted, Reduce::max);
       const Ending ending = done == steps_  ? Ending::finished
@@ -515,12 +520,13 @@ class Run {
     });
     if (ending == Ending::finished || !ranks_->first()) return code;
     const bool budget = ending == Ending::budget;
-    stopped_ =
-        Error(budget ? Fault::budget : Fault::stopped,
-              {budget ? "stopped by the budget" : "interrupted", path_.string(),
-               "All work is saved. Go on with: tailor train " + arguments_.recipe + " " +
-                   join(arguments_.overrides, " ") + (arguments_.overrides.empty() ? "" : " ") +
-                   "--resume" + (budget ? " and a larger budget" : "")});
+    std::vector<std::string> shown;
+    for (const std::string& text : arguments_.overrides) shown.push_back(without_password(text));
+    stopped_ = Error(budget ? Fault::budget : Fault::stopped,
+                     {budget ? "stopped by the budget" : "interrupted", path_.string(),
+                      "All work is saved. Go on with: tailor train " + arguments_.recipe + " " +
+                          join(shown, " ") + (arguments_.overrides.empty() ? "" : " ") +
+                          "--resume" + (budget ? " and a larger budget" : "")});
     return code;
   }
 

@@ -160,8 +160,7 @@ class JobMaker {
     extras.data = data_stats(recipe(), false);
     extras.calibration = calibration_of(recipe(), machine_, Measure::never);
     extras.at_unix_ms = RealClock().unix_ms();
-    plan_ = make_plan(recipe(), resolved_.facts, together,
-                      PriceBook::read(recipes_folder() / "prices.yaml"), extras);
+    plan_ = make_plan(recipe(), resolved_.facts, together, price_books(), extras);
     if (!arguments_.memory.empty()) {
       job_.memory_bytes = memory_bytes(arguments_.memory);
     } else if (plan_.host_bytes_peak.value) {

@@ -10,6 +10,7 @@
 #include "recipes/read.h"
 #include "recipes/shipped.h"
 #include "tools/paths.h"
+#include "tools/planning.h"
 #include "tools/verbs.h"
 
 namespace tailor {
@@ -30,13 +31,14 @@ Json price_json(const Price& price) {
           {"from", day(price.from_ms)},
           {"to", price.to_ms ? Json(day(*price.to_ms)) : Json()},
           {"step_s", price.step_s},
-          {"source", price.source}};
+          {"source", price.source},
+          {"book", price.book}};
 }
 
 }  // namespace
 
 int run_prices_list(const PricesListArguments& arguments) {
-  const PriceBook book = PriceBook::read(recipes_folder() / "prices.yaml");
+  const PriceBook book = price_books();
   const std::int64_t now = RealClock().unix_ms();
   std::vector<std::string> skus;
   Json rows = Json::array();
@@ -51,19 +53,16 @@ int run_prices_list(const PricesListArguments& arguments) {
   }
   if (rows.empty() && !arguments.sku.empty()) {
     const std::string near = nearest_name(arguments.sku, skus);
-    throw Error(
-        Fault::usage,
-        {"no price for '" + arguments.sku + "'", (recipes_folder() / "prices.yaml").string(),
-         near.empty() ? "`tailor prices ls` lists what there is." : "Did you mean " + near + "?"});
+    throw Error(Fault::usage, {"no price for '" + arguments.sku + "'", book.name(),
+                               near.empty() ? "`tailor prices ls` lists what there is."
+                                            : "Did you mean " + near + "?"});
   }
   std::cout << (arguments.json ? rows.dump(2) + "\n" : table.text());
   return 0;
 }
 
 int run_prices_check(const PricesCheckArguments& arguments) {
-  const fs::path path =
-      arguments.file.empty() ? recipes_folder() / "prices.yaml" : fs::path(arguments.file);
-  const PriceBook book = PriceBook::read(path);
+  const PriceBook book = arguments.file.empty() ? price_books() : PriceBook::read(arguments.file);
   const std::int64_t now = RealClock().unix_ms();
   std::size_t in_force = 0;
   for (const Price& price : book.prices())
@@ -88,14 +87,14 @@ int run_prices_check(const PricesCheckArguments& arguments) {
   }
   if (arguments.json) {
     std::cout << Json{{"valid", true},
-                      {"file", path.string()},
+                      {"file", book.name()},
                       {"prices", book.prices().size()},
                       {"in_force", in_force},
                       {"recipes", recipes}}
                      .dump(2)
               << "\n";
   } else {
-    std::cout << path.string() << ": " << book.prices().size() << " prices, " << in_force
+    std::cout << book.name() << ": " << book.prices().size() << " prices, " << in_force
               << " in force today\n"
               << table.text("  ");
   }

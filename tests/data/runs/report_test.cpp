@@ -163,13 +163,11 @@ TEST_F(ReportTest, listings) {
 }
 
 TEST_F(ReportTest, exported_rows_add_up) {
-  for (const std::string& csv : {export_csv(ledger_.get()), export_focus_csv(ledger_.get())}) {
-    EXPECT_TRUE(csv.ends_with("\r\n"));
-    const auto lines = std::count(csv.begin(), csv.end(), '\n');
-    EXPECT_EQ(lines, 1 + 5 + 4)
-        << csv;  // load, train, stall, checkpoint, lost; without the last two, evaluate
-  }
-  EXPECT_THAT(export_csv(ledger_.get()), HasSubstr("\"runpod.io/pricing, 2025-04-01\""));
+  const std::string csv = export_csv(ledger_.get());
+  EXPECT_TRUE(csv.ends_with("\r\n"));
+  EXPECT_EQ(std::count(csv.begin(), csv.end(), '\n'), 1 + 5 + 4)
+      << csv;  // load, train, stall, checkpoint, lost; without the last two, evaluate
+  EXPECT_THAT(csv, HasSubstr("\"runpod.io/pricing, 2025-04-01\""));
 }
 
 TEST(Chart, survives_what_runs_give) {

@@ -10,6 +10,9 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "data/runs/ledger.h"
+#ifdef TAILOR_TEST_POSTGRES
+#include "tests/support/postgres_server.h"
+#endif
 
 namespace tailor {
 
@@ -30,13 +33,30 @@ class ManualClock final : public Clock {
   std::atomic<std::int64_t> steady_ms_{5'000};
 };
 
+#ifdef TAILOR_TEST_POSTGRES
+/// One server for the whole program, made by its main(); a database for each test.
+extern PostgresServer* the_postgres;
+#endif
+
+/// The same tests are built twice: on SQLite, and in test_ledger_postgres on PostgreSQL.
 class RunsTest : public testing::Test {
  protected:
+#ifdef TAILOR_TEST_POSTGRES
+  static constexpr bool kSqlite = false;
+#else
+  static constexpr bool kSqlite = true;
+#endif
   void SetUp() override {
     folder_ = fs::path(testing::TempDir()) / ("tailor_runs_" + std::to_string(::getpid()));
     fs::remove_all(folder_);
     make_folders(folder_);
+#ifdef TAILOR_TEST_POSTGRES
+    static int count = 0;
+    database_ = "ledger" + std::to_string(++count);
+    place_ = the_postgres->make_database(database_);
+#else
     place_ = (folder_ / "deep" / "er" / "ledger.db").string();
+#endif
   }
   void TearDown() override { fs::remove_all(folder_); }
 
@@ -71,6 +91,9 @@ class RunsTest : public testing::Test {
   ManualClock clock_;
   fs::path folder_;
   std::string place_;
+#ifdef TAILOR_TEST_POSTGRES
+  std::string database_;
+#endif
 };
 
 /// The Error that `act` must throw.

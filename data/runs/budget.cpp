@@ -1,0 +1,194 @@
+#include "data/runs/budget.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "base/log.h"
+#include "base/text.h"
+#include "base/units.h"
+
+namespace tailor {
+namespace {
+
+/// A run that gave no sign of life for so long uses nothing any more.
+constexpr std::int64_t kAliveMs = 60'000;
+/// Steps of an attempt before what is to come is worked out from them.
+constexpr std::int64_t kStepsToForecast = 5;
+
+std::string hours_text(double device_ms) {
+  return number_text(device_ms / 3.6e6, 4) + " GPU-hours";
+}
+std::string dollars_text(double micros) {
+  return usd_text(static_cast<std::int64_t>(std::llround(micros)));
+}
+
+/// Of one limit: what it allows, and what is used of it.
+struct Use {
+  double used = 0, limit = 0;
+  bool money = false;
+  std::string whose{};
+  double share() const { return used / limit; }
+  std::string text(double amount) const {
+    return money ? dollars_text(amount) : hours_text(amount);
+  }
+};
+
+[[noreturn]] void refuse(const Use& use, double planned, const std::string& where,
+                         const std::string& raise) {
+  throw Error(Fault::budget,
+              {"the plan exceeds " + use.whose + ": " + use.text(use.used) + " used and " +
+                   use.text(planned) + " planned of " + use.text(use.limit),
+               where,
+               raise + " --over-budget starts it all the same: it is then saved and stopped before "
+                       "the budget is spent."});
+}
+
+}  // namespace
+
+void refuse_over_budget(const Ledger& ledger, const std::string& run, const std::string& project,
+                        const BudgetLimits& own, const PlannedUse& planned) {
+  std::int64_t used_ms = 0;
+  std::int64_t used_usd = 0;
+  if (!run.empty() && ledger.find_run(run)) {
+    const RunTotals totals = ledger.totals(run);
+    used_ms = totals.device_ms;
+    used_usd = totals.usd_micros.value_or(0);
+  }
+  const auto check = [](std::optional<std::int64_t> limit, std::int64_t used,
+                        std::optional<std::int64_t> to_come, bool money, const std::string& whose,
+                        const std::string& where, const std::string& raise) {
+    if (!limit || !to_come || used + *to_come <= *limit) return;
+    refuse({static_cast<double>(used), static_cast<double>(*limit), money, whose},
+           static_cast<double>(*to_come), where, raise);
+  };
+  check(own.usd_micros, used_usd, planned.usd_micros, true, "the run's budget", "budget.usd",
+        "Raise budget.usd, or plan for less: tailor plan.");
+  check(own.device_ms, used_ms, planned.device_ms, false, "the run's budget", "budget.gpu_hours",
+        "Raise budget.gpu_hours, or plan for less: tailor plan.");
+  if (project.empty()) return;
+  const auto shared = ledger.budget(project);
+  if (!shared) return;
+  const ProjectSpending spending = ledger.spending(project);
+  std::int64_t all_ms = spending.device_ms;
+  std::int64_t all_usd = spending.usd_micros;
+  const std::int64_t now = ledger.clock().unix_ms();
+  for (const ProjectSpending::Running& other : spending.running) {
+    if (other.attempt.run == run || now - other.heartbeat_unix_ms > kAliveMs) continue;
+    all_ms += std::max<std::int64_t>(0, other.planned_device_ms.value_or(0) - other.device_ms);
+    all_usd += std::max<std::int64_t>(0, other.planned_usd_micros.value_or(0) - other.usd_micros);
+  }
+  const std::string whose = "the budget of project " + project;
+  const std::string raise =
+      "Raise it with `tailor runs budget " + project + "`, or wait for other runs to end.";
+  check(shared->usd_micros_limit, all_usd, planned.usd_micros, true, whose, "cost.project", raise);
+  check(shared->device_ms_limit, all_ms, planned.device_ms, false, whose, "cost.project", raise);
+}
+
+BudgetWatch::BudgetWatch(const Ledger& ledger, AttemptId attempt, const Options& options)
+    : ledger_(ledger), attempt_(std::move(attempt)), options_(options) {
+  refresh();
+}
+
+void BudgetWatch::refresh() {
+  if (options_.project.empty()) return;
+  try {
+    const auto budget = ledger_.budget(options_.project);
+    if (!budget) return;
+    const ProjectSpending spending = ledger_.spending(options_.project);
+    Shared shared;
+    shared.limits = {budget->usd_micros_limit, budget->device_ms_limit};
+    shared.at_ms = ledger_.clock().steady_ms();
+    const RunTotals own = ledger_.totals(attempt_.run);
+    shared.others_device_ms = std::max<std::int64_t>(0, spending.device_ms - own.device_ms);
+    shared.others_usd_micros =
+        std::max<std::int64_t>(0, spending.usd_micros - own.usd_micros.value_or(0));
+    const std::int64_t now = ledger_.clock().unix_ms();
+    for (const ProjectSpending::Running& other : spending.running) {
+      const std::int64_t silent = std::max<std::int64_t>(0, now - other.heartbeat_unix_ms);
+      if (other.attempt.run == attempt_.run || silent > kAliveMs) continue;
+      const double rate =
+          static_cast<double>(other.usd_micros_per_device_hour.value_or(0)) / 3.6e6 * other.devices;
+      shared.others_device_ms_per_ms += other.devices;
+      shared.others_usd_micros_per_ms += rate;
+      shared.others_device_ms += silent * other.devices;
+      shared.others_usd_micros +=
+          static_cast<std::int64_t>(std::llround(rate * static_cast<double>(silent)));
+    }
+    const std::lock_guard guard(mutex_);
+    shared_ = shared;
+  } catch (const Error& error) {
+    if (error.fault() != Fault::io && error.fault() != Fault::bad_file) throw;
+  }
+}
+
+BudgetWatch::Verdict BudgetWatch::after_step(const SegmentTimer::Spent& spent, std::int64_t step,
+                                             double saving_seconds) {
+  const std::lock_guard guard(mutex_);
+  Verdict verdict;
+  if (!options_.own.any() && !shared_) return verdict;
+  if (!first_) {
+    first_ = spent;
+    first_at_step_ = step;
+  }
+  const double rate =  // micro-dollars of a device-millisecond
+      static_cast<double>(options_.usd_micros_per_device_hour.value_or(0)) / 3.6e6;
+  const std::int64_t steps_seen = step - first_at_step_;
+  const double ms_per_step =  // device time, with all that came between the steps
+      steps_seen > 0 ? static_cast<double>(spent.device_ms - first_->device_ms) /
+                           static_cast<double>(steps_seen)
+                     : 0;
+  const double reserve = saving_seconds * 1000 * options_.devices + ms_per_step;
+  const auto ms = static_cast<double>(spent.device_ms);
+  const auto usd = static_cast<double>(spent.usd_micros.value_or(0));
+
+  std::vector<Use> uses;
+  const auto add = [&](const BudgetLimits& limits, double others_ms, double others_usd,
+                       const std::string& whose) {
+    if (limits.device_ms) {
+      uses.push_back({ms + others_ms, static_cast<double>(*limits.device_ms), false, whose});
+    }
+    if (limits.usd_micros && spent.usd_micros) {
+      uses.push_back({usd + others_usd, static_cast<double>(*limits.usd_micros), true, whose});
+    }
+  };
+  add(options_.own, 0, 0, "the budget");
+  if (shared_) {
+    const auto since = static_cast<double>(ledger_.clock().steady_ms() - shared_->at_ms);
+    add(shared_->limits,
+        static_cast<double>(shared_->others_device_ms) + since * shared_->others_device_ms_per_ms,
+        static_cast<double>(shared_->others_usd_micros) + since * shared_->others_usd_micros_per_ms,
+        "the budget of project " + options_.project);
+  }
+
+  const double left =
+      ms_per_step * static_cast<double>(std::max<std::int64_t>(0, options_.steps - step));
+  for (const Use& use : uses) {
+    const double unit = use.money ? rate : 1;
+    if (use.used + reserve * unit >= use.limit) verdict.stop = true;
+    if (!warned_ && use.used + reserve * unit >= options_.warn * use.limit) {
+      warned_ = true;
+      verdict.event = "budget_warning";
+      verdict.say = number_text(100 * (use.used + reserve * unit) / use.limit, 3) + " % of " +
+                    use.whose + " is spent: " + use.text(use.used) + " of " + use.text(use.limit);
+      continue;
+    }
+    const double in_the_end = use.used + left * unit;
+    if (forecast_ || !verdict.event.empty() || steps_seen < kStepsToForecast ||
+        in_the_end <= use.limit) {
+      continue;
+    }
+    forecast_ = true;
+    const auto steps_more = static_cast<std::int64_t>(
+        std::max(0.0, (use.limit - use.used - reserve * unit) / (ms_per_step * unit)));
+    verdict.event = "budget_forecast";
+    verdict.say = "at this pace the run needs " + use.text(in_the_end) + ", " + use.whose + " is " +
+                  use.text(use.limit) + ": it will be saved and stopped about step " +
+                  count_text(step + steps_more) + " of " + count_text(options_.steps);
+  }
+  return verdict;
+}
+
+}  // namespace tailor
