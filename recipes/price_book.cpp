@@ -299,7 +299,10 @@ PriceQuote quote(const PriceBook& book, const PriceChoice& choice, const std::st
     }
     return of(*price);
   }
-  const std::vector<const Price*> found = book.find_sku(sku, unix_ms);
+  std::vector<const Price*> found = book.find_sku(sku, unix_ms);
+  // The first book that knows the product: the user's, whatever tiers others have.
+  const std::string first = found.empty() ? "" : found.front()->book;
+  std::erase_if(found, [&](const Price* price) { return price->book != first; });
   for (const std::string& wanted : {tier, std::string("on-demand")}) {
     for (const Price* price : found) {
       if (price->tier == wanted) return of(*price);

@@ -94,6 +94,12 @@ TEST(PriceBook, joined_with_the_users_prefers_theirs_and_refuses_contradictions)
   EXPECT_EQ(PriceBook::join({theirs, ours}).prices().size(), 2U);
   EXPECT_NE(PriceBook::join({theirs, ours}).sha256(), ours.sha256());
   EXPECT_EQ(quote(PriceBook::join({theirs, ours}), {}, "x", "spot", day).id, "mine");
+  const PriceBook owned = PriceBook::read_text(
+      kHead + "  - {id: own, provider: me, sku: " + sku +
+          ", tier: owned, unit: gpu_hour, price: \"0.03\", from: 2026-02-01, source: s}\n",
+      "own.yaml");
+  EXPECT_EQ(quote(PriceBook::join({owned, ours}), {}, sku, "spot", day).id, "own");
+  EXPECT_EQ(quote(PriceBook::join({ours, owned}), {}, sku, "spot", day).id, "shipped");
   try {
     PriceBook::join({ours, PriceBook::read_text(
                                kHead + row("other", "\"3.00\"", "from: 2026-02-01") +
