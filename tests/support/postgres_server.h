@@ -49,7 +49,8 @@ class PostgresServer {
   void start() {
     server_ = spawn({(programs() / "postgres").string(), "-D", data(), "-k", folder_, "-c",
                      "listen_addresses=", "-c", "max_connections=60", "-c", "shared_buffers=16MB"});
-    for (int i = 0; i < 300; ++i) {
+    // After a crash it syncs all its files first: on a disk in use that may take a minute.
+    for (int i = 0; i < 1500; ++i) {
       if (run({(programs() / "pg_isready").string(), "-q", "-h", folder_, "-U", "tailor"}) == 0) {
         return;
       }

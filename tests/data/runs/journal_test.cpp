@@ -48,7 +48,7 @@ class JournalTest : public RunsTest {
   }
 
 #ifdef TAILOR_TEST_POSTGRES
-  void take_away() { the_postgres->crash(); }
+  void take_away() { the_postgres->stop(); }
   void bring_back() { the_postgres->start(); }
 #else
   /// Another process holds the file, as a backup or a network disk might.
@@ -234,6 +234,19 @@ TEST_F(JournalTest, an_attempt_that_was_replaced_is_told_so) {
 }
 
 #ifdef TAILOR_TEST_POSTGRES
+
+TEST_F(JournalTest, a_server_that_crashes_has_all_it_acknowledged_and_learns_the_rest) {
+  const auto ledger = journaled();
+  const AttemptId attempt = begin(*ledger);
+  for (int step = 1; step <= 20; ++step) train(*ledger, attempt, step);
+  the_postgres->crash();
+  train(*ledger, attempt, 21);
+  EXPECT_FALSE(ledger->connected());
+  the_postgres->start();
+  train(*ledger, attempt, 22);
+  EXPECT_TRUE(ledger->connected());
+  EXPECT_EQ(open()->totals(run_).device_ms, 4 * 22 * kHeartbeatMs);
+}
 
 TEST_F(JournalTest, a_server_that_hangs_does_not_hang_the_run) {
   const auto ledger = journaled();

@@ -77,6 +77,8 @@ class Screen {
     } else if (kind == 'J') {
       lines_.resize(line_ + 1);
       lines_[line_].resize(column_);
+    } else if (kind == 'K' && number.empty()) {
+      if (lines_[line_].size() > column_) lines_[line_].resize(column_);
     } else if (kind == 'm') {
       ++colours;
     } else {
