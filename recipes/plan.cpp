@@ -22,7 +22,7 @@ Planner::Planner(const Recipe& recipe, const ModelFacts& model, const Machine& m
       machine_(machine),
       extras_(extras),
       lora_(count_lora(
-          extras.oracle_assumptions ? scheduled_recipe(recipe, Schedule::oracle()) : recipe,
+          extras.oracle_assumptions ? scheduled_recipe(recipe, StepSchedule::oracle()) : recipe,
           model)),
       base_(base_bytes(recipe, model)),
       ranks_(recipe.machine.ranks),

@@ -29,7 +29,8 @@ void Planner::run_gpu() {
                                "Set machine.ranks: " + std::to_string(machine_.devices) +
                                    ", or name a larger machine.profile."});
   }
-  const GpuStep step = gpu_step(extras_.oracle_assumptions ? Schedule::oracle() : Schedule{});
+  const GpuStep step =
+      gpu_step(extras_.oracle_assumptions ? StepSchedule::oracle() : StepSchedule{});
   add_gpu_memory(step);
   add_gpu_time(step);
   add_crossover(step);
@@ -46,12 +47,12 @@ void Planner::run_gpu() {
   plan.warnings.push_back("GPU times are modelled, not measured on this machine");
 }
 
-Planner::GpuStep Planner::gpu_step(const Schedule& schedule) const {
+Planner::GpuStep Planner::gpu_step(const StepSchedule& schedule) const {
   const Node node = stream_node(machine_, recipe_.machine.ranks);
   GpuStep step;
   step.geometry = stream_geometry(recipe_, model_, schedule, loss_share_);
   const BaseBytes& base = step.geometry.base;
-  StreamOptions& options = step.options;
+  StepOptions& options = step.options;
   options.schedule = schedule;
   options.tokens = tokens_;
   options.micro_tokens = as_double(recipe_.training.micro_batch_size * recipe_.data.sequence_len);
@@ -65,9 +66,9 @@ Planner::GpuStep Planner::gpu_step(const Schedule& schedule) const {
   options.state_on_disk = recipe_.lora.expert_state == StateHome::disk && lora_.experts > 0;
   step.device = device_memory(step.geometry, node, options);
   if (schedule.head_may_stream && step.device.room() < 0) {
-    StreamOptions streamed = options;
+    StepOptions streamed = options;
     streamed.stream_head = true;
-    const DeviceMemory smaller = device_memory(step.geometry, node, streamed);
+    const GpuMemory smaller = device_memory(step.geometry, node, streamed);
     if (smaller.room() >= 0) {
       options = streamed;
       step.device = smaller;
@@ -76,14 +77,14 @@ Planner::GpuStep Planner::gpu_step(const Schedule& schedule) const {
   const double host_limit = machine_.host_bytes * kHostShare;
   if (recipe_.lora.expert_state == StateHome::automatic && lora_.experts > 0 &&
       schedule.paged_state) {
-    StreamOptions least = options;
+    StepOptions least = options;
     least.host_tile_bytes = as_double(recipe_.base.host_memory.value_or(0));
     options.state_on_disk = host_memory(step.geometry, node, least).used > host_limit;
   }
   if (recipe_.base.host_memory) {
     options.host_tile_bytes = as_double(*recipe_.base.host_memory);
   } else if (schedule.host_memory_limit) {
-    StreamOptions empty = options;
+    StepOptions empty = options;
     empty.host_tile_bytes = 0;
     options.host_tile_bytes =
         std::max(0.0, host_limit - host_memory(step.geometry, node, empty).used);
@@ -92,7 +93,7 @@ Planner::GpuStep Planner::gpu_step(const Schedule& schedule) const {
   if (options.host_tile_bytes && *options.host_tile_bytes >= base.routed)
     options.host_tile_bytes.reset();
   step.host = host_memory(step.geometry, node, options);
-  StreamOptions timed = options;
+  StepOptions timed = options;
   if (schedule.padding_left_out && fill_ < 1) {  // memory is planned for full rows
     timed.tokens *= fill_;
     timed.resident_fraction = step.device.resident_fraction;
@@ -102,7 +103,7 @@ Planner::GpuStep Planner::gpu_step(const Schedule& schedule) const {
 }
 
 void Planner::add_gpu_memory(const GpuStep& step) {
-  const DeviceMemory& device = step.device;
+  const GpuMemory& device = step.device;
   plan.activations = step.options.kept_inputs;
   plan.expert_state = step.options.state_on_disk && step.options.schedule.paged_state
                           ? StateHome::disk
@@ -204,10 +205,10 @@ void Planner::add_crossover(const GpuStep& step) {
 }
 
 void Planner::add_differences(const GpuStep& ours) {
-  const StreamOptions& options = ours.options;
-  const auto differ = [&](const char* name, bool Schedule::*term, const std::string& unit,
+  const StepOptions& options = ours.options;
+  const auto differ = [&](const char* name, bool StepSchedule::*term, const std::string& unit,
                           const auto& measure, std::string working) {
-    Schedule without = options.schedule;
+    StepSchedule without = options.schedule;
     without.*term = false;
     plan.differences.push_back(
         {name, measure(ours) - measure(gpu_step(without)), unit, std::move(working)});
@@ -215,57 +216,57 @@ void Planner::add_differences(const GpuStep& ours) {
   const auto seconds = [](const GpuStep& step) { return step.time.seconds(); };
   const auto device = [](const GpuStep& step) { return step.device.used; };
   if (model_.experts > 0) {
-    differ("untouched experts", &Schedule::whole_tiles_cross, "seconds", seconds,
+    differ("untouched experts", &StepSchedule::whole_tiles_cross, "seconds", seconds,
            "every streamed tile crosses on both passes; the oracle leaves out the " +
                short_text(100 * (1 - touched_share(model_, tokens_))) + " % of experts that " +
                whole(tokens_) + " tokens do not meet");
-    differ("ring of whole tiles", &Schedule::whole_tile_slots, "bytes", device,
+    differ("ring of whole tiles", &StepSchedule::whole_tile_slots, "bytes", device,
            "a slot holds a tile of one expert with its 4 KiB header, 4 KiB-aligned; the oracle's "
            "holds an expert's packed bytes");
-    differ("routers in bfloat16", &Schedule::routers_bfloat16, "bytes", device,
+    differ("routers in bfloat16", &StepSchedule::routers_bfloat16, "bytes", device,
            whole(as_double(model_.moe_layers * model_.hidden * model_.experts)) +
                " parameters stay as published; the oracle packs them with what stands around them");
     plan.differences.push_back(
         {"placement", 0, "bytes",
          "resident tiles are spread evenly over a pass; the oracle's sums hold for any placement"});
   }
-  if (count_lora(scheduled_recipe(recipe_, Schedule::oracle()), model_).attention !=
+  if (count_lora(scheduled_recipe(recipe_, StepSchedule::oracle()), model_).attention !=
       lora_.attention) {
-    differ("kv_b_proj without factors", &Schedule::kv_b_by_name, "bytes", device,
+    differ("kv_b_proj without factors", &StepSchedule::kv_b_by_name, "bytes", device,
            "latent attention's kv_b_proj has factors only where lora.targets names it, since "
            "servers ignore them; the oracle puts factors on every projection");
   }
   if (options.micro_tokens > tokens_ / ranks_) {
-    differ("short micro-batch", &Schedule::short_micro_batch, "bytes", device,
+    differ("short micro-batch", &StepSchedule::short_micro_batch, "bytes", device,
            "a rank's " + whole(tokens_ / ranks_) + " tokens are less than a micro-batch of " +
                whole(options.micro_tokens));
   }
   if (loss_share_ < 1) {
-    differ("tokens that carry loss", &Schedule::loss_positions, "seconds", seconds,
+    differ("tokens that carry loss", &StepSchedule::loss_positions, "seconds", seconds,
            "the vocabulary head meets " + short_text(100 * loss_share_) +
                " % of the tokens, in the oracle all of them");
   }
   if (fill_ < 1) {
-    differ("rows that are not full", &Schedule::padding_left_out, "seconds", seconds,
+    differ("rows that are not full", &StepSchedule::padding_left_out, "seconds", seconds,
            "rows are " + short_text(100 * fill_) +
                " % full and padding is not computed; the oracle takes full rows");
   }
   if (options.stream_head) {
-    differ("streamed vocabulary head", &Schedule::head_may_stream, "seconds", seconds,
+    differ("streamed vocabulary head", &StepSchedule::head_may_stream, "seconds", seconds,
            "2 reads of " + gb(ours.geometry.base.head) +
                ", and the logits formed twice; resident the device would not hold it");
   }
   if (ours.experts_beyond_ram) {
-    differ("experts beyond RAM", &Schedule::host_memory_limit, "seconds", seconds,
+    differ("experts beyond RAM", &StepSchedule::host_memory_limit, "seconds", seconds,
            gb(ours.geometry.base.routed - ours.host.tile_bytes) +
                " come from disk; the oracle takes RAM as large enough");
   }
   if (options.kept_inputs == ActivationHome::disk) {
-    differ("layer inputs on disk", &Schedule::kept_inputs_on_disk, "seconds", seconds,
+    differ("layer inputs on disk", &StepSchedule::kept_inputs_on_disk, "seconds", seconds,
            "written and read once a step; the oracle keeps them in RAM or on the device");
   }
   if (options.state_on_disk) {
-    differ("expert state on disk", &Schedule::paged_state, "seconds", seconds,
+    differ("expert state on disk", &StepSchedule::paged_state, "seconds", seconds,
            "factors, gradients and moments of routed experts pass over the disk in each step; the "
            "oracle keeps them in RAM");
   }

@@ -26,15 +26,15 @@ class Planner {
   /// A GPU step under one schedule.
   struct GpuStep {
     Geometry geometry;
-    StreamOptions options;
-    DeviceMemory device;
+    StepOptions options;
+    GpuMemory device;
     HostMemory host;
     StreamEstimate time;
     bool experts_beyond_ram = false;  ///< because RAM is too small, not because of a setting
   };
 
   void run_gpu();
-  GpuStep gpu_step(const Schedule& schedule) const;
+  GpuStep gpu_step(const StepSchedule& schedule) const;
   void add_gpu_memory(const GpuStep& step);
   void add_gpu_time(const GpuStep& step);
   void add_crossover(const GpuStep& step);

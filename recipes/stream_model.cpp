@@ -41,14 +41,14 @@ double expert_rows(const ModelFacts& model, double tokens) {
 
 }  // namespace
 
-Recipe scheduled_recipe(const Recipe& recipe, const Schedule& schedule) {
+Recipe scheduled_recipe(const Recipe& recipe, const StepSchedule& schedule) {
   Recipe out = recipe;
   if (!schedule.kv_b_by_name && out.lora.targets.attention)
     out.lora.targets.modules.emplace_back("kv_b_proj");
   return out;
 }
 
-Geometry stream_geometry(const Recipe& given, const ModelFacts& model, const Schedule& schedule,
+Geometry stream_geometry(const Recipe& given, const ModelFacts& model, const StepSchedule& schedule,
                          double loss_share) {
   const Recipe recipe = scheduled_recipe(given, schedule);
   return {model, count_lora(recipe, model),
@@ -71,7 +71,7 @@ Node stream_node(const Machine& machine, int ranks) {
   return node;
 }
 
-double ring_slot_bytes(const Geometry& geometry, const Schedule& schedule) {
+double ring_slot_bytes(const Geometry& geometry, const StepSchedule& schedule) {
   double packed = geometry.base.expert;
   if (schedule.whole_tile_slots)
     packed =
@@ -84,8 +84,7 @@ double touched_share(const ModelFacts& model, double tokens) {
   return 1 - std::pow(1 - 1 / as_double(model.experts), tokens * as_double(model.top_k));
 }
 
-DeviceMemory device_memory(const Geometry& geometry, const Node& node,
-                           const StreamOptions& options) {
+GpuMemory device_memory(const Geometry& geometry, const Node& node, const StepOptions& options) {
   const ModelFacts& model = geometry.model;
   const BaseBytes& base = geometry.base;
   const double ranks = node.ranks, tokens = options.tokens / ranks;
@@ -137,7 +136,7 @@ DeviceMemory device_memory(const Geometry& geometry, const Node& node,
           on_device ? "all layers, bf16"
                     : "a window of 4 layers; the others wait on the " +
                           std::string(choice_word(options.kept_inputs)));
-  DeviceMemory memory;
+  GpuMemory memory;
   memory.parts = std::move(out.parts);
   memory.used = out.sum;
   memory.limit = node.device_bytes * kDeviceShare;
@@ -149,7 +148,7 @@ DeviceMemory device_memory(const Geometry& geometry, const Node& node,
   return memory;
 }
 
-HostMemory host_memory(const Geometry& geometry, const Node& node, const StreamOptions& options) {
+HostMemory host_memory(const Geometry& geometry, const Node& node, const StepOptions& options) {
   const ModelFacts& model = geometry.model;
   const BaseBytes& base = geometry.base;
   HostMemory memory;
@@ -193,10 +192,10 @@ double StreamEstimate::stream() const {
   return std::max(link_forward, disk_forward) + std::max(link_backward, disk_backward);
 }
 
-StreamEstimate estimate(const Geometry& geometry, const Node& node, const StreamOptions& options) {
+StreamEstimate estimate(const Geometry& geometry, const Node& node, const StepOptions& options) {
   const ModelFacts& model = geometry.model;
   const BaseBytes& base = geometry.base;
-  const Schedule& schedule = options.schedule;
+  const StepSchedule& schedule = options.schedule;
   const double ranks = node.ranks, tokens = options.tokens / ranks;
   const double rate = node.flops_per_second;
   TokenFlops flops = geometry.flops;
@@ -261,7 +260,7 @@ StreamEstimate estimate(const Geometry& geometry, const Node& node, const Stream
   return out;
 }
 
-std::optional<double> crossover(const Geometry& geometry, const Node& node, StreamOptions options) {
+std::optional<double> crossover(const Geometry& geometry, const Node& node, StepOptions options) {
   if (!options.resident_fraction) {
     options.tokens = 32'768;
     options.resident_fraction = device_memory(geometry, node, options).resident_fraction;

@@ -18,7 +18,7 @@ namespace tailor {
 
 /// Where the trainer's step departs from the oracle, the analytic model these formulas are checked
 /// against. With everything off the figures are the oracle's.
-struct Schedule {
+struct StepSchedule {
   bool whole_tiles_cross = true;    ///< every streamed tile is read on each pass, touched or not
   bool whole_tile_slots = true;     ///< ring slots hold a tile with its header, 4 KiB-aligned
   bool routers_bfloat16 = true;     ///< not in the format of what stands around them
@@ -30,7 +30,7 @@ struct Schedule {
   bool paged_state = true;          ///< lora.expert_state: disk takes no RAM, and the disk's time
   bool kv_b_by_name = true;         ///< latent attention's kv_b_proj has factors only where named
   bool padding_left_out = true;     ///< only a step's tokens are computed, not its positions
-  static Schedule oracle() {
+  static StepSchedule oracle() {
     return {false, false, false, false, false, false, false, false, false, false, false};
   }
 };
@@ -43,9 +43,9 @@ struct Geometry {
   TokenFlops flops;  ///< of one token, computed again in the backward pass
 };
 /// The recipe as a schedule understands it: the oracle puts factors on every attention projection.
-Recipe scheduled_recipe(const Recipe& recipe, const Schedule& schedule);
-Geometry stream_geometry(const Recipe& recipe, const ModelFacts& model, const Schedule& schedule,
-                         double loss_share);
+Recipe scheduled_recipe(const Recipe& recipe, const StepSchedule& schedule);
+Geometry stream_geometry(const Recipe& recipe, const ModelFacts& model,
+                         const StepSchedule& schedule, double loss_share);
 
 /// The devices a run takes and what feeds them; rates in bytes a second.
 struct Node {
@@ -59,7 +59,7 @@ struct Node {
 };
 Node stream_node(const Machine& machine, int ranks);
 
-struct StreamOptions {
+struct StepOptions {
   double tokens = 0;                                  ///< a step, all ranks
   double micro_tokens = 0;                            ///< through a block together
   ActivationHome kept_inputs = ActivationHome::host;  ///< device, host or disk
@@ -68,7 +68,7 @@ struct StreamOptions {
   std::optional<double> resident_fraction;  ///< of the experts, on the device; null: what fits
   std::optional<double> host_tile_bytes;    ///< of experts in RAM, all ranks; null: all of them
   bool state_on_disk = false;               ///< factors, gradients and moments of routed experts
-  Schedule schedule;
+  StepSchedule schedule;
 };
 
 /// One thing that takes memory, and the sum it came from.
@@ -79,7 +79,7 @@ struct MemoryPart {
 };
 
 /// One rank's device, resident experts not among the parts.
-struct DeviceMemory {
+struct GpuMemory {
   std::vector<MemoryPart> parts;
   double used = 0;               ///< sum of the parts
   double limit = 0;              ///< 97 % of the memory: the allocator's slack is the rest
@@ -88,17 +88,16 @@ struct DeviceMemory {
   double room() const { return limit - used; }
   double resident_bytes() const { return resident_fraction * expert_bytes; }
 };
-DeviceMemory device_memory(const Geometry& geometry, const Node& node,
-                           const StreamOptions& options);
+GpuMemory device_memory(const Geometry& geometry, const Node& node, const StepOptions& options);
 /// Of one slot of the ring: a packed expert with its factors and their gradients.
-double ring_slot_bytes(const Geometry& geometry, const Schedule& schedule);
+double ring_slot_bytes(const Geometry& geometry, const StepSchedule& schedule);
 
 struct HostMemory {
   std::vector<MemoryPart> parts;
   double used = 0;        ///< sum of the parts
   double tile_bytes = 0;  ///< of it, experts
 };
-HostMemory host_memory(const Geometry& geometry, const Node& node, const StreamOptions& options);
+HostMemory host_memory(const Geometry& geometry, const Node& node, const StepOptions& options);
 
 /// How a step spends its seconds. In each of the two passes computing, copying, reading and
 /// gathering overlap; the passes do not.
@@ -127,10 +126,10 @@ struct StreamEstimate {
 /// Share of the experts that at least one of `tokens` meets, routing taken as even.
 double touched_share(const ModelFacts& model, double tokens);
 /// Tokens spread evenly over the experts. Several ranks gather packed tiles from each other.
-StreamEstimate estimate(const Geometry& geometry, const Node& node, const StreamOptions& options);
+StreamEstimate estimate(const Geometry& geometry, const Node& node, const StepOptions& options);
 
 /// The smallest step, to 32 tokens, in which computing takes as long as the stream; null when 4
 /// million tokens do not suffice. An open residency is taken as at 32,768 tokens.
-std::optional<double> crossover(const Geometry& geometry, const Node& node, StreamOptions options);
+std::optional<double> crossover(const Geometry& geometry, const Node& node, StepOptions options);
 
 }  // namespace tailor

@@ -15,7 +15,7 @@ constexpr std::size_t kProblemsShown = 8;
 
 }  // namespace
 
-std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, ExpertLayout layout) {
+std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, PublishedLayout layout) {
   std::vector<ExpectedTensor> out;
   const auto add = [&](const std::vector<PublishedMatrix>& matrices) {
     for (const PublishedMatrix& matrix : matrices) {
@@ -28,7 +28,7 @@ std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, ExpertLayout
     add(attention_matrices(spec, l));
     add(feed_forward_matrices(spec, l));
     if (!spec.layers[static_cast<std::size_t>(l)].moe) continue;
-    const bool fused = layout != ExpertLayout::one_by_one;
+    const bool fused = layout != PublishedLayout::one_by_one;
     for (std::int64_t e = 0; e < (fused ? 1 : spec.experts); ++e) {
       add(expert_matrices(spec, l, e, fused));
     }
@@ -38,16 +38,16 @@ std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, ExpertLayout
   return out;
 }
 
-ExpertLayout expert_layout(const ModelSpec& spec, const Checkpoint& checkpoint) {
+PublishedLayout expert_layout(const ModelSpec& spec, const Checkpoint& checkpoint) {
   for (std::size_t l = 0; l < spec.layers.size(); ++l) {
     if (!spec.layers[l].moe) continue;
     const std::string one =
         expert_matrices(spec, static_cast<std::int64_t>(l), 0, false).front().name;
     return checkpoint.has(one) || checkpoint.has(module_of(one) + ".weight_packed")
-               ? ExpertLayout::one_by_one
-               : ExpertLayout::fused;
+               ? PublishedLayout::one_by_one
+               : PublishedLayout::fused;
   }
-  return ExpertLayout::none;
+  return PublishedLayout::none;
 }
 
 std::vector<std::string> check_tensors(const ModelSpec& spec, const Checkpoint& checkpoint) {

@@ -10,16 +10,16 @@
 namespace tailor {
 
 /// How a checkpoint stores its routed experts.
-enum class ExpertLayout { none, fused, one_by_one };
+enum class PublishedLayout { none, fused, one_by_one };
 
 struct ExpectedTensor {
   std::string name;
   std::vector<std::int64_t> shape;
 };
 /// Every tensor a model of `spec` is read from, by its published name.
-std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, ExpertLayout layout);
+std::vector<ExpectedTensor> expected_tensors(const ModelSpec& spec, PublishedLayout layout);
 
-ExpertLayout expert_layout(const ModelSpec& spec, const Checkpoint& checkpoint);
+PublishedLayout expert_layout(const ModelSpec& spec, const Checkpoint& checkpoint);
 
 /// Compares names and shapes of all tensors with what `spec` asks for; reads no weights. Throws one
 /// Error{bad_file} with everything that is missing or of another shape. Returns the tensors that

@@ -148,7 +148,7 @@ std::optional<double> ram_of(const Json& row) {
 struct Setting {
   Geometry geometry;
   Node node;
-  StreamOptions options;
+  StepOptions options;
 };
 Setting setting_of(const Json& row) {
   const Json& from = row.at("case");
@@ -158,7 +158,7 @@ Setting setting_of(const Json& row) {
   recipe.data.sequence_len = from.at("seq").get<std::int64_t>();
   recipe.base.format = kFormats.at(word(from, "fmt"));
   recipe.base.non_expert_format = kFormats.at(word(from, "ne_fmt"));
-  Schedule schedule = Schedule::oracle();
+  StepSchedule schedule = StepSchedule::oracle();
   schedule.loss_positions = true;  // its loss_frac, 1 in most rows
   Setting out;
   out.geometry =
@@ -199,7 +199,7 @@ TEST(StreamModel, device_memory_is_the_oracles_part_by_part) {
     SCOPED_TRACE(row.at("case").dump());
     Setting setting = setting_of(row);
     setting.options.resident_fraction.reset();  // hbm_plan() reckons with what fits
-    const DeviceMemory memory = device_memory(setting.geometry, setting.node, setting.options);
+    const GpuMemory memory = device_memory(setting.geometry, setting.node, setting.options);
     std::map<std::string, double> ours;
     for (const MemoryPart& part : memory.parts) {
       ours[part.name] = part.bytes;
@@ -290,14 +290,14 @@ TEST(StreamModel, a_stream_that_no_step_hides_has_no_crossover) {
 
 // ------------------------------------------------------------------ our schedule's own terms
 
-double part_of(const DeviceMemory& memory, const std::string& name) {
+double part_of(const GpuMemory& memory, const std::string& name) {
   for (const MemoryPart& part : memory.parts) {
     if (part.name == name) return part.bytes;
   }
   return 0;
 }
 
-TEST(Schedule, whole_tiles_cross_whether_touched_or_not) {
+TEST(StepSchedule, whole_tiles_cross_whether_touched_or_not) {
   Setting setting = setting_of(golden().at("rows").front());
   setting.options.resident_fraction = 0.5;
   setting.options.tokens = 64;  // 128 experts, one each: 39 % are met
@@ -308,7 +308,7 @@ TEST(Schedule, whole_tiles_cross_whether_touched_or_not) {
   EXPECT_NEAR(oracle / ours.stream_bytes, 1 - std::pow(127.0 / 128, 64), 1e-12);
 }
 
-TEST(Schedule, a_slot_holds_a_tile_with_its_header) {
+TEST(StepSchedule, a_slot_holds_a_tile_with_its_header) {
   Setting setting = setting_of(golden().at("rows").front());
   const double oracle =
       part_of(device_memory(setting.geometry, setting.node, setting.options), "expert ring");
@@ -319,15 +319,15 @@ TEST(Schedule, a_slot_holds_a_tile_with_its_header) {
   EXPECT_DOUBLE_EQ(ours - oracle, 16 * 4096);
 }
 
-TEST(Schedule, a_streamed_head_leaves_the_device_and_is_read_twice) {
+TEST(StepSchedule, a_streamed_head_leaves_the_device_and_is_read_twice) {
   Setting setting = setting_of(golden().at("rows").front());
   setting.options.resident_fraction = 0;
-  const DeviceMemory held = device_memory(setting.geometry, setting.node, setting.options);
+  const GpuMemory held = device_memory(setting.geometry, setting.node, setting.options);
   const HostMemory host_without = host_memory(setting.geometry, setting.node, setting.options);
   const StreamEstimate step = estimate(setting.geometry, setting.node, setting.options);
   setting.options.stream_head = true;
   const double head = setting.geometry.base.head;
-  const DeviceMemory streamed = device_memory(setting.geometry, setting.node, setting.options);
+  const GpuMemory streamed = device_memory(setting.geometry, setting.node, setting.options);
   EXPECT_NEAR(held.used - streamed.used, head - 2 * (16 << 20), 1);
   EXPECT_NEAR(host_memory(setting.geometry, setting.node, setting.options).used,
               host_without.used + head, 1);
@@ -339,7 +339,7 @@ TEST(Schedule, a_streamed_head_leaves_the_device_and_is_read_twice) {
               setting.geometry.flops.head * 2048 / 156e12, 1e-9);
 }
 
-TEST(Schedule, kept_inputs_on_disk_pass_over_it_twice) {
+TEST(StepSchedule, kept_inputs_on_disk_pass_over_it_twice) {
   Setting setting = setting_of(golden().at("rows").front());
   setting.options.kept_inputs = ActivationHome::disk;
   EXPECT_EQ(estimate(setting.geometry, setting.node, setting.options).disk(), 0);

@@ -282,9 +282,9 @@ Maverick maverick(double tokens, int ring_slots) {
       read_model_facts("meta-llama/Llama-4-Maverick-17B-128E-Instruct", recipes / "models");
   RecipeFile file = read_recipe(recipes / "maverick-a100.yaml", {});
   resolve(file, model.traits());
-  const Geometry geometry = stream_geometry(file.recipe, model, Schedule{}, 1);
+  const Geometry geometry = stream_geometry(file.recipe, model, StepSchedule{}, 1);
   const Node node = stream_node(find_machine("a100-40gb", recipes / "machines"), 1);
-  StreamOptions options;
+  StepOptions options;
   options.tokens = tokens;
   options.micro_tokens = 4096;
   options.ring_slots = ring_slots;

@@ -19,10 +19,10 @@
 namespace tailor {
 namespace {
 
-const char* layout_name(ExpertLayout layout) {
-  return layout == ExpertLayout::fused        ? "fused"
-         : layout == ExpertLayout::one_by_one ? "one_by_one"
-                                              : "none";
+const char* layout_name(PublishedLayout layout) {
+  return layout == PublishedLayout::fused        ? "fused"
+         : layout == PublishedLayout::one_by_one ? "one_by_one"
+                                                 : "none";
 }
 
 /// What there is of a model's weights.
@@ -41,7 +41,7 @@ struct Inspected {
   ModelFacts facts;
   Weights weights = Weights::none;
   bool shipped = false;  ///< a published config that comes with Tailor
-  ExpertLayout layout = ExpertLayout::none;
+  PublishedLayout layout = PublishedLayout::none;
   std::size_t tensors = 0;
   std::int64_t bytes = 0;
   std::map<std::string, std::int64_t> parameters_by_dtype;
@@ -84,7 +84,7 @@ Json read_gguf(Inspected& out, const fs::path& path) {
   out.folder = path;
   out.weights = Weights::gguf;
   out.spec = model.spec();
-  out.layout = out.spec.experts > 0 ? ExpertLayout::one_by_one : ExpertLayout::none;
+  out.layout = out.spec.experts > 0 ? PublishedLayout::one_by_one : PublishedLayout::none;
   for (const auto& [name, tensor] : model.header().tensors) {
     out.bytes += tensor.bytes;
     out.parameters_by_dtype[std::string(ggml_layout(tensor.type).name)] += tensor.elements();
@@ -231,7 +231,7 @@ std::string experts_text(const Inspected& model) {
            count_text(spec.router.groups) + " groups";
   }
   if (has_published_weights(model)) {
-    const bool fused = model.layout == ExpertLayout::fused || model.weights == Weights::gguf;
+    const bool fused = model.layout == PublishedLayout::fused || model.weights == Weights::gguf;
     out += fused ? "; stored as one tensor a layer" : "; stored one by one";
   }
   return out;
