@@ -11,52 +11,22 @@ index a check is skipped (exit code 77).
 """
 
 import argparse
-import os
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import extra_packages  # noqa: E402
 import run as suite  # noqa: E402
 
-NO_INDEX = re.compile(
-    r"NewConnectionError|ConnectTimeout|NameResolution|name resolution|ProxyError|Max retries"
-    r"|Connection refused|connection broken|timed out", re.IGNORECASE)
-SKIPPED = 77
 OWN_VERSION = "0.21.2"
-
-
-def peft_folder(version):
-    """Where this version of PEFT is installed, with nothing beside it."""
-    cache = Path(os.environ.get("TAILOR_CACHE") or
-                 Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tailor")
-    folder = cache / f"oracle-peft-{version}"
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".peft-") as staging:
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-                 "--no-deps", "--retries", "1", "--target", f"{staging}/packages",
-                 f"peft=={version}"], capture_output=True, text=True)
-            if done.returncode != 0:
-                if NO_INDEX.search(done.stderr):
-                    print("no package index")
-                    sys.exit(SKIPPED)
-                sys.exit(done.stderr)
-            try:
-                Path(staging, "packages").rename(folder)
-            except OSError:
-                if not folder.exists():
-                    raise
-    return folder
 
 
 class Export(suite.Case):
     def use_peft(self, version):
         if version != OWN_VERSION:
-            self.environment["PYTHONPATH"] = str(peft_folder(version))
+            self.environment["PYTHONPATH"] = str(
+                extra_packages.obtain(f"peft=={version}", flags=["--no-deps"], folder=f"oracle-peft-{version}"))
         found = self.run([sys.executable, "-c", "import peft; print(peft.__version__)"]).strip()
         if found != version:
             sys.exit(f"PEFT {found} was found, not {version}")

@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "oracle"))
+import extra_packages  # noqa: E402
 from hugging_face import load_base  # noqa: E402
 
 import torch  # noqa: E402
@@ -32,10 +33,6 @@ import transformers  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 PACKAGES = ("compressed-tensors==0.20.0", "loguru==0.7.3")
-NO_INDEX = re.compile(
-    r"NewConnectionError|ConnectTimeout|NameResolution|name resolution|ProxyError|Max retries"
-    r"|Connection refused|connection broken|timed out", re.IGNORECASE)
-SKIPPED = 77
 NOISE_RATIO = 1.25
 TOWERS = ("re:vision_model.*", "re:multi_modal_projector.*")
 
@@ -56,30 +53,6 @@ CASES = {
     "qwen": ("qwen2_tiny", ["--non-expert-format", "int4", "--group", "16"], True),
     "mixed": ("llama4_maverick_tiny", ["--format", "int4", "--non-expert-format", "fp8"], False),
 }
-
-
-def obtain_compressed_tensors():
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(os.environ.get("TAILOR_CACHE") or user_cache / "tailor")
-    folder = cache / "-".join(package.replace("==", "-") for package in PACKAGES)
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as staging:
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-                 "--no-deps", "--retries", "1", "--target", f"{staging}/packages", *PACKAGES],
-                capture_output=True, text=True)
-            if done.returncode != 0:
-                if NO_INDEX.search(done.stderr):
-                    print(f"skipped: {PACKAGES[0]} is not in {cache}, and pip reaches no index")
-                    sys.exit(SKIPPED)
-                sys.exit(f"{PACKAGES} cannot be installed:\n{done.stderr}")
-            try:
-                os.rename(f"{staging}/packages", folder)
-            except OSError:  # another check was faster
-                if not folder.is_dir():
-                    raise
-    sys.path.insert(0, str(folder))
 
 
 def read_tensors(folder):
@@ -314,7 +287,8 @@ def main():
     parser.add_argument("program", type=Path, help="the built tailor")
     parser.add_argument("case", choices=CASES)
     arguments = parser.parse_args()
-    obtain_compressed_tensors()
+    folder = "-".join(package.replace("==", "-") for package in PACKAGES)
+    sys.path.insert(0, str(extra_packages.obtain(*PACKAGES, flags=["--no-deps"], folder=folder)))
     with tempfile.TemporaryDirectory(prefix="tailor_oracle_") as work:
         case = Case(arguments.program.resolve(), arguments.case, Path(work))
         case.compare_logits(case.compare_values())

