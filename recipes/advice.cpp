@@ -12,8 +12,10 @@ namespace {
 
 constexpr double kWorthIt = 1.1;  // times faster; less is within what a plan cannot tell
 constexpr std::size_t kAdviceMax = 3;
+constexpr int kHalvingsMax = 12;
 
-/// A recipe with keys changed, the changes as a user writes them, and its plan.
+/// A recipe with keys changed, the changes as a user writes them (the last one of a key), and its
+/// plan.
 struct Variant {
   Recipe recipe;
   std::string what;
@@ -24,7 +26,9 @@ struct Variant {
   void set(const char* key, T& field, const std::type_identity_t<T>& value,
            const std::string& text) {
     field = value;
-    changes.push_back(std::string(key) + "=" + text);
+    const std::string start = std::string(key) + "=";
+    std::erase_if(changes, [&](const std::string& other) { return other.starts_with(start); });
+    changes.push_back(start + text);
   }
   void set(const char* key, std::int64_t& field, std::int64_t value) {
     set(key, field, value, std::to_string(value));
@@ -65,8 +69,11 @@ class Adviser {
  private:
   Variant start(std::string what) const { return {recipe_, std::move(what), {}, {}}; }
 
-  /// Plans a variant, over the same tokens.
   void plan(Variant& variant) const {
+    variant.plan = make_plan(variant.recipe, model_, machine_, prices_, extras_);
+  }
+  /// Plans a variant, over the same tokens.
+  void plan_same_tokens(Variant& variant) const {
     auto& steps = variant.recipe.training.max_steps;
     const std::int64_t before = recipe_.tokens_per_step();
     const std::int64_t after = variant.recipe.tokens_per_step();
@@ -74,7 +81,7 @@ class Adviser {
       const std::int64_t same = (*steps * before + after - 1) / after;
       variant.set("training.max_steps", steps, same, std::to_string(same));
     }
-    variant.plan = make_plan(variant.recipe, model_, machine_, prices_, extras_);
+    plan(variant);
   }
 
   // ---------------------------------------------------------------- what does not fit
@@ -82,18 +89,15 @@ class Adviser {
   std::vector<Advice> fitting() const {
     std::vector<Variant> found;
     Variant all = start("");  // every change after the other, where none alone suffices
-    for (const auto& change : changes()) {
+    all.plan = plan_;
+    for (const Change& change : changes()) {
       Variant alone = start("");
-      if (!change(alone)) continue;
-      plan_again(alone);
+      if (!make(change, alone)) continue;
       if (alone.plan.fits) found.push_back(std::move(alone));
       if (found.size() == kAdviceMax) break;
-      if (found.empty() && !all.plan.fits) {
-        change(all);
-        plan_again(all);
-      }
+      if (found.empty() && !all.plan.fits) make(change, all);
     }
-    if (found.empty() && all.plan.fits && !all.changes.empty()) found.push_back(std::move(all));
+    if (found.empty() && all.plan.fits) found.push_back(std::move(all));
     std::stable_sort(found.begin(), found.end(), [](const Variant& a, const Variant& b) {
       return *a.plan.tokens_per_second.value > *b.plan.tokens_per_second.value;
     });
@@ -115,18 +119,6 @@ class Adviser {
     return out;
   }
 
-  /// Of changes made one after the other, only the last value of a key is written.
-  void plan_again(Variant& variant) const {
-    std::vector<std::string> last;
-    for (const std::string& change : variant.changes) {
-      const std::string key = change.substr(0, change.find('=') + 1);
-      std::erase_if(last, [&](const std::string& other) { return other.starts_with(key); });
-      last.push_back(change);
-    }
-    variant.changes = std::move(last);
-    variant.plan = make_plan(variant.recipe, model_, machine_, prices_, extras_);
-  }
-
   static std::string memory_text(const Plan& plan) {
     const double device = plan.device_bytes_peak.value.value_or(0);
     return (device > 0 ? gb(device) + " on a device, " : std::string()) +
@@ -134,32 +126,35 @@ class Adviser {
            gb(plan.disk_bytes.value.value_or(0)) + " of disk";
   }
 
-  using Change = std::function<bool(Variant&)>;
-  /// Changes that take less memory or disk, those that cost least first. Each returns whether it
-  /// changes anything.
+  struct Change {
+    std::function<bool(Variant&)> once;  ///< whether it changes anything
+    int times_max = 1;                   ///< what halves is done again until the plan fits
+  };
+  /// Makes a change and plans. False where it changes nothing.
+  bool make(const Change& change, Variant& variant) const {
+    int times = 0;
+    for (; times < change.times_max && change.once(variant); ++times) {
+      plan(variant);
+      if (variant.plan.fits) return true;
+    }
+    return times > 0;
+  }
+  /// Changes that take less memory or disk, those that cost least first.
   std::vector<Change> changes() const {
-    // Halves as often as it takes.
-    const auto until_fits = [this](const Change& halve) -> Change {
-      return [this, halve](Variant& variant) {
-        bool any = false;
-        for (int times = 0; times < 12 && halve(variant); ++times) {
-          any = true;
-          plan_again(variant);
-          if (variant.plan.fits) break;
-        }
-        return any;
-      };
-    };
     std::vector<Change> out;
-    const auto automatic = [](const char* key, std::optional<std::int64_t> BaseRecipe::*field) {
-      return [=](Variant& variant) {
+    const auto until_fits = [](std::function<bool(Variant&)> halve) -> Change {
+      return {std::move(halve), kHalvingsMax};
+    };
+    const auto automatic = [](const char* key,
+                              std::optional<std::int64_t> BaseRecipe::*field) -> Change {
+      return {[=](Variant& variant) {
         if (!(variant.recipe.base.*field)) return false;
         variant.set(key, variant.recipe.base.*field, std::nullopt, "auto");
         return true;
-      };
+      }};
     };
-    out.emplace_back(automatic("base.device_memory", &BaseRecipe::device_memory));
-    out.emplace_back(automatic("base.host_memory", &BaseRecipe::host_memory));
+    out.push_back(automatic("base.device_memory", &BaseRecipe::device_memory));
+    out.push_back(automatic("base.host_memory", &BaseRecipe::host_memory));
     out.push_back(until_fits([](Variant& variant) {  // the same step in smaller micro-batches
       TrainingRecipe& training = variant.recipe.training;
       if (training.micro_batch_size % 2 != 0) return false;
@@ -169,19 +164,19 @@ class Adviser {
       variant.set_rows(rows);
       return true;
     }));
-    out.emplace_back([this](Variant& variant) {
+    out.push_back({[this](Variant& variant) {
       BaseRecipe& base = variant.recipe.base;
       if (model_.experts == 0 || base.format == BaseFormat::int4 || base.store) return false;
       variant.set("base.format", base.format, BaseFormat::int4, "int4");
       return true;
-    });
-    out.emplace_back([](Variant& variant) {
+    }});
+    out.push_back({[](Variant& variant) {
       BaseRecipe& base = variant.recipe.base;
       if (base.non_expert_format == BaseFormat::int4 || base.store) return false;
       variant.set("base.non_expert_format", base.non_expert_format, BaseFormat::int4, "int4");
       return true;
-    });
-    out.emplace_back([this](Variant& variant) {
+    }});
+    out.push_back({[this](Variant& variant) {
       BaseRecipe& base = variant.recipe.base;
       if (base.activations == ActivationHome::device) {
         variant.set("base.activations", base.activations, ActivationHome::host, "host");
@@ -190,13 +185,13 @@ class Adviser {
       if (plan_.activations == ActivationHome::disk) return false;
       variant.set("base.activations", base.activations, ActivationHome::disk, "disk");
       return true;
-    });
-    out.emplace_back([this](Variant& variant) {
+    }});
+    out.push_back({[this](Variant& variant) {
       if (!variant.recipe.lora.targets.experts || plan_.expert_state == StateHome::disk)
         return false;
       variant.set("lora.expert_state", variant.recipe.lora.expert_state, StateHome::disk, "disk");
       return true;
-    });
+    }});
     out.push_back(until_fits([](Variant& variant) {
       const std::int64_t rows = variant.recipe.global_batch_rows();
       const std::int64_t once =
@@ -211,11 +206,11 @@ class Adviser {
       variant.set("lora.expert_rank", rank, *rank / 2, std::to_string(*rank / 2));
       return true;
     }));
-    out.emplace_back([](Variant& variant) {
+    out.push_back({[](Variant& variant) {
       if (variant.recipe.checkpoint.keep < 2) return false;
       variant.set("checkpoint.keep", variant.recipe.checkpoint.keep, 1);
       return true;
-    });
+    }});
     out.push_back(until_fits([](Variant& variant) {
       DataRecipe& data = variant.recipe.data;
       if (data.sequence_len < 512) return false;
@@ -230,7 +225,7 @@ class Adviser {
   std::vector<Advice> cheaper() const {
     std::vector<Variant> found;
     const auto keep = [&](Variant variant) {
-      plan(variant);
+      plan_same_tokens(variant);
       if (variant.plan.fits && faster(variant.plan) >= kWorthIt)
         found.push_back(std::move(variant));
     };
@@ -294,7 +289,7 @@ class Adviser {
           start(whole(as_double(recipe_.tokens_per_step() * times)) +
                 " tokens per step instead of " + whole(as_double(recipe_.tokens_per_step())));
       variant.set_rows(recipe_.global_batch_rows() * times);
-      plan(variant);
+      plan_same_tokens(variant);
       const double then = *variant.plan.tokens_per_second.value;
       if (!variant.plan.fits || then < speed * kWorthIt) break;
       speed = then;
