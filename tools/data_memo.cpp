@@ -9,22 +9,12 @@
 namespace tailor {
 namespace {
 
-/// Path, size and time of a file; empty where it is not there.
-std::string file_text(const fs::path& path) {
-  std::error_code error;
-  const auto size = fs::file_size(path, error);
-  if (error) return "";
-  const auto time = fs::last_write_time(path, error).time_since_epoch().count();
-  return fs::weakly_canonical(path, error).string() + " " + std::to_string(size) + " " +
-         std::to_string(time) + "\n";
-}
-
 std::string sources_text(const std::vector<DataSource>& sources) {
   std::string out;
   for (const DataSource& source : sources) {
     out += std::to_string(source.weight) + " " +
            std::to_string(source.format ? static_cast<int>(*source.format) : -1) + "\n";
-    for (const fs::path& file : expand_files(source.path)) out += file_text(file);
+    for (const fs::path& file : expand_files(source.path)) out += file_stamp(file);
   }
   return out + "-\n";
 }
@@ -39,11 +29,11 @@ fs::path memo_path(const Recipe& recipe) {
          data.chat_template.value + " " + data.train_on.text() + " " +
          std::to_string(data.sequence_len) + " " + std::to_string(data.packing ? 1 : 0) + " " +
          std::to_string(static_cast<int>(data.too_long)) + " " + data.store.value_or("") + "\n";
-  key += file_text(data.chat_template.value);
+  key += file_stamp(data.chat_template.value);
   const fs::path model = find_model_folder(recipe.base_model);
   for (const char* name : {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
                            "chat_template.json", "special_tokens_map.json"}) {
-    key += file_text(model / name);
+    key += file_stamp(model / name);
   }
   return cache_folder() / "tokens" / (sha256_hex(key).substr(0, 32) + ".stats.json");
 }

@@ -43,4 +43,13 @@ fs::path config_folder() {
   return set("HOME") / ".config/tailor";
 }
 
+std::string file_stamp(const fs::path& path) {
+  std::error_code error;
+  const auto size = fs::file_size(path, error);
+  if (error) return "";
+  const auto time = fs::last_write_time(path, error).time_since_epoch().count();
+  return fs::weakly_canonical(path, error).string() + " " + std::to_string(size) + " " +
+         std::to_string(time) + "\n";
+}
+
 }  // namespace tailor

@@ -19,4 +19,8 @@ fs::path recipes_folder();
 /// ~/.config/tailor.
 fs::path config_folder();
 
+/// Path, size and time of a file, as a line of the key of what is kept about it; empty where it is
+/// not there.
+std::string file_stamp(const fs::path& path);
+
 }  // namespace tailor

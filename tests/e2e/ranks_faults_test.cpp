@@ -32,28 +32,13 @@ class RanksDisagree : public RanksProgram {
     out.insert(out.end(), more.begin(), more.end());
     return train(folder, 2, out);
   }
-  /// Changes a byte of the named tensor's data in host1's model.
-  void change(const std::string& tensor, std::int64_t at) const {
-    for (const auto& entry : fs::directory_iterator(work_ / "host1/model")) {
-      if (entry.path().extension() != ".safetensors") continue;
-      std::string bytes = read_text(entry.path());
-      const auto header =
-          parse_safetensors_header(std::as_bytes(std::span(bytes)), entry.path().string());
-      const auto found = header.tensors.find(tensor);
-      if (found == header.tensors.end()) continue;
-      char& changed = bytes[static_cast<std::size_t>(found->second.offset + at)];
-      changed = static_cast<char>(changed ^ 1);
-      write_atomically(entry.path(), bytes);
-      return;
-    }
-    FAIL() << "no tensor " << tensor;
-  }
   void start(Group& group, const std::string& folder,
              const std::vector<std::string>& more_of_1 = {}) const {
     for (int r = 0; r < 2; ++r) {
       const fs::path host = work_ / ("host" + std::to_string(r));
       start_rank(group, r, 2, words(folder, r == 1 ? more_of_1 : std::vector<std::string>{}),
-                 {{"TAILOR_CACHE", (host / "cache").string()}}, host);
+                 {{"TAILOR_CACHE", (host / "cache").string()}},
+                 {"/bin/sh", "-c", "cd \"$0\" && exec \"$@\"", host.string()});
     }
   }
   static void expect_refused(Group& group, const std::string& what) {
@@ -85,11 +70,10 @@ TEST_F(RanksDisagree, on_the_recipe_the_data_or_the_model) {
   fs::copy(work_ / "rows.jsonl", work_ / "host1/rows.jsonl", fs::copy_options::overwrite_existing);
 
   // What the fingerprint of a checkpoint does not see, the packed tiles' hashes do.
-  fs::remove_all(work_ / "host1/cache");
-  change("model.layers.1.feed_forward.experts.gate_up_proj", 5000);
+  flip_bit(work_ / "host1/model", "model.layers.1.feed_forward.experts.gate_up_proj", 5000);
   start(experts, "experts");
   expect_refused(experts, "the base model's packed weights\n");
-  change("model.layers.0.self_attn.q_proj.weight", 0);
+  flip_bit(work_ / "host1/model", "model.layers.0.self_attn.q_proj.weight", 0);
   start(model, "model");
   expect_refused(model, "the base model\n");
 }
@@ -108,21 +92,9 @@ TEST_F(RanksProgram, one_rank_with_less_memory_ends_all_with_its_name) {
   write_atomically(work_ / "meminfo", info);
   Group group;
   start_rank(group, 0, 2, train("run", 2));
-  std::vector<std::string> command = {"/usr/bin/unshare",
-                                      "--mount",
-                                      "/bin/sh",
-                                      "-c",
-                                      "mount --bind \"$0\" /proc/meminfo && exec \"$@\"",
-                                      (work_ / "meminfo").string(),
-                                      TAILOR_BIN_DIR "/tailor"};
-  const std::vector<std::string> words = train("run", 2);
-  command.insert(command.end(), words.begin(), words.end());
-  group.processes.start(command, {{"RANK", "1"},
-                                  {"LOCAL_RANK", "1"},
-                                  {"WORLD_SIZE", "2"},
-                                  {"MASTER_ADDR", "127.0.0.1"},
-                                  {"MASTER_PORT", std::to_string(group.port)},
-                                  {"TAILOR_CACHE", (work_ / "cache").string()}});
+  start_rank(group, 1, 2, train("run", 2), {},
+             {"/usr/bin/unshare", "--mount", "/bin/sh", "-c",
+              "mount --bind \"$0\" /proc/meminfo && exec \"$@\"", (work_ / "meminfo").string()});
   ASSERT_TRUE(group.wait(60)) << group.processes.outputs();
   for (int r = 0; r < 2; ++r)
     EXPECT_EQ(group.processes.exit_code(r), 66) << group.processes.outputs();

@@ -48,6 +48,15 @@ class RanksProgram : public TrainProgram {
     }
     return out;
   }
+  /// The same steps with the same losses, but for the order in which ranks add.
+  static void expect_same_losses(const std::map<std::int64_t, Line>& got,
+                                 const std::map<std::int64_t, Line>& want) {
+    ASSERT_EQ(got.size(), want.size());
+    for (const auto& [step, line] : want) {
+      EXPECT_NEAR(got.at(step).loss, line.loss, 1e-5 * line.loss) << "step " << step;
+      EXPECT_EQ(got.at(step).all.at("tokens"), line.all.at("tokens")) << "step " << step;
+    }
+  }
   std::vector<double> eval_losses(const std::string& folder) const {
     std::vector<double> out;
     for (const std::string& text : split(read_text(work_ / folder / "metrics.jsonl"), '\n')) {
@@ -125,8 +134,10 @@ class RanksProgram : public TrainProgram {
     RankProcesses processes;
     int port = free_port();
   };
+  /// `command`: what is to start the program.
   void start_rank(Group& group, int rank, int size, const std::vector<std::string>& arguments,
-                  const RankProcesses::Variables& more = {}, const fs::path& from = {}) const {
+                  const RankProcesses::Variables& more = {},
+                  std::vector<std::string> command = {}) const {
     RankProcesses::Variables variables = {{"RANK", std::to_string(rank)},
                                           {"LOCAL_RANK", std::to_string(rank)},
                                           {"WORLD_SIZE", std::to_string(size)},
@@ -136,8 +147,6 @@ class RanksProgram : public TrainProgram {
                                           {"TAILOR_CACHE", (work_ / "cache").string()},
                                           {"TAILOR_DATA", (work_ / "data").string()}};
     for (const auto& [name, value] : more) variables[name] = value;
-    std::vector<std::string> command;
-    if (!from.empty()) command = {"/bin/sh", "-c", "cd \"$0\" && exec \"$@\"", from.string()};
     command.emplace_back(TAILOR_BIN_DIR "/tailor");
     command.insert(command.end(), arguments.begin(), arguments.end());
     group.processes.start(command, variables);

@@ -15,12 +15,12 @@ TEST_F(RanksProgram, any_number_of_ranks_does_what_one_does) {
     const std::string folder = "on" + std::to_string(N);
     const Finished done = run(train(folder, N, {"--json"}));
     ASSERT_EQ(done.code, 0) << done.err;
+    SCOPED_TRACE(folder);
     const auto got = metrics(folder);
-    ASSERT_EQ(got.size(), want.size());
+    expect_same_losses(got, want);
+    if (HasFatalFailure()) return;
     for (const auto& [step, line] : want) {
-      EXPECT_NEAR(got.at(step).loss, line.loss, 1e-5 * line.loss) << N << " ranks, step " << step;
       EXPECT_NEAR(got.at(step).grad_norm, line.grad_norm, 1e-3 * line.grad_norm);
-      EXPECT_EQ(got.at(step).all.at("tokens"), line.all.at("tokens"));
       EXPECT_GT(got.at(step).all.at("exchange_bytes").get<double>(), 0);
       EXPECT_GE(got.at(step).all.at("exchange_exposed_seconds").get<double>(), 0);
     }
@@ -83,11 +83,7 @@ TEST_F(RanksProgram, an_interrupted_run_goes_on_with_another_number_of_ranks) {
   resume.push_back("--resume");
   const Finished done = run(resume);
   ASSERT_EQ(done.code, 0) << done.err;
-  const auto got = metrics("run");
-  ASSERT_EQ(got.size(), want.size());
-  for (const auto& [step, line] : want) {
-    EXPECT_NEAR(got.at(step).loss, line.loss, 1e-5 * line.loss) << "step " << step;
-  }
+  expect_same_losses(metrics("run"), want);
   EXPECT_LT(distance("whole", "run"), 1e-3);
 }
 

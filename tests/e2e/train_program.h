@@ -5,12 +5,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <span>
 #include <string>
 #include <vector>
 
 #include "base/file.h"
 #include "base/json.h"
 #include "base/text.h"
+#include "data/checkpoint/safetensors.h"
 
 namespace tailor::testing_support {
 
@@ -88,6 +90,23 @@ class TrainProgram : public testing::Test {
             read_text(work_ / "out.txt"), read_text(work_ / "err.txt")};
   }
   Finished run(const std::vector<std::string>& arguments) { return wait(start(arguments)); }
+  /// Changes a bit of the named tensor's data in the model of that folder.
+  static void flip_bit(const fs::path& model, const std::string& tensor, std::int64_t at) {
+    for (const auto& entry : fs::directory_iterator(model)) {
+      if (entry.path().extension() != ".safetensors") continue;
+      std::string bytes = read_text(entry.path());
+      const auto header =
+          parse_safetensors_header(std::as_bytes(std::span(bytes)), entry.path().string());
+      const auto found = header.tensors.find(tensor);
+      if (found == header.tensors.end()) continue;
+      char& changed = bytes[static_cast<std::size_t>(found->second.offset + at)];
+      changed = static_cast<char>(changed ^ 1);
+      write_atomically(entry.path(), bytes);
+      return;
+    }
+    FAIL() << "no tensor " << tensor;
+  }
+
   std::string recipe() const { return (work_ / "recipe.yaml").string(); }
 
   /// Losses by step from a run's metrics.jsonl, as written.

@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <thread>
 
@@ -149,6 +150,33 @@ TEST_F(TrainProgram, weights_from_disk_give_the_adapter_of_weights_in_memory) {
   refused({"base.store=" + (work_ / "nowhere").string()}, 65, "not a store");
   refused({"base.store=" + store, "base.device_memory=1KB", "base.host_memory=0"}, 66,
           "base.device_memory");
+}
+
+TEST_F(TrainProgram, a_base_that_changed_is_packed_again) {
+  const fs::path model = work_ / "model";
+  fs::copy(kModel, model, fs::copy_options::recursive);
+  const auto stores = [&] {
+    const fs::directory_iterator all(work_ / "cache/stores");
+    return std::count_if(begin(all), end(all),
+                         [](const auto& entry) { return fs::exists(entry.path() / "store.json"); });
+  };
+  int runs = 0;
+  const auto expect_stores_after_training = [&](std::ptrdiff_t want) {
+    const Finished done =
+        run({"train", recipe(), "base_model=" + model.string(), "base.format=int4",
+             "training.max_steps=1", "output_dir=" + (work_ / std::to_string(++runs)).string()});
+    ASSERT_EQ(done.code, 0) << done.err;
+    EXPECT_EQ(stores(), want) << done.err;
+  };
+  expect_stores_after_training(1);
+  expect_stores_after_training(1);
+  // Nothing of attention, of which alone the fingerprint has samples.
+  flip_bit(model, "model.layers.1.feed_forward.experts.gate_up_proj", 5000);
+  expect_stores_after_training(2);
+  Json config = read_json(model / "config.json");
+  config["rms_norm_eps"] = 1e-4;
+  write_atomically(model / "config.json", config.dump(2));
+  expect_stores_after_training(3);
 }
 
 TEST_F(TrainProgram, a_store_that_was_damaged_ends_the_run_with_65_and_names_the_tile) {

@@ -68,7 +68,6 @@ void RunRanks::in_turns(const std::string& what, const std::function<void()>& ma
 int RunRanks::run(const std::function<int()>& body) {
   int code = 0;
   with_watch(watch_of(*ranks_), [&] { code = body(); });
-  if (RankWatch* watch = watch_of(*ranks_)) watch->leave();
   return code;
 }
 

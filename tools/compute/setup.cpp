@@ -16,6 +16,7 @@
 #include "data/store/pack.h"
 #include "data/tokens/token_store.h"
 #include "recipes/machine.h"
+#include "tools/paths.h"
 #include "tools/recipe_inputs.h"
 
 namespace tailor {
@@ -65,11 +66,14 @@ std::int64_t free_memory(const fs::path& folder) {
   return static_cast<std::int64_t>(this_machine(folder).host_bytes);
 }
 
-/// The store of a model in these formats in the user's cache, packed now if it is not there.
+/// The store of a model in these formats in the user's cache, packed now if it is not there. Other
+/// weights, of which the fingerprint sees but some, and another config.json are another store.
 fs::path cached_store(const fs::path& folder, const BaseRequest& request) {
   const Checkpoint checkpoint = Checkpoint::open(folder);
   const ModelSpec spec = read_model_spec(folder);
-  std::string key = fs::weakly_canonical(folder).string() + "\n" + fingerprint(checkpoint, spec);
+  std::string key = fs::weakly_canonical(folder).string() + "\n" + fingerprint(checkpoint, spec) +
+                    "\n" + read_text(folder / "config.json") + "\n";
+  for (const auto& [name, file] : checkpoint.shards()) key += file_stamp(file);
   for (const FormatChoice& choice : {request.formats.experts, request.formats.others}) {
     key += "\n" + std::to_string(choice.as_is) + " " +
            std::to_string(static_cast<int>(choice.kind)) + " " + std::to_string(choice.group);

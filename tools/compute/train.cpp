@@ -125,13 +125,14 @@ class Run {
 
   void agree_on_data_and_model() {
     if (ranks_->others() == nullptr) return;
+    base_fingerprint_ = base_fingerprint();
     const std::vector<SharedFact> facts = {{"the training data", data_.digest},
-                                           {"the base model", model_identity()}};
+                                           {"the base model", base_fingerprint_}};
     require_agreement(ranks_->all(), facts);
   }
 
-  /// Of the store's manifest or the model's weights: their shapes and places.
-  std::string model_identity() const {
+  /// The store's, or that of the model's weights, which are read for it.
+  std::string base_fingerprint() const {
     const fs::path store = recipe_store(recipe());
     return store.empty() ? fingerprint(Checkpoint::open(model_folder_), spec_)
                          : Store::open(store).fingerprint();
@@ -348,7 +349,7 @@ class Run {
              ", loaded in " + seconds_text(model_.load_seconds));
     together(ranks_->all(), "opening metrics.jsonl", [&] {
       if (!books_) return;
-      base_fingerprint_ = model_identity();
+      if (base_fingerprint_.empty()) base_fingerprint_ = base_fingerprint();
       books_->open_metrics();
     });
   }
@@ -567,7 +568,7 @@ class Run {
   std::optional<StateShare> share_;
   std::unique_ptr<RunBooks> books_;  ///< the first rank's
   OpenedModel model_;
-  std::string base_fingerprint_;  ///< the first rank's; goes into the adapter
+  std::string base_fingerprint_;  ///< goes into the adapter; the ranks compare it
   std::optional<Error> stopped_;  ///< why a run that went well ended early
 };
 

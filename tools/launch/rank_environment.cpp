@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <cstdlib>
 #include <string_view>
 
 #include "base/error.h"
@@ -47,11 +46,6 @@ std::vector<std::string> rank_environment(const RankPlace& place,
   set("MASTER_PORT", std::to_string(place.master_port));
   if (place.threads > 0) set("OMP_NUM_THREADS", std::to_string(place.threads));
   return out;
-}
-
-std::string environment_value(const std::string& name) {
-  const char* value = std::getenv(name.c_str());
-  return value == nullptr ? "" : value;
 }
 
 std::vector<std::string> own_environment() {

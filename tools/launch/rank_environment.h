@@ -23,9 +23,6 @@ struct RankPlace {
 std::vector<std::string> rank_environment(const RankPlace& place,
                                           std::span<const std::string> before);
 
-/// A variable of this process's environment; empty where it is not set.
-std::string environment_value(const std::string& name);
-
 /// This process's environment as "NAME=value" texts.
 std::vector<std::string> own_environment();
 

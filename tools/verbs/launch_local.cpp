@@ -1,5 +1,3 @@
-#include <charconv>
-
 #include "base/error.h"
 #include "base/rank_env.h"
 #include "tools/launch/local_launch.h"
@@ -10,18 +8,6 @@
 
 namespace tailor {
 namespace {
-
-/// A whole number in a variable of Kubeflow's Trainer; `otherwise` where it is not set.
-int pet_number(const std::string& name, int otherwise) {
-  const std::string text = environment_value(name);
-  if (text.empty()) return otherwise;
-  int out = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), out);
-  if (error == std::errc() && end == text.data() + text.size() && out >= 0) return out;
-  throw Error(Fault::usage,
-              {name + " is '" + text + "', needed: a whole number", "the environment",
-               "Give --nodes, --node-rank, --master-addr and --master-port instead."});
-}
 
 LocalLaunch launch_of(const Recipe& recipe, std::vector<std::string> command) {
   LocalLaunch launch;
@@ -52,10 +38,14 @@ std::optional<int> launch_here(const LaunchLocalArguments& arguments,
   launch.master_addr = arguments.master_addr;
   launch.master_port = arguments.master_port;
   if (launch.nodes == 0) {
-    launch.nodes = pet_number("PET_NNODES", 1);
-    launch.node_rank = pet_number("PET_NODE_RANK", 0);
-    launch.master_addr = environment_value("PET_MASTER_ADDR");
-    launch.master_port = pet_number("PET_MASTER_PORT", 0);
+    // Kubeflow's Trainer sets these.
+    const EnvLookup lookup = process_env();
+    const Environment env(lookup);
+    const std::string mend = "Give --nodes, --node-rank, --master-addr and --master-port instead.";
+    launch.nodes = env.number("PET_NNODES", mend).value_or(1);
+    launch.node_rank = env.number("PET_NODE_RANK", mend).value_or(0);
+    launch.master_addr = env.text_or("PET_MASTER_ADDR", "");
+    launch.master_port = env.number("PET_MASTER_PORT", mend).value_or(0);
   }
   const auto refuse = [](const std::string& what, const std::string& mend) {
     throw Error(Fault::usage, {what, "the command line of tailor launch local", mend});

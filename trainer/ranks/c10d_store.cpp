@@ -7,8 +7,6 @@
 namespace tailor {
 namespace {
 
-std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
 class C10dStore final : public RankStore {
  public:
   C10dStore(c10::intrusive_ptr<c10d::TCPStore> connection, std::string prefix, std::string place)

@@ -18,4 +18,7 @@ std::unique_ptr<RankStore> rank_store(c10::intrusive_ptr<c10d::TCPStore> connect
 /// The c10d store below it, its keys under the run's prefix.
 c10::intrusive_ptr<c10d::Store> c10d_store(RankStore& store);
 
+/// Of what c10d throws: a stack trace follows.
+inline std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
+
 }  // namespace tailor

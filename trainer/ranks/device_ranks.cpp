@@ -136,7 +136,7 @@ class DeviceRanks final : public WatchedRanks {
 
   Error failed(const std::string& fault) const {
     return {Fault::device,
-            {"NCCL: " + fault.substr(0, fault.find('\n')), "rank " + std::to_string(rank()),
+            {"NCCL: " + first_line(fault), "rank " + std::to_string(rank()),
              "Run with NCCL_DEBUG=WARN to see more; then start again with --resume."}};
   }
 

@@ -41,10 +41,9 @@ c10::intrusive_ptr<Gloo> open_gloo(GlooShared& shared, const std::string& prefix
         c10::make_intrusive<c10d::PrefixStore>(prefix, c10d_store(*shared.store)), place,
         static_cast<int>(members.size()), options);
   } catch (const std::exception& fault) {
-    const std::string text = fault.what();
     throw Error(
         Fault::device,
-        {"Gloo cannot connect the ranks: " + text.substr(0, text.find('\n')),
+        {"Gloo cannot connect the ranks: " + first_line(fault.what()),
          peer_text(me) + ", " +
              (named ? std::string("GLOO_SOCKET_IFNAME=") + interface : "address " + me.address),
          "Set GLOO_SOCKET_IFNAME to the network interface by which the hosts reach each "
@@ -89,9 +88,8 @@ void GlooExchange::guarded(const std::string& doing, int peer, const Body& body)
     body();
     return;
   } catch (const std::exception& error) {
-    fault = error.what();
+    fault = first_line(error.what());
   }
-  fault = fault.substr(0, fault.find('\n'));
   bool aborted = false;
   {
     const std::lock_guard lock(mutex_);

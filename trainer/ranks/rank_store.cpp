@@ -21,8 +21,6 @@
 namespace tailor {
 namespace {
 
-std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
-
 /// Runs `work` on a thread of its own and waits for it no longer than `seconds`: c10d's client
 /// reads without a limit, and whoever listens at that address may never answer. A thread left
 /// behind waits on a socket of its own, and the process is about to end.
