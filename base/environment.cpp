@@ -1,5 +1,8 @@
 #include "base/environment.h"
 
+#include <pwd.h>
+#include <unistd.h>
+
 #include <charconv>
 #include <cstdlib>
 
@@ -7,6 +10,11 @@ namespace tailor {
 
 EnvLookup process_env() {
   return [](const char* name) -> const char* { return std::getenv(name); };
+}
+
+std::string user_name() {
+  const passwd* user = ::getpwuid(::geteuid());
+  return user != nullptr ? user->pw_name : std::to_string(::geteuid());
 }
 
 std::optional<std::string> Environment::text(const char* name) const {

@@ -12,6 +12,8 @@ namespace tailor {
 using EnvLookup = std::function<const char*(const char* name)>;
 /// getenv().
 EnvLookup process_env();
+/// The user this process runs as, by name; by number where it has none.
+std::string user_name();
 
 /// Variables with their values checked. Unset and empty are the same: launchers' templates leave
 /// empty ones behind.

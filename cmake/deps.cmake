@@ -21,7 +21,6 @@ tailor_pkg(PQ libpq libpq-dev)
 tailor_pkg(CURL libcurl libcurl4-openssl-dev)
 tailor_pkg(HDF5 hdf5 libhdf5-dev)
 tailor_pkg(CRYPTO libcrypto libssl-dev)
-tailor_pkg(CURL libcurl libcurl4-openssl-dev)
 tailor_pkg(XXHASH libxxhash libxxhash-dev)
 tailor_pkg(URING liburing liburing-dev)
 

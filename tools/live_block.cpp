@@ -28,13 +28,13 @@ std::string percent(double share) { return number_text(100 * share, share < 0.1 
 
 /// What is left of a budget, or by how much it will not do.
 std::string budget_words(double spent, double at_end, double budget, bool usd,
-                         const std::string& unit) {
+                         const std::string& unit, const std::string& whose) {
   const auto words = [&](double value) {
     return usd ? usd_words(value) : number_text(value, 3) + " " + unit;
   };
   if (at_end > budget)
-    return "budget " + words(budget) + " will not do, short " + words(at_end - budget);
-  return words(std::max(0.0, budget - spent)) + " of " + words(budget) + " left";
+    return "budget " + words(budget) + whose + " will not do, short " + words(at_end - budget);
+  return words(std::max(0.0, budget - spent)) + " of " + words(budget) + whose + " left";
 }
 
 struct Item {
@@ -94,17 +94,26 @@ std::vector<Item> money_items(const LiveFigures& figures) {
   if (!figures.usd && figures.seconds_left) {
     out.push_back({number_text(figures.gpu_hours_at_end(), 3) + " at the end"});
   }
-  const auto budget = [&](double spent, double at_end, double limit, bool usd) {
-    const bool short_of = at_end > limit;
-    out.push_back(
-        {budget_words(spent, at_end, limit, usd, figures.hours_word), short_of ? "31" : ""});
+  const auto budgets = [&](const std::optional<double>& usd_limit, double others_usd,
+                           const std::optional<double>& hours_limit, double others_hours,
+                           const std::string& whose) {
+    const auto add = [&](double spent, double at_end, double limit, bool usd) {
+      out.push_back({budget_words(spent, at_end, limit, usd, figures.hours_word, whose),
+                     at_end > limit ? "31" : ""});
+    };
+    if (usd_limit && figures.usd) {
+      add(*figures.usd + others_usd, usd_at_end.value_or(*figures.usd) + others_usd, *usd_limit,
+          true);
+    }
+    if (hours_limit) {
+      add(figures.gpu_hours + others_hours, figures.gpu_hours_at_end() + others_hours, *hours_limit,
+          false);
+    }
   };
-  if (figures.usd_budget && figures.usd) {
-    budget(*figures.usd, usd_at_end.value_or(*figures.usd), *figures.usd_budget, true);
-  }
-  if (figures.gpu_hours_budget) {
-    budget(figures.gpu_hours, figures.gpu_hours_at_end(), *figures.gpu_hours_budget, false);
-  }
+  budgets(figures.usd_budget, 0, figures.gpu_hours_budget, 0, "");
+  const LiveMoney::Shared& shared = figures.shared;
+  budgets(shared.usd_budget, shared.others_usd, shared.gpu_hours_budget, shared.others_gpu_hours,
+          " of project " + shared.project);
   return out;
 }
 

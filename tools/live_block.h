@@ -8,23 +8,33 @@
 
 namespace tailor {
 
-/// What a run's live block shows; figures that are not known are left out.
-struct LiveFigures {
+/// What a run has cost and may cost; what is not known is left out.
+struct LiveMoney {
+  double gpu_hours = 0;                    ///< the run so far, all attempts
+  std::string hours_word = "GPU-hours";    ///< or device-hours
+  std::optional<double> usd{};             ///< the run so far; nothing where no price is known
+  std::optional<double> usd_per_second{};  ///< of all devices
+  std::optional<double> usd_budget{}, gpu_hours_budget{};  ///< the run's own
+  double devices = 1;
+  /// The budget that all runs of a project share, and what the others have used of it.
+  struct Shared {
+    std::string project{};
+    std::optional<double> usd_budget{}, gpu_hours_budget{};
+    double others_usd = 0, others_gpu_hours = 0;
+  } shared{};
+};
+
+/// What a run's live block shows.
+struct LiveFigures : LiveMoney {
   std::int64_t step = 0, steps_total = 0;
   std::string doing;  ///< "evaluating"; empty: training
   double loss = 0;
   std::optional<double> held_out_loss;
   std::int64_t held_out_step = 0;
   double tokens_per_second = 0;
-  double stall_share = 0;                ///< of the steps' time, waiting for weights
-  std::string exchange;                  ///< "12 MB, 0.1 s exposed"; empty: one rank
-  std::optional<double> seconds_left;    ///< to the last step, evaluations and saving included
-  double gpu_hours = 0;                  ///< the run so far, all attempts
-  std::string hours_word = "GPU-hours";  ///< or device-hours
-  std::optional<double> usd;             ///< the run so far; nothing where no price is known
-  std::optional<double> usd_per_second;  ///< of all devices
-  std::optional<double> usd_budget, gpu_hours_budget;
-  double devices = 1;
+  double stall_share = 0;              ///< of the steps' time, waiting for weights
+  std::string exchange;                ///< "12 MB, 0.1 s exposed"; empty: one rank
+  std::optional<double> seconds_left;  ///< to the last step, evaluations and saving included
 
   std::optional<double> usd_at_end() const;
   double gpu_hours_at_end() const;  ///< so far where the time left is not known

@@ -13,8 +13,6 @@
 namespace tailor {
 namespace {
 
-/// A run that gave no sign of life for so long uses nothing any more.
-constexpr std::int64_t kAliveMs = 60'000;
 /// Steps of an attempt before what is to come is worked out from them.
 constexpr std::int64_t kStepsToForecast = 5;
 
@@ -76,7 +74,7 @@ void refuse_over_budget(const Ledger& ledger, const std::string& run, const std:
   std::int64_t all_usd = spending.usd_micros;
   const std::int64_t now = ledger.clock().unix_ms();
   for (const ProjectSpending::Running& other : spending.running) {
-    if (other.attempt.run == run || now - other.heartbeat_unix_ms > kAliveMs) continue;
+    if (other.attempt.run == run || !other.alive(now)) continue;
     all_ms += std::max<std::int64_t>(0, other.planned_device_ms.value_or(0) - other.device_ms);
     all_usd += std::max<std::int64_t>(0, other.planned_usd_micros.value_or(0) - other.usd_micros);
   }
@@ -97,38 +95,48 @@ void BudgetWatch::refresh() {
   try {
     const auto budget = ledger_.budget(options_.project);
     if (!budget) return;
-    const ProjectSpending spending = ledger_.spending(options_.project);
-    Shared shared;
-    shared.limits = {budget->usd_micros_limit, budget->device_ms_limit};
-    shared.at_ms = ledger_.clock().steady_ms();
-    const RunTotals own = ledger_.totals(attempt_.run);
-    shared.others_device_ms = std::max<std::int64_t>(0, spending.device_ms - own.device_ms);
-    shared.others_usd_micros =
-        std::max<std::int64_t>(0, spending.usd_micros - own.usd_micros.value_or(0));
+    const ProjectSpending others = ledger_.spending_without(options_.project, attempt_.run);
+    Others known;
+    known.limits = {budget->usd_micros_limit, budget->device_ms_limit};
+    known.at_ms = ledger_.clock().steady_ms();
+    known.device_ms = static_cast<double>(others.device_ms);
+    known.usd_micros = static_cast<double>(others.usd_micros);
     const std::int64_t now = ledger_.clock().unix_ms();
-    for (const ProjectSpending::Running& other : spending.running) {
-      const std::int64_t silent = std::max<std::int64_t>(0, now - other.heartbeat_unix_ms);
-      if (other.attempt.run == attempt_.run || silent > kAliveMs) continue;
+    for (const ProjectSpending::Running& other : others.running) {
+      if (!other.alive(now)) continue;
       const double rate =
           static_cast<double>(other.usd_micros_per_device_hour.value_or(0)) / 3.6e6 * other.devices;
-      shared.others_device_ms_per_ms += other.devices;
-      shared.others_usd_micros_per_ms += rate;
-      shared.others_device_ms += silent * other.devices;
-      shared.others_usd_micros +=
-          static_cast<std::int64_t>(std::llround(rate * static_cast<double>(silent)));
+      const auto silent =
+          static_cast<double>(std::max<std::int64_t>(0, now - other.heartbeat_unix_ms));
+      known.device_ms_per_ms += other.devices;
+      known.usd_micros_per_ms += rate;
+      known.device_ms += silent * other.devices;
+      known.usd_micros += silent * rate;
     }
     const std::lock_guard guard(mutex_);
-    shared_ = shared;
+    others_ = known;
   } catch (const Error& error) {
     if (error.fault() != Fault::io && error.fault() != Fault::bad_file) throw;
   }
+}
+
+std::optional<SharedBudget> BudgetWatch::shared() const {
+  const std::lock_guard guard(mutex_);
+  return shared_now();
+}
+
+std::optional<SharedBudget> BudgetWatch::shared_now() const {
+  if (!others_) return std::nullopt;
+  const auto since = static_cast<double>(ledger_.clock().steady_ms() - others_->at_ms);
+  return SharedBudget{others_->limits, others_->device_ms + since * others_->device_ms_per_ms,
+                      others_->usd_micros + since * others_->usd_micros_per_ms};
 }
 
 BudgetWatch::Verdict BudgetWatch::after_step(const SegmentTimer::Spent& spent, std::int64_t step,
                                              double saving_seconds) {
   const std::lock_guard guard(mutex_);
   Verdict verdict;
-  if (!options_.own.any() && !shared_) return verdict;
+  if (!options_.own.any() && !others_) return verdict;
   if (!first_) {
     first_ = spent;
     first_at_step_ = step;
@@ -155,11 +163,8 @@ BudgetWatch::Verdict BudgetWatch::after_step(const SegmentTimer::Spent& spent, s
     }
   };
   add(options_.own, 0, 0, "the budget");
-  if (shared_) {
-    const auto since = static_cast<double>(ledger_.clock().steady_ms() - shared_->at_ms);
-    add(shared_->limits,
-        static_cast<double>(shared_->others_device_ms) + since * shared_->others_device_ms_per_ms,
-        static_cast<double>(shared_->others_usd_micros) + since * shared_->others_usd_micros_per_ms,
+  if (const auto shared = shared_now()) {
+    add(shared->limits, shared->others_device_ms, shared->others_usd_micros,
         "the budget of project " + options_.project);
   }
 

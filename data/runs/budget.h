@@ -21,6 +21,12 @@ struct PlannedUse {
   std::optional<std::int64_t> usd_micros{}, device_ms{};
 };
 
+/// A project's budget as one of its runs sees it.
+struct SharedBudget {
+  BudgetLimits limits;
+  double others_device_ms = 0, others_usd_micros = 0;  ///< what all other runs have used by now
+};
+
 /// Throws Error{budget} where what `run` has used (all its attempts; empty: a new run) and what is
 /// planned are more than `own`, or more than what its project's budget has left beside the plans of
 /// the runs that are going on. A figure that is not known refuses nothing.
@@ -55,20 +61,24 @@ class BudgetWatch {
   };
   /// After `step` of the run; `spent` by all its attempts. `saving_seconds`: saving and leaving.
   Verdict after_step(const SegmentTimer::Spent& spent, std::int64_t step, double saving_seconds);
+  /// The project's budget; null where it has none, or none is known yet.
+  std::optional<SharedBudget> shared() const;
 
  private:
-  struct Shared {
+  /// What refresh() learned: the project's limits, what its other runs had used, and how fast.
+  struct Others {
     BudgetLimits limits;
-    std::int64_t others_device_ms = 0, others_usd_micros = 0;
-    double others_device_ms_per_ms = 0, others_usd_micros_per_ms = 0;
+    double device_ms = 0, usd_micros = 0;
+    double device_ms_per_ms = 0, usd_micros_per_ms = 0;
     std::int64_t at_ms = 0;
   };
+  std::optional<SharedBudget> shared_now() const;  ///< with mutex_ held
 
   const Ledger& ledger_;
   const AttemptId attempt_;
   const Options options_;
   mutable std::mutex mutex_;
-  std::optional<Shared> shared_;
+  std::optional<Others> others_;
   std::optional<SegmentTimer::Spent> first_;  ///< after the first step of this attempt
   std::int64_t first_at_step_ = 0;
   bool warned_ = false, forecast_ = false;

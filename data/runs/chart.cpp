@@ -149,11 +149,35 @@ class Drawing {
   }
 
   void levels() {
+    std::vector<std::pair<bool, double>> labels;
     for (const auto& [y, label] : chart_.levels) {
       if (y < y_.low || y > y_.high) continue;
       out_ += line_at(canvas_.left, to_y(y), end(), to_y(y), "level");
-      out_ += text_at(end(), to_y(y) - 5, "end", label, " class=\"q\"");
+      // At the end where the lines are farther away.
+      const bool left = gap(y, true) > gap(y, false);
+      double at = to_y(y) - 5;
+      const auto lies_on = [&](const auto& other) {
+        return other.first == left && std::abs(other.second - at) < 13;
+      };
+      if (std::any_of(labels.begin(), labels.end(), lies_on)) at = to_y(y) + 13;
+      labels.emplace_back(left, at);
+      out_ += text_at(left ? canvas_.left + 4 : end(), at, left ? "start" : "end", label,
+                      " class=\"q\"");
     }
+  }
+
+  /// From `y` to what is drawn first, or last.
+  double gap(double y, bool first) const {
+    double out = y_.size();
+    for (const Series& series : chart_.series) {
+      const Points& points = series.points;
+      if (points.empty()) continue;
+      const auto& [at, value] = first ? points.front() : points.back();
+      const bool there = first ? to_x(at) < canvas_.left + canvas_.plot_width() / 4
+                               : to_x(at) > end() - canvas_.plot_width() / 4;
+      if (there) out = std::min(out, std::abs(y - value));
+    }
+    return out;
   }
 
   void marks() {

@@ -156,8 +156,7 @@ FocusExport export_focus(const Ledger* ledger) {
         out.unpriced_device_ms += segment.device_ms;
         continue;
       }
-      const auto& attempt = record.attempts[static_cast<std::size_t>(segment.attempt - 1)];
-      for (const DayPart& part : by_day(attempt, segment)) {
+      for (const DayPart& part : by_day(record.attempt_of(segment.attempt), segment)) {
         Charge& charge = charges[{segment.attempt, part.day, segment.facts.phase}];
         if (charge.to_unix_ms == 0) charge.from_unix_ms = part.from_unix_ms;
         charge.to_unix_ms = part.to_unix_ms;
@@ -167,8 +166,7 @@ FocusExport export_focus(const Ledger* ledger) {
     }
     for (const auto& [key, charge] : charges) {
       const auto& [number, day, phase] = key;
-      const AttemptRecord& attempt = record.attempts[static_cast<std::size_t>(number - 1)];
-      const auto row = row_of(record.facts, attempt, day, phase, charge);
+      const auto row = row_of(record.facts, record.attempt_of(number), day, phase, charge);
       std::vector<std::string> fields;
       for (const char* column : kColumns) {
         const auto found = row.find(column);

@@ -5,7 +5,6 @@
 #include <set>
 
 #include "base/clock.h"
-#include "base/error.h"
 #include "base/text.h"
 #include "data/runs/table.h"
 
@@ -16,12 +15,6 @@ constexpr std::int64_t kDayMs = 86'400'000;
 
 std::int64_t day_of(std::int64_t unix_ms) {
   return unix_ms >= 0 ? unix_ms / kDayMs : (unix_ms - kDayMs + 1) / kDayMs;
-}
-
-const AttemptRecord& attempt_of(const RunRecord& record, const SegmentRecord& segment) {
-  const auto index = static_cast<std::size_t>(segment.attempt - 1);
-  TAILOR_CHECK(segment.attempt >= 1 && index < record.attempts.size());
-  return record.attempts[index];
 }
 
 }  // namespace
@@ -89,7 +82,7 @@ std::vector<CostGroup> group_costs(const Ledger* ledger, GroupBy by) {
         book(key, run, segment.device_ms, segment.usd_micros);
         continue;
       }
-      for (const DayPart& part : by_day(attempt_of(record, segment), segment)) {
+      for (const DayPart& part : by_day(record.attempt_of(segment.attempt), segment)) {
         book(utc_text(part.day * kDayMs).substr(0, 10), run, part.device_ms, part.usd_micros);
       }
     }

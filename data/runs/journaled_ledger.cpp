@@ -48,6 +48,15 @@ JournalText read_journal(const fs::path& path) {
   return out;
 }
 
+/// Gives `ledger` the journal at `path` and removes it; how many entries it had.
+std::int64_t take_in(const fs::path& path, Ledger& ledger) {
+  const JournalText left = read_journal(path);
+  for (const LedgerEntry& entry : left.entries) ledger.apply(entry);
+  fs::remove(path);
+  sync_path(path.parent_path());
+  return static_cast<std::int64_t>(left.entries.size());
+}
+
 /// `record` without the last attempt, and that one.
 void drop_attempt(RunRecord& record, int attempt) {
   const auto of_it = [attempt](const auto& row) { return row.attempt == attempt; };
@@ -75,12 +84,7 @@ std::string journal_place(const fs::path& journal) { return read_journal(journal
 Replayed replay_journals(const fs::path& folder, Ledger& ledger) {
   Replayed out;
   for (const fs::path& path : journals_in(folder)) {
-    for (const LedgerEntry& entry : read_journal(path).entries) {
-      ledger.apply(entry);
-      ++out.entries;
-    }
-    fs::remove(path);
-    sync_path(folder);
+    out.entries += take_in(path, ledger);
     ++out.journals;
   }
   return out;
@@ -124,12 +128,9 @@ void JournaledLedger::connect() {
   if (!ledger_) ledger_ = Ledger::open(address_, clock_, {patience_ms_});
   for (const fs::path& path : journals_in(folder_)) {
     if (path == file_) continue;
-    const JournalText left = read_journal(path);
-    for (const LedgerEntry& entry : left.entries) ledger_->apply(entry);
-    fs::remove(path);
-    log_info("the ledger has taken in " +
-             count_text(static_cast<std::int64_t>(left.entries.size())) +
-             " entries of the journal " + path.string());
+    const std::int64_t entries = take_in(path, *ledger_);
+    log_info("the ledger has taken in " + count_text(entries) + " entries of the journal " +
+             path.string());
   }
 }
 
@@ -328,24 +329,25 @@ void JournaledLedger::set_budget(const std::string& project, const ProjectBudget
   ledger_->set_budget(project, budget);
 }
 
-ProjectSpending JournaledLedger::spending(const std::string& project) const {
+ProjectSpending JournaledLedger::spending_without(const std::string& project,
+                                                  const std::string& except) const {
   const std::lock_guard guard(mutex_);
-  return away_ ? own_->spending(project) : ledger_->spending(project);
+  return (away_ ? own_ : ledger_)->spending_without(project, except);
 }
 
 std::vector<std::string> JournaledLedger::runs() const {
   const std::lock_guard guard(mutex_);
-  return away_ ? own_->runs() : ledger_->runs();
+  return (away_ ? own_ : ledger_)->runs();
 }
 
 std::optional<std::string> JournaledLedger::run_in_folder(const std::string& output_dir) const {
   const std::lock_guard guard(mutex_);
-  return away_ ? own_->run_in_folder(output_dir) : ledger_->run_in_folder(output_dir);
+  return (away_ ? own_ : ledger_)->run_in_folder(output_dir);
 }
 
 std::optional<std::string> JournaledLedger::find_run(std::string_view what) const {
   const std::lock_guard guard(mutex_);
-  return away_ ? own_->find_run(what) : ledger_->find_run(what);
+  return (away_ ? own_ : ledger_)->find_run(what);
 }
 
 RunRecord JournaledLedger::read(const std::string& run) const {

@@ -49,7 +49,8 @@ class JournaledLedger final : public Ledger {
   /// Null, and no spending but this run's own, while the ledger is away.
   std::optional<ProjectBudget> budget(const std::string& project) const override;
   void set_budget(const std::string& project, const ProjectBudget& budget) override;
-  ProjectSpending spending(const std::string& project) const override;
+  ProjectSpending spending_without(const std::string& project,
+                                   const std::string& except) const override;
 
   std::vector<std::string> runs() const override;
   std::optional<std::string> run_in_folder(const std::string& output_dir) const override;
@@ -79,9 +80,9 @@ class JournaledLedger final : public Ledger {
   int patience_ms_;
 
   mutable std::recursive_mutex mutex_;
-  mutable std::unique_ptr<Ledger> ledger_;  ///< null while it cannot be opened
-  std::unique_ptr<Ledger> own_;             ///< this attempt, in memory
-  RunRecord before_;                        ///< the run when this attempt began
+  std::unique_ptr<Ledger> ledger_;  ///< null while it cannot be opened
+  std::unique_ptr<Ledger> own_;     ///< this attempt, in memory
+  RunRecord before_;                ///< the run when this attempt began
   std::string run_, journal_;
   std::int64_t number_ = 0, began_steady_ms_ = 0;
   int attempt_ = 0;

@@ -12,8 +12,6 @@
 namespace tailor {
 namespace {
 
-constexpr std::int64_t kStaleMs = 60'000;  // four heartbeats missed
-
 constexpr std::array<std::string_view, kPhases.size()> kPhaseNames = {
     "start", "load", "train", "stall", "evaluate", "checkpoint", "idle", "lost"};
 constexpr std::array<std::string_view, 8> kStatusNames = {
@@ -63,11 +61,20 @@ std::string_view status_name(RunStatus status) {
   return kStatusNames[static_cast<std::size_t>(status)];
 }
 
+const AttemptRecord& RunRecord::attempt_of(int number) const {
+  TAILOR_CHECK(number >= 1 && static_cast<std::size_t>(number) <= attempts.size());
+  return attempts[static_cast<std::size_t>(number - 1)];
+}
+
 RunStatus RunRecord::status(std::int64_t now_unix_ms) const {
   if (attempts.empty()) return RunStatus::created;
   const AttemptRecord& last = attempts.back();
-  const bool silent = now_unix_ms - last.heartbeat_unix_ms > kStaleMs;
+  const bool silent = now_unix_ms - last.heartbeat_unix_ms > kSilentMs;
   return last.status == RunStatus::running && silent ? RunStatus::lost : last.status;
+}
+
+bool ProjectSpending::Running::alive(std::int64_t now_unix_ms) const {
+  return now_unix_ms - heartbeat_unix_ms <= kSilentMs;
 }
 
 std::optional<double> RunTotals::usd() const {

@@ -159,6 +159,8 @@ struct RunRecord {
   std::vector<EventRecord> events;
 
   const std::string& run() const { return facts.run; }
+  /// The attempt that a row of the record is of, by its number.
+  const AttemptRecord& attempt_of(int number) const;
   /// By the last attempt; `now_unix_ms` turns one that runs without a heartbeat for a minute into
   /// lost.
   RunStatus status(std::int64_t now_unix_ms) const;
@@ -207,6 +209,7 @@ struct ProjectSpending {
     std::optional<std::int64_t> planned_device_ms{}, planned_usd_micros{};
     std::int64_t device_ms = 0, usd_micros = 0;  ///< of this attempt, among the sums
     std::int64_t heartbeat_unix_ms = 0;
+    bool alive(std::int64_t now_unix_ms) const;  ///< gave a sign of life not long ago
   };
   std::int64_t device_ms = 0;
   std::int64_t usd_micros = 0;  ///< of the attempts that have a price
@@ -216,6 +219,8 @@ struct ProjectSpending {
 
 /// How often time is written down at least; what a kill -9 can leave unaccounted.
 constexpr std::int64_t kHeartbeatMs = 15'000;
+/// An attempt without a sign of life for longer than this is taken for dead: four missed.
+constexpr std::int64_t kSilentMs = 4 * kHeartbeatMs;
 
 struct LedgerEntry;
 
@@ -268,7 +273,12 @@ class Ledger {
   virtual std::optional<ProjectBudget> budget(const std::string& project) const = 0;
   /// Of `budget`, the moment is the ledger's own. Earlier ones are kept, for who asks.
   virtual void set_budget(const std::string& project, const ProjectBudget& budget) = 0;
-  virtual ProjectSpending spending(const std::string& project) const = 0;
+  /// Of the runs of `project`, without `except` where it names one.
+  virtual ProjectSpending spending_without(const std::string& project,
+                                           const std::string& except) const = 0;
+  ProjectSpending spending(const std::string& project) const {
+    return spending_without(project, "");
+  }
 
   /// Identifiers, newest first.
   virtual std::vector<std::string> runs() const = 0;

@@ -1,16 +1,14 @@
 #include "data/runs/mlflow.h"
 
-#include <curl/curl.h>
-
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cmath>
-#include <cstdlib>
 #include <optional>
 #include <utility>
 
+#include "base/environment.h"
 #include "base/error.h"
+#include "base/http/http_client.h"
 #include "base/json.h"
 #include "base/log.h"
 #include "base/text.h"
@@ -21,96 +19,33 @@ namespace {
 
 constexpr std::size_t kMetricsPerCall = 1000;  // the server's limit
 constexpr std::size_t kParamsPerCall = 100;
-constexpr std::size_t kParamBytesMax = 500;  // of older servers
-constexpr std::size_t kAnswerBytesMax = 8U << 20U;
+constexpr std::size_t kParamBytesMax = 500;       // of older servers
 constexpr auto kPause = std::chrono::seconds(5);  // after a failure
-
-std::string environment(const char* name) {
-  const char* value = std::getenv(name);
-  return value != nullptr ? value : "";
-}
-
-std::size_t take(char* data, std::size_t size, std::size_t count, void* into) {
-  auto& out = *static_cast<std::string*>(into);
-  if (out.size() + size * count > kAnswerBytesMax) return 0;
-  out.append(data, size * count);
-  return size * count;
-}
-
-int stop_if(void* flag, curl_off_t, curl_off_t, curl_off_t, curl_off_t) {
-  return static_cast<std::atomic<bool>*>(flag)->load() ? 1 : 0;
-}
 
 }  // namespace
 
 /// One server, spoken to from one thread.
 class MlflowSink::Client {
  public:
-  Client(std::string address, int patience_ms, std::atomic<bool>& give_up)
-      : address_(std::move(address)) {
+  Client(std::string address, int patience_ms, const std::atomic<bool>& give_up)
+      : address_(std::move(address)), http_(options(patience_ms, give_up)) {
     while (address_.ends_with('/')) address_.pop_back();
-    static const CURLcode once = curl_global_init(CURL_GLOBAL_DEFAULT);
-    handle_ = once == CURLE_OK ? curl_easy_init() : nullptr;
-    if (handle_ == nullptr) throw Error(Fault::internal, {"libcurl cannot be set up", "", ""});
-    headers_ = curl_slist_append(headers_, "Content-Type: application/json");
-    headers_ = curl_slist_append(headers_, "Expect:");  // no wait for a 100 Continue
-    const std::string user = environment("MLFLOW_TRACKING_USERNAME");
-    const std::string token = environment("MLFLOW_TRACKING_TOKEN");
-    if (!token.empty()) {
-      headers_ = curl_slist_append(headers_, ("Authorization: Bearer " + token).c_str());
-    } else if (!user.empty()) {
-      curl_easy_setopt(handle_, CURLOPT_USERNAME, user.c_str());
-      curl_easy_setopt(handle_, CURLOPT_PASSWORD, environment("MLFLOW_TRACKING_PASSWORD").c_str());
-    }
-    curl_easy_setopt(handle_, CURLOPT_HTTPHEADER, headers_);
-    curl_easy_setopt(handle_, CURLOPT_PROTOCOLS_STR, "http,https");
-    curl_easy_setopt(handle_, CURLOPT_NOSIGNAL, 1L);
-    curl_easy_setopt(handle_, CURLOPT_TIMEOUT_MS, static_cast<long>(patience_ms));
-    curl_easy_setopt(handle_, CURLOPT_USERAGENT, "tailor");
-    curl_easy_setopt(handle_, CURLOPT_WRITEFUNCTION, take);
-    curl_easy_setopt(handle_, CURLOPT_WRITEDATA, &answer_);
-    curl_easy_setopt(handle_, CURLOPT_ERRORBUFFER, message_.data());
-    curl_easy_setopt(handle_, CURLOPT_NOPROGRESS, 0L);
-    curl_easy_setopt(handle_, CURLOPT_XFERINFOFUNCTION, stop_if);
-    curl_easy_setopt(handle_, CURLOPT_XFERINFODATA, &give_up);
-  }
-  Client(const Client&) = delete;
-  Client& operator=(const Client&) = delete;
-  ~Client() {
-    curl_easy_cleanup(handle_);
-    curl_slist_free_all(headers_);
   }
 
-  std::string escape(const std::string& text) const {
-    char* out = curl_easy_escape(handle_, text.c_str(), static_cast<int>(text.size()));
-    std::string result = out != nullptr ? out : "";
-    curl_free(out);
-    return result;
-  }
+  std::string escape(const std::string& text) const { return http_.escape(text); }
 
   /// Without a body a GET. The answer, or nothing with `problem()` saying why.
   std::optional<Json> call(const std::string& path, const Json* body = nullptr) {
-    const std::string url = address_ + "/api/2.0/mlflow/" + path;
-    const std::string text = body != nullptr ? body->dump() : "";
-    answer_.clear();
-    message_[0] = '\0';
-    status_ = 0;
-    curl_easy_setopt(handle_, CURLOPT_URL, url.c_str());
-    if (body != nullptr) {
-      curl_easy_setopt(handle_, CURLOPT_POST, 1L);
-      curl_easy_setopt(handle_, CURLOPT_POSTFIELDSIZE, static_cast<long>(text.size()));
-      curl_easy_setopt(handle_, CURLOPT_POSTFIELDS, text.c_str());
-    } else {
-      curl_easy_setopt(handle_, CURLOPT_HTTPGET, 1L);
-    }
-    const CURLcode code = curl_easy_perform(handle_);
-    if (code != CURLE_OK) {
-      problem_ = message_[0] != '\0' ? message_.data() : curl_easy_strerror(code);
+    const HttpAnswer answer =
+        http_.send(address_ + "/api/2.0/mlflow/" + path,
+                   body != nullptr ? std::optional(body->dump()) : std::nullopt);
+    status_ = answer.status;
+    if (answer.kind != HttpAnswer::Kind::answered) {
+      problem_ = answer.problem;
       return std::nullopt;
     }
-    curl_easy_getinfo(handle_, CURLINFO_RESPONSE_CODE, &status_);
     try {
-      Json json = answer_.empty() ? Json::object() : parse_json(answer_, path);
+      Json json = answer.body.empty() ? Json::object() : parse_json(answer.body, path);
       if (status_ >= 200 && status_ < 300) return json;
       problem_ = "HTTP " + std::to_string(status_);
       if (json.is_object() && json.contains("message") && json["message"].is_string()) {
@@ -126,10 +61,23 @@ class MlflowSink::Client {
   long status() const { return status_; }
 
  private:
-  std::string address_, answer_, problem_;
-  std::array<char, CURL_ERROR_SIZE> message_{};
-  CURL* handle_ = nullptr;
-  curl_slist* headers_ = nullptr;
+  static HttpClient::Options options(int patience_ms, const std::atomic<bool>& give_up) {
+    const EnvLookup lookup = process_env();
+    const Environment environment(lookup);
+    HttpClient::Options out;
+    out.timeout_s = patience_ms / 1000.0;
+    out.give_up = &give_up;
+    if (const auto token = environment.text("MLFLOW_TRACKING_TOKEN")) {
+      out.headers.push_back("Authorization: Bearer " + *token);
+    } else {
+      out.user = environment.text_or("MLFLOW_TRACKING_USERNAME", "");
+      out.password = environment.text_or("MLFLOW_TRACKING_PASSWORD", "");
+    }
+    return out;
+  }
+
+  std::string address_, problem_;
+  HttpClient http_;
   long status_ = 0;
 };
 
@@ -279,17 +227,15 @@ bool MlflowSink::begin_run() {
       return false;
     }
     Json params = Json::array();
+    const auto log_params = [&] {
+      const Json batch = {{"run_id", run}, {"params", std::exchange(params, Json::array())}};
+      if (!client_->call("runs/log-batch", &batch)) say_away(client_->problem());
+    };
     for (const auto& [key, value] : options_.params) {
       params.push_back({{"key", key}, {"value", value.substr(0, kParamBytesMax)}});
-      if (params.size() < kParamsPerCall && params.size() < options_.params.size()) continue;
-      const Json batch = {{"run_id", run}, {"params", params}};
-      if (!client_->call("runs/log-batch", &batch)) say_away(client_->problem());
-      params = Json::array();
+      if (params.size() == kParamsPerCall) log_params();
     }
-    if (!params.empty()) {
-      const Json batch = {{"run_id", run}, {"params", params}};
-      if (!client_->call("runs/log-batch", &batch)) say_away(client_->problem());
-    }
+    if (!params.empty()) log_params();
   }
   mlflow_run_ = run;
   return true;

@@ -23,10 +23,20 @@ Marks attempt_marks(const RunReport& report) {
   return out;
 }
 
-constexpr std::size_t kPointsToSmooth = 60;
-std::size_t smoothing_width(const Points& points) { return points.size() / 40 * 2 + 1; }
-std::string median_label(std::size_t width) {
-  return "median of " + count_text(static_cast<std::int64_t>(width)) + " steps";
+/// The steps' own line: of many of them pale, with their median before it; of few as it is.
+void add_steps(Chart& chart, const Series& steps) {
+  constexpr std::size_t kPointsToSmooth = 60;
+  if (steps.points.size() < kPointsToSmooth) {
+    chart.series.push_back(steps);
+    return;
+  }
+  const std::size_t width = steps.points.size() / 40 * 2 + 1;
+  chart.series.push_back(
+      {.label = "each step", .colour = steps.colour, .points = steps.points, .faint = true});
+  chart.series.push_back(
+      {.label = "median of " + count_text(static_cast<std::int64_t>(width)) + " steps",
+       .colour = steps.colour,
+       .points = moving_median(steps.points, width, 400)});
 }
 
 std::string loss_chart(const RunReport& report) {
@@ -44,17 +54,9 @@ std::string loss_chart(const RunReport& report) {
   chart.y_label = "mean loss of a trained token";
   chart.whole_x = chart.may_cut = true;
   chart.marks = attempt_marks(report);
-  if (loss.size() >= kPointsToSmooth) {
-    const std::size_t width = smoothing_width(loss);
-    chart.series.push_back(
-        {.label = "each step", .colour = "var(--blue)", .points = loss, .faint = true});
-    chart.series.push_back({.label = median_label(width),
-                            .colour = "var(--blue)",
-                            .points = moving_median(loss, width, 400)});
-  } else {
-    chart.series.push_back(
-        {.label = "training", .colour = "var(--blue)", .points = loss, .dots = loss.size() < 20});
-  }
+  add_steps(
+      chart,
+      {.label = "training", .colour = "var(--blue)", .points = loss, .dots = loss.size() < 20});
   chart.series.push_back(
       {.label = "held-out", .colour = "var(--orange)", .points = eval_loss, .dots = true});
   return to_figure(chart);
@@ -77,16 +79,7 @@ std::string speed_charts(const RunReport& report) {
   chart.y_label = "tokens per second";
   chart.whole_x = chart.from_zero = true;
   chart.marks = attempt_marks(report);
-  if (speed.size() >= kPointsToSmooth) {
-    const std::size_t width = smoothing_width(speed);
-    chart.series.push_back(
-        {.label = "each step", .colour = "var(--teal)", .points = speed, .faint = true});
-    chart.series.push_back({.label = median_label(width),
-                            .colour = "var(--teal)",
-                            .points = moving_median(speed, width, 400)});
-  } else {
-    chart.series.push_back({.colour = "var(--teal)", .points = speed});
-  }
+  add_steps(chart, {.colour = "var(--teal)", .points = speed});
   if (stalled <= 0) chart.note = "No step waited for weights.";
   std::string out = to_figure(chart);
   if (stalled <= 0) return out;
@@ -125,7 +118,7 @@ std::string cost_chart(const RunReport& report) {
   const std::int64_t first = record.attempts.front().began_unix_ms;
   double last_seconds = 0;
   for (const SegmentRecord& segment : record.segments) {
-    const auto& attempt = record.attempts[static_cast<std::size_t>(segment.attempt - 1)];
+    const AttemptRecord& attempt = record.attempt_of(segment.attempt);
     last_seconds = std::max(last_seconds, static_cast<double>(attempt.began_unix_ms - first +
                                                               segment.from_ms + segment.facts.ms) /
                                               1000);
@@ -150,7 +143,7 @@ std::string cost_chart(const RunReport& report) {
     held.label.clear();  // one entry in the key
   };
   for (const SegmentRecord& segment : record.segments) {
-    const auto& of = record.attempts[static_cast<std::size_t>(segment.attempt - 1)];
+    const AttemptRecord& of = record.attempt_of(segment.attempt);
     const double from = at(of.began_unix_ms + segment.from_ms);
     if (segment.attempt != attempt) {
       if (!held.points.empty()) {

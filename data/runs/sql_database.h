@@ -40,14 +40,13 @@ class SqlDatabase {
       cursor_->bind_integer(value);
       return *this;
     }
+    Statement& bind(int value) { return bind(std::int64_t{value}); }
     Statement& bind(std::string_view value) {
       cursor_->bind_text(value);
       return *this;
     }
     Statement& bind(const std::optional<std::int64_t>& value) {
-      return value.has_value() ? bind(*value) : bind_null();
-    }
-    Statement& bind_null() {
+      if (value.has_value()) return bind(*value);
       cursor_->bind_null();
       return *this;
     }

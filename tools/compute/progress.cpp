@@ -15,7 +15,7 @@ RunProgress::RunProgress(std::int64_t steps_total, std::int64_t steps_before)
   figures_.step = steps_before;
 }
 
-void RunProgress::step(const StepRecord& record, const RunMoney& money) {
+void RunProgress::step(const StepRecord& record, const LiveMoney& money) {
   seconds_ += record.seconds;
   stall_seconds_ += record.stall_seconds;
   tokens_ += record.tokens;
@@ -32,13 +32,7 @@ void RunProgress::step(const StepRecord& record, const RunMoney& money) {
   const double elapsed = seconds_now() - began_;
   figures_.seconds_left = elapsed / static_cast<double>(record.step - steps_before_) *
                           static_cast<double>(figures_.steps_total - record.step);
-  figures_.gpu_hours = money.gpu_hours;
-  figures_.usd = money.usd;
-  figures_.usd_per_second = money.usd_per_second;
-  figures_.usd_budget = money.usd_budget;
-  figures_.gpu_hours_budget = money.gpu_hours_budget;
-  figures_.devices = money.devices;
-  figures_.hours_word = money.hours_word;
+  static_cast<LiveMoney&>(figures_) = money;
   show(record.step == figures_.steps_total || record.step == steps_before_ + 1);
 }
 

@@ -8,23 +8,13 @@
 
 namespace tailor {
 
-/// What a run's books know of its cost, for RunProgress.
-struct RunMoney {
-  double gpu_hours = 0;         ///< all attempts
-  std::optional<double> usd{};  ///< all attempts; nothing where no price is known
-  std::optional<double> usd_per_second{};
-  std::optional<double> usd_budget{}, gpu_hours_budget{};
-  double devices = 1;
-  std::string hours_word = "GPU-hours";
-};
-
 /// A run's progress on stderr: a live block on a terminal, elsewhere a plain line every ten seconds
 /// and at the end.
 class RunProgress {
  public:
   RunProgress(std::int64_t steps_total, std::int64_t steps_before);
 
-  void step(const StepRecord& record, const RunMoney& money);
+  void step(const StepRecord& record, const LiveMoney& money);
   /// After a step, what takes time besides training: "evaluating", "saving".
   void doing(const std::string& what);
   void evaluation(std::int64_t step, const Evaluation& result);

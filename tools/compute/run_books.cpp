@@ -1,12 +1,12 @@
 #include "tools/compute/run_books.h"
 
-#include <pwd.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 
+#include "base/environment.h"
 #include "base/file.h"
 #include "base/launcher.h"
 #include "base/log.h"
@@ -22,11 +22,6 @@ namespace {
 std::string host_name() {
   std::array<char, 256> name{};
   return ::gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "unknown";
-}
-
-std::string user_name() {
-  const passwd* user = ::getpwuid(::geteuid());
-  return user != nullptr ? user->pw_name : std::to_string(::geteuid());
 }
 
 std::string ledger_place(const Recipe& recipe) {
@@ -154,9 +149,9 @@ void RunBooks::open_metrics() {
   }
 }
 
-RunMoney RunBooks::money() const {
+LiveMoney RunBooks::money() const {
   const SegmentTimer::Spent spent = timer_->spent();
-  RunMoney out;
+  LiveMoney out;
   out.gpu_hours = spent.gpu_hours();
   out.usd = spent.usd();
   out.devices = devices_;
@@ -168,6 +163,17 @@ RunMoney RunBooks::money() const {
     out.usd_budget = static_cast<double>(*usd) / 1e6;
   }
   out.gpu_hours_budget = recipe_.budget.gpu_hours;
+  if (const auto shared = budget_->shared()) {
+    out.shared.project = recipe_.cost.project.value_or("");
+    if (const auto usd = shared->limits.usd_micros) {
+      out.shared.usd_budget = static_cast<double>(*usd) / 1e6;
+    }
+    if (const auto ms = shared->limits.device_ms) {
+      out.shared.gpu_hours_budget = static_cast<double>(*ms) / 3.6e6;
+    }
+    out.shared.others_usd = shared->others_usd_micros / 1e6;
+    out.shared.others_gpu_hours = shared->others_device_ms / 3.6e6;
+  }
   return out;
 }
 
@@ -194,8 +200,9 @@ void RunBooks::step(const StepRecord& record) {
                      record.exchange_exposed_seconds};
   }
   line.host_bytes_peak = resident_bytes_peak();
-  line.gpu_hours = timer_->spent().gpu_hours();
-  line.usd = timer_->spent().usd();
+  const SegmentTimer::Spent spent = timer_->spent();
+  line.gpu_hours = spent.gpu_hours();
+  line.usd = spent.usd();
   metrics_->write(line);
   scalar("train/loss", line.loss, line.step);
   scalar("train/learning_rate", line.learning_rate, line.step);
@@ -240,8 +247,9 @@ void RunBooks::evaluation(std::int64_t step, const Evaluation& result) {
   line.eval_loss = result.loss;
   line.tokens = result.tokens;
   line.seconds = result.seconds;
-  line.gpu_hours = timer_->spent().gpu_hours();
-  line.usd = timer_->spent().usd();
+  const SegmentTimer::Spent spent = timer_->spent();
+  line.gpu_hours = spent.gpu_hours();
+  line.usd = spent.usd();
   metrics_->write(line);
   scalar("eval/loss", result.loss, step);
   scalar("eval/token_accuracy", result.token_accuracy, step);

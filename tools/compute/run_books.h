@@ -51,7 +51,7 @@ class RunBooks {
   /// Before the first line is written, once nothing can go wrong any more but training itself.
   void open_metrics();
   Phase switch_to(Phase phase) { return timer_->switch_to(phase); }
-  RunMoney money() const;
+  LiveMoney money() const;
 
   void step(const StepRecord& record);
   void evaluation(std::int64_t step, const Evaluation& result);

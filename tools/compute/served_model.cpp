@@ -1,9 +1,7 @@
 #include "tools/compute/served_model.h"
 
-#include <curl/curl.h>
-
 #include <cmath>
-#include <memory>
+#include <utility>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -45,20 +43,6 @@ std::string message_of(const std::string& body) {
   return excerpt(body);
 }
 
-std::size_t append(char* data, std::size_t size, std::size_t count, void* to) {
-  auto* body = static_cast<std::string*>(to);
-  if (body->size() + size * count > kAnswerBytesMax) return 0;  // stops the transfer
-  body->append(data, size * count);
-  return size * count;
-}
-
-struct EasyDelete {
-  void operator()(CURL* curl) const { curl_easy_cleanup(curl); }
-};
-struct ListDelete {
-  void operator()(curl_slist* list) const { curl_slist_free_all(list); }
-};
-
 double number_at(const Json& value, const std::string& where) {
   if (value.is_number() && std::isfinite(value.get<double>()) && value.get<double>() <= 0)
     return value.get<double>();
@@ -68,63 +52,43 @@ double number_at(const Json& value, const std::string& where) {
 
 }  // namespace
 
-ServedModel::ServedModel(const std::string& url, std::string key, double timeout_s)
-    : url_(url), key_(std::move(key)), timeout_s_(timeout_s) {
+ServedModel::ServedModel(const std::string& url, const std::string& key, double timeout_s)
+    : url_(url), timeout_s_(timeout_s) {
   if (!url_.starts_with("http://") && !url_.starts_with("https://")) {
     fail(Fault::usage, "'" + url + "' is no address of a server", "--url",
          "Write it as http://localhost:8000.");
   }
   while (url_.ends_with('/')) url_.pop_back();
   if (!url_.ends_with("/v1")) url_ += "/v1";
-  curl_global_init(CURL_GLOBAL_DEFAULT);
+  HttpClient::Options options;
+  if (!key.empty()) options.headers.push_back("Authorization: Bearer " + key);
+  options.timeout_s = timeout_s;
+  options.answer_bytes_max = kAnswerBytesMax;
+  http_ = std::make_unique<HttpClient>(std::move(options));
 }
 
-ServedModel::Answer ServedModel::send(const std::string& path,
-                                      const std::optional<std::string>& body) const {
-  const std::unique_ptr<CURL, EasyDelete> curl(curl_easy_init());
-  TAILOR_CHECK(curl != nullptr);
-  const std::string url = url_ + path;
-  Answer answer;
-  std::unique_ptr<curl_slist, ListDelete> headers;
-  const auto header = [&](const std::string& line) {
-    headers.reset(curl_slist_append(headers.release(), line.c_str()));
-  };
-  header("Content-Type: application/json");
-  header("Accept: application/json");
-  if (!key_.empty()) header("Authorization: Bearer " + key_);
-  curl_easy_setopt(curl.get(), CURLOPT_URL, url.c_str());
-  curl_easy_setopt(curl.get(), CURLOPT_PROTOCOLS_STR, "http,https");
-  curl_easy_setopt(curl.get(), CURLOPT_FOLLOWLOCATION, 0L);
-  curl_easy_setopt(curl.get(), CURLOPT_NOSIGNAL, 1L);
-  curl_easy_setopt(curl.get(), CURLOPT_USERAGENT, "tailor/" TAILOR_VERSION);
-  curl_easy_setopt(curl.get(), CURLOPT_TIMEOUT_MS, static_cast<long>(1000 * timeout_s_));
-  curl_easy_setopt(curl.get(), CURLOPT_HTTPHEADER, headers.get());
-  curl_easy_setopt(curl.get(), CURLOPT_WRITEFUNCTION, append);
-  curl_easy_setopt(curl.get(), CURLOPT_WRITEDATA, &answer.body);
-  if (body) {
-    curl_easy_setopt(curl.get(), CURLOPT_POSTFIELDSIZE, static_cast<long>(body->size()));
-    curl_easy_setopt(curl.get(), CURLOPT_POSTFIELDS, body->c_str());
+HttpAnswer ServedModel::send(const std::string& url, const std::optional<std::string>& body) const {
+  HttpAnswer answer = http_->send(url, body);
+  switch (answer.kind) {
+    case HttpAnswer::Kind::answered:
+      break;
+    case HttpAnswer::Kind::late:
+      fail(Fault::io, "the server did not answer within " + seconds_text(timeout_s_), url,
+           "Wait until it has loaded its model, or give it longer with --timeout SECONDS.");
+    case HttpAnswer::Kind::too_large:
+      fail(Fault::io, "the server's answer is larger than " + bytes_text(kAnswerBytesMax), url,
+           "See that --url is a server of a language model.");
+    case HttpAnswer::Kind::failed:
+      fail(Fault::io, "cannot talk to the server: " + answer.problem, url,
+           "Start the server, or correct --url.");
   }
-  const CURLcode code = curl_easy_perform(curl.get());
-  if (code == CURLE_OPERATION_TIMEDOUT) {
-    fail(Fault::io, "the server did not answer within " + seconds_text(timeout_s_), url,
-         "Wait until it has loaded its model, or give it longer with --timeout SECONDS.");
-  }
-  if (code == CURLE_WRITE_ERROR) {
-    fail(Fault::io, "the server's answer is larger than " + bytes_text(kAnswerBytesMax), url,
-         "See that --url is a server of a language model.");
-  }
-  if (code != CURLE_OK) {
-    fail(Fault::io, std::string("cannot talk to the server: ") + curl_easy_strerror(code), url,
-         "Start the server, or correct --url.");
-  }
-  curl_easy_getinfo(curl.get(), CURLINFO_RESPONSE_CODE, &answer.status);
   return answer;
 }
 
 Json ServedModel::ask(const std::string& path, const std::optional<Json>& body) const {
-  const Answer answer = send(path, body ? std::optional<std::string>(body->dump()) : std::nullopt);
-  const std::string where = url_ + path, status = std::to_string(answer.status);
+  const std::string where = url_ + path;
+  const HttpAnswer answer = send(where, body ? std::optional(body->dump()) : std::nullopt);
+  const std::string status = std::to_string(answer.status);
   if (answer.status == 401 || answer.status == 403) {
     fail(Fault::usage, "the server wants a key (" + status + ")", where,
          "Put it into the environment variable TAILOR_API_KEY.");

@@ -1,11 +1,13 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "base/http/http_client.h"
 #include "base/json.h"
 
 namespace tailor {
@@ -20,7 +22,7 @@ class ServedModel {
 
   /// `url` with or without /v1. `key`: sent as a bearer token; empty: none. Throws Error{usage} for
   /// what is no http or https address.
-  ServedModel(const std::string& url, std::string key, double timeout_s);
+  ServedModel(const std::string& url, const std::string& key, double timeout_s);
 
   /// GET models. Throws as log_probabilities().
   std::vector<Name> names() const;
@@ -35,15 +37,12 @@ class ServedModel {
   const std::string& url() const noexcept { return url_; }
 
  private:
-  struct Answer {
-    long status = 0;
-    std::string body;
-  };
-  Answer send(const std::string& path, const std::optional<std::string>& body) const;
+  HttpAnswer send(const std::string& url, const std::optional<std::string>& body) const;
   Json ask(const std::string& path, const std::optional<Json>& body) const;
 
-  std::string url_, key_;
+  std::string url_;
   double timeout_s_;
+  std::unique_ptr<HttpClient> http_;
 };
 
 }  // namespace tailor

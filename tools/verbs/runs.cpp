@@ -1,10 +1,8 @@
-#include <pwd.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <iostream>
 
 #include "base/clock.h"
+#include "base/environment.h"
 #include "base/error.h"
 #include "base/json.h"
 #include "base/log.h"
@@ -87,9 +85,9 @@ int show_budget(const Ledger& ledger, const std::string& project, bool json) {
   const auto budget = ledger.budget(project);
   const ProjectSpending spending = ledger.spending(project);
   const std::int64_t now = ledger.clock().unix_ms();
-  const auto running = std::count_if(
-      spending.running.begin(), spending.running.end(),
-      [&](const ProjectSpending::Running& run) { return now - run.heartbeat_unix_ms <= 60'000; });
+  const auto running =
+      std::count_if(spending.running.begin(), spending.running.end(),
+                    [&](const ProjectSpending::Running& run) { return run.alive(now); });
   std::int64_t usd = 0;  // 0: no limit, which no limit is
   std::int64_t hours = 0;
   if (budget) {
@@ -179,8 +177,7 @@ int run_runs_budget(const RunsBudgetArguments& arguments) {
       if (arguments.usd.empty()) budget.usd_micros_limit = before->usd_micros_limit;
       if (arguments.gpu_hours.empty()) budget.device_ms_limit = before->device_ms_limit;
     }
-    const passwd* user = ::getpwuid(::geteuid());
-    budget.set_by = user != nullptr ? user->pw_name : std::to_string(::geteuid());
+    budget.set_by = user_name();
     ledger->set_budget(arguments.project, budget);
   } else {
     ledger = open_ledger(arguments.ledger, clock);

@@ -108,6 +108,29 @@ TEST_F(BudgetTest, without_a_limit_or_without_a_price_nothing_is_stopped) {
   EXPECT_TRUE(BudgetWatch(*ledger_, attempt, options).after_step({2, std::nullopt}, 1, 0).stop);
 }
 
+TEST_F(BudgetTest, of_a_shared_budget_a_run_knows_what_the_others_use_and_that_they_go_on) {
+  const AttemptId other = spend(1, attempt_facts());  // $10.76, four device-hours
+  const AttemptId own = spend(0.5, attempt_facts());
+  BudgetWatch::Options options;
+  options.project = "team";
+  EXPECT_FALSE(BudgetWatch(*ledger_, own, options).shared());
+  ledger_->set_budget("team", {40'000'000, std::nullopt, "ada", 0});
+  clock_.pass(10'000);
+  ledger_->heartbeat(own);
+  const BudgetWatch watch(*ledger_, own, options);
+  const auto known = watch.shared();
+  ASSERT_TRUE(known);
+  EXPECT_EQ(known->limits.usd_micros, 40'000'000);
+  EXPECT_FALSE(known->limits.device_ms);
+  EXPECT_EQ(known->others_device_ms, 4 * (3'600'000 + 10'000));
+  clock_.pass(5'000);
+  EXPECT_EQ(watch.shared()->others_device_ms, 4 * (3'600'000 + 15'000));
+  EXPECT_NEAR(watch.shared()->others_usd_micros,
+              static_cast<double>(cost_usd_micros(2'690'000, 4 * (3'600'000 + 15'000))), 1);
+  ledger_->end_attempt(other, RunStatus::succeeded, 0, "");
+  EXPECT_EQ(BudgetWatch(*ledger_, own, options).shared()->others_device_ms, 4 * 3'600'000);
+}
+
 /// The machine's clock, `kSpeed` times as fast: a heartbeat passes in 750 ms, which a
 /// process that waits for a core does not miss by much.
 class FastClock final : public Clock {

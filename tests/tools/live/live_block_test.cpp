@@ -64,6 +64,14 @@ TEST(LiveBlock, says_where_a_run_stands_and_what_it_will_cost) {
       live_line(figures()),
       "step 1234/10000  loss 1.235  held-out 1.301 at step 1,000  1552 tokens/s  stall 3.1 %  "
       "ETA 2 h 07 min  $0.42 so far  $2.93 at the end  $59.58 of $60.00 left");
+  LiveFigures team = figures();
+  team.shared = {"support-bot", 500, 200, 87.5, 12};
+  EXPECT_THAT(live_line(team), EndsWith("$59.58 of $60.00 left  $412.08 of $500.00 of project "
+                                        "support-bot left  188 GPU-hours of 200 GPU-hours of "
+                                        "project support-bot left"));
+  team.shared.others_usd = 499;
+  EXPECT_THAT(live_line(team),
+              HasSubstr("budget $500.00 of project support-bot will not do, short $1.93"));
   LiveFigures nearly = figures();
   nearly.step = 9'999;
   EXPECT_THAT(live_lines(nearly, {100, false, true})[0], HasSubstr("99.9 %"));
