@@ -164,12 +164,7 @@ std::vector<AdaptedMatrix> matrices_of_model(const PeftReader& reader) {
     matrix.alpha = site.alpha;
     matrix.scale = site.scale;
     matrix.parameters = site.a_size() + site.b_size();
-    matrix.load = [&reader, site] {
-      LoadedFactors factors{std::vector<float>(static_cast<std::size_t>(site.a_size())),
-                            std::vector<float>(static_cast<std::size_t>(site.b_size()))};
-      reader.read(site, 0, site.experts, factors.a.data(), factors.b.data());
-      return factors;
-    };
+    matrix.load = [&reader, site] { return reader.read(site); };
     out.push_back(std::move(matrix));
   }
   return out;

@@ -10,12 +10,6 @@
 
 namespace tailor {
 
-/// The factors of one matrix for each of its experts: A [experts, rank, in], B [experts, rank,
-/// out].
-struct LoadedFactors {
-  std::vector<float> a, b;
-};
-
 /// One adapted matrix of an adapter, or one for every routed expert of a layer.
 struct AdaptedMatrix {
   std::string module;  ///< "model.layers.3.self_attn.q_proj", "...experts.gate_up_proj"

@@ -3,27 +3,22 @@
 #include <array>
 #include <cstdio>
 #include <optional>
-#include <tuple>
 
 #include "adapters/peft_reader.h"
 #include "adapters/peft_writer.h"
 #include "base/error.h"
 
 namespace tailor {
-namespace {
 
-/// "0.19.1" -> (0, 19, 1); missing or odd parts are -1.
-std::tuple<int, int, int> version_parts(const std::string& version) {
+std::tuple<int, int, int> peft_version_parts(const std::string& version) {
   std::array<int, 3> parts = {-1, -1, -1};
   std::sscanf(version.c_str(), "%d.%d.%d", &parts[0], &parts[1], &parts[2]);
   return {parts[0], parts[1], parts[2]};
 }
 
-}  // namespace
-
 ExpertLayout peft_layout(Family family, const std::string& peft_version) {
   const bool held_inputs_first = family == Family::llama4;
-  const bool read_inputs_first = version_parts(peft_version) < std::tuple(0, 19, 1);
+  const bool read_inputs_first = peft_version_parts(peft_version) < std::tuple(0, 19, 1);
   return held_inputs_first == read_inputs_first ? ExpertLayout::straight : ExpertLayout::swapped;
 }
 
@@ -41,7 +36,8 @@ ExpertLayout detect_expert_layout(const ModelSpec& spec, std::int64_t gate_up_a_
   };
   if (const auto layout = decide(gate_up_a_columns, D, 2 * F)) return *layout;
   if (const auto layout = decide(down_a_columns, F, D)) return *layout;
-  if (std::get<1>(version_parts(peft_version)) >= 0) return peft_layout(spec.family, peft_version);
+  if (std::get<1>(peft_version_parts(peft_version)) >= 0)
+    return peft_layout(spec.family, peft_version);
   throw Error(Fault::bad_file,
               {"which side of the experts' factors is the input cannot be told", where,
                "PEFT changed this between versions. Add the version that wrote the file to "

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "adapters/lora.h"
@@ -26,6 +27,9 @@ enum class ExpertLayout {
 
 /// The PEFT version whose layout we write into adapter_config.json.
 inline constexpr const char* kPeftVersion = "0.21.2";
+
+/// "0.19.1" -> (0, 19, 1); missing or odd parts are -1.
+std::tuple<int, int, int> peft_version_parts(const std::string& version);
 
 /// The layout of experts in files of a PEFT version. It takes a parameter's second dimension for
 /// the input up to 0.19.0, and for the output from 0.19.1 on; transformers holds Llama 4's experts

@@ -1,7 +1,6 @@
 #include "adapters/peft_folder.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -14,7 +13,6 @@
 namespace tailor {
 namespace {
 
-constexpr std::string_view kKeyPrefix = "base_model.model.";
 constexpr std::string_view kWrapper = "language_model.";
 constexpr std::int64_t kStripBytes = std::int64_t{4} << 20;  ///< of the file, touched at once
 constexpr std::string_view kSuffixA = ".lora_A.weight", kSuffixB = ".lora_B.weight";
@@ -22,20 +20,6 @@ constexpr std::string_view kSuffixA = ".lora_A.weight", kSuffixB = ".lora_B.weig
 [[noreturn]] void refuse(const std::string& what, const std::string& where,
                          const std::string& mend) {
   throw Error(Fault::bad_file, {what, where, mend});
-}
-
-/// `count` numbers of the file as floats; F16 and BF16 are exact in them.
-void widen(const std::byte* from, Dtype dtype, std::int64_t count, float* out) {
-  if (dtype == Dtype::f32) {
-    std::memcpy(out, from, static_cast<std::size_t>(count) * sizeof(float));
-    return;
-  }
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::uint16_t raw = 0;
-    std::memcpy(&raw, from + 2 * i, sizeof raw);
-    out[i] =
-        dtype == Dtype::bf16 ? std::bit_cast<float>(std::uint32_t{raw} << 16U) : half_to_float(raw);
-  }
 }
 
 fs::path factors_path(const fs::path& folder) {
@@ -72,7 +56,7 @@ PeftFolder::PeftFolder(const fs::path& folder)
   std::map<std::string, std::pair<std::optional<TensorInfo>, std::optional<TensorInfo>>> found;
   for (const auto& [key, info] : header.tensors) {
     std::string name = key;
-    if (name.starts_with(kKeyPrefix)) name.erase(0, kKeyPrefix.size());
+    if (name.starts_with(kPeftKeyPrefix)) name.erase(0, kPeftKeyPrefix.size());
     if (name.starts_with(kWrapper)) name.erase(0, kWrapper.size());
     const bool is_a = name.ends_with(kSuffixA), is_b = name.ends_with(kSuffixB);
     if (!is_a && !is_b) {
@@ -140,7 +124,7 @@ bool PeftFolder::same_values(const TensorInfo& x, const TensorInfo& y) const {
 void PeftFolder::rows(const TensorInfo& factor, std::int64_t first, std::int64_t count,
                       float* out) const {
   const std::int64_t row_bytes = columns_of(factor) * dtype_bytes(factor.dtype);
-  widen(bytes_of(factor) + first * row_bytes, factor.dtype, count * columns_of(factor), out);
+  widen(factor.dtype, bytes_of(factor) + first * row_bytes, count * columns_of(factor), out);
   drop(factor, first * row_bytes, count * row_bytes);
 }
 
@@ -153,7 +137,7 @@ void PeftFolder::unfold(const TensorInfo& factor, std::int64_t rank, std::int64_
   std::int64_t dropped = 0;
   for (std::int64_t begin = 0; begin < wide; begin += kTile) {
     const std::int64_t end = std::min(wide, begin + kTile);
-    widen(bytes_of(factor) + begin * row_bytes, factor.dtype, (end - begin) * across, tile.data());
+    widen(factor.dtype, bytes_of(factor) + begin * row_bytes, (end - begin) * across, tile.data());
     for (std::int64_t e = 0; e < count; ++e) {
       for (std::int64_t r = 0; r < rank; ++r) {
         const float* from = tile.data() + r * experts + first + e;

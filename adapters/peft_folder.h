@@ -5,6 +5,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <string_view>
 
 #include "adapters/peft_config.h"
 #include "data/checkpoint/safetensors.h"
@@ -60,6 +61,8 @@ class PeftFolder {
   std::map<std::string, std::string> metadata_;
 };
 
+/// What the names of an adapter file's tensors begin with.
+inline constexpr std::string_view kPeftKeyPrefix = "base_model.model.";
 /// In the safetensors metadata: fingerprint() of the base that the factors were trained on.
 inline constexpr const char* kBaseFingerprintKey = "base_fingerprint";
 

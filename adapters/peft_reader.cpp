@@ -246,4 +246,11 @@ void PeftReader::read(const LoraSite& site, std::int64_t first, std::int64_t cou
   }
 }
 
+LoadedFactors PeftReader::read(const LoraSite& site) const {
+  LoadedFactors factors{std::vector<float>(static_cast<std::size_t>(site.a_size())),
+                        std::vector<float>(static_cast<std::size_t>(site.b_size()))};
+  read(site, 0, site.experts, factors.a.data(), factors.b.data());
+  return factors;
+}
+
 }  // namespace tailor

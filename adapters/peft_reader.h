@@ -16,6 +16,12 @@
 
 namespace tailor {
 
+/// The factors of one matrix for each of its experts: A [experts, rank, in], B [experts, rank,
+/// out].
+struct LoadedFactors {
+  std::vector<float> a, b;
+};
+
 /// A PEFT adapter folder that is open: what it adapts is known from its config and its header, and
 /// factors are read when they are asked for, so that an adapter may be larger than memory.
 class PeftReader {
@@ -38,6 +44,8 @@ class PeftReader {
   /// a [count, rank, in], b [count, rank, out]. Pages of the file that were read are let go. May be
   /// called by several threads.
   void read(const LoraSite& site, std::int64_t first, std::int64_t count, float* a, float* b) const;
+  /// Those of all its experts.
+  LoadedFactors read(const LoraSite& site) const;
 
   /// Reads all factors once and throws Error{bad_file} naming the first that is infinite or no
   /// number.

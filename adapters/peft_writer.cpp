@@ -6,7 +6,6 @@
 #include <map>
 #include <set>
 
-#include "adapters/peft_folder.h"
 #include "base/error.h"
 #include "data/quant/numbers.h"
 
@@ -196,6 +195,31 @@ std::vector<TensorToWrite> fused_tensors(std::span<const LoraSite> sites, const 
   return out;
 }
 
+Json lora_config(const std::string& base_model, const std::string& version, std::int64_t rank,
+                 double alpha) {
+  Json config = {{"peft_type", "LORA"},
+                 {"task_type", "CAUSAL_LM"},
+                 {"base_model_name_or_path", base_model},
+                 {"revision", nullptr},
+                 {"peft_version", version},
+                 {"r", rank},
+                 {"lora_alpha", alpha},
+                 {"lora_dropout", 0.0},
+                 {"bias", "none"},
+                 {"fan_in_fan_out", false},
+                 {"inference_mode", true},
+                 {"init_lora_weights", true},
+                 {"modules_to_save", nullptr},
+                 {"use_dora", false},
+                 {"use_rslora", false},
+                 {"target_modules", Json::array()},
+                 {"target_parameters", nullptr},
+                 {"rank_pattern", Json::object()},
+                 {"alpha_pattern", Json::object()}};
+  if (alpha == std::floor(alpha)) config["lora_alpha"] = static_cast<std::int64_t>(alpha);
+  return config;
+}
+
 Json peft_config(std::span<const LoraSite> sites, const ModelSpec& spec,
                  const std::string& base_model, const std::string& version, double dropout,
                  bool rslora) {
@@ -217,28 +241,12 @@ Json peft_config(std::span<const LoraSite> sites, const ModelSpec& spec,
     if (site.rank != common.first) rank_pattern[name] = site.rank;
     if (site.alpha != common.second) alpha_pattern[name] = site.alpha;
   }
-  Json config = {{"peft_type", "LORA"},
-                 {"task_type", "CAUSAL_LM"},
-                 {"base_model_name_or_path", base_model},
-                 {"revision", nullptr},
-                 {"peft_version", version},
-                 {"r", common.first},
-                 {"lora_alpha", common.second},
-                 {"lora_dropout", dropout},
-                 {"bias", "none"},
-                 {"fan_in_fan_out", false},
-                 {"inference_mode", true},
-                 {"init_lora_weights", true},
-                 {"modules_to_save", nullptr},
-                 {"use_dora", false},
-                 {"use_rslora", rslora},
-                 {"target_modules", target_modules(sites, spec)},
-                 {"target_parameters", nullptr},
-                 {"rank_pattern", rank_pattern},
-                 {"alpha_pattern", alpha_pattern}};
-  if (common.second == std::floor(common.second)) {
-    config["lora_alpha"] = static_cast<std::int64_t>(common.second);
-  }
+  Json config = lora_config(base_model, version, common.first, common.second);
+  config["lora_dropout"] = dropout;
+  config["use_rslora"] = rslora;
+  config["target_modules"] = target_modules(sites, spec);
+  config["rank_pattern"] = rank_pattern;
+  config["alpha_pattern"] = alpha_pattern;
   if (parameters) {
     config["target_parameters"] = target_parameters(sites, spec);
   }

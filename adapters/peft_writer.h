@@ -8,6 +8,7 @@
 
 #include "adapters/lora.h"
 #include "adapters/peft_files.h"
+#include "adapters/peft_folder.h"
 #include "base/json.h"
 #include "data/checkpoint/safetensors.h"
 
@@ -23,8 +24,6 @@ struct SiteFactors {
 };
 using FactorsOf = std::function<SiteFactors(const LoraSite&)>;
 
-inline constexpr std::string_view kPeftKeyPrefix = "base_model.model.";
-
 /// Floats as the bytes of F32 or, rounded to nearest, BF16.
 std::vector<std::byte> factor_bytes(std::span<const float> x, Dtype dtype);
 /// x[rows, columns] -> [columns, rows].
@@ -35,6 +34,11 @@ std::vector<float> transposed(std::span<const float> x, std::int64_t rows, std::
 std::vector<TensorToWrite> fused_tensors(std::span<const LoraSite> sites, const FactorsOf& factors,
                                          ExpertLayout layout, const std::string& module_prefix,
                                          Dtype dtype);
+
+/// adapter_config.json of plain factors of one rank and alpha, target_modules still to be filled.
+/// An alpha that is whole is written as such: servers read no other.
+Json lora_config(const std::string& base_model, const std::string& version, std::int64_t rank,
+                 double alpha);
 
 /// adapter_config.json for PEFT: the most common rank and alpha, patterns for the others.
 Json peft_config(std::span<const LoraSite> sites, const ModelSpec& spec,

@@ -133,25 +133,9 @@ Json server_config(const std::vector<Named>& parts, const std::string& base_mode
                    std::int64_t rank, std::int64_t alpha) {
   std::set<std::string> names;
   for (const Named& named : parts) names.insert(last_name(named.module));
-  return {{"peft_type", "LORA"},
-          {"task_type", "CAUSAL_LM"},
-          {"base_model_name_or_path", base_model},
-          {"revision", nullptr},
-          {"peft_version", kPeftVersion},
-          {"r", rank},
-          {"lora_alpha", alpha},
-          {"lora_dropout", 0.0},
-          {"bias", "none"},
-          {"fan_in_fan_out", false},
-          {"inference_mode", true},
-          {"init_lora_weights", true},
-          {"modules_to_save", nullptr},
-          {"use_dora", false},
-          {"use_rslora", false},
-          {"target_modules", names},
-          {"target_parameters", nullptr},
-          {"rank_pattern", Json::object()},
-          {"alpha_pattern", Json::object()}};
+  Json config = lora_config(base_model, kPeftVersion, rank, static_cast<double>(alpha));
+  config["target_modules"] = names;
+  return config;
 }
 
 std::string counted_matrices(std::int64_t count) {
@@ -200,10 +184,7 @@ ServingReport export_adapter(const PeftReader& reader, const ModelSpec& spec,
     const ExpertLayout layout = peft_layout(spec.family, options.target.version);
     if (experts) report.layout = layout == ExpertLayout::straight ? "straight" : "swapped";
     FactorsOf factors = [&](const LoraSite& site) {
-      auto own = std::make_shared<LoadedFactors>();
-      own->a.resize(static_cast<std::size_t>(site.a_size()));
-      own->b.resize(static_cast<std::size_t>(site.b_size()));
-      reader.read(site, 0, site.experts, own->a.data(), own->b.data());
+      const auto own = std::make_shared<const LoadedFactors>(reader.read(site));
       return SiteFactors{own->a, own->b, own};
     };
     if (options.uniform) {

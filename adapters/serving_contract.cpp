@@ -1,4 +1,3 @@
-#include <array>
 #include <cstdio>
 #include <tuple>
 
@@ -53,9 +52,7 @@ void check_peft(const PeftReader& reader, const LoraSite& site, const ModelSpec&
            "PEFT has no LoRA on Llama 4's router, which is no plain linear layer there",
            "Merge it into the base: tailor merge. Or train other targets.");
   }
-  std::array<int, 2> parts = {0, 0};
-  std::sscanf(version.c_str(), "%d.%d", &parts[0], &parts[1]);
-  const bool parameters = std::tuple(parts[0], parts[1]) >= std::tuple(0, 17);
+  const bool parameters = peft_version_parts(version) >= std::tuple(0, 17, -1);
   if (site.is_experts() && !parameters) {
     refuse(reader, site, "PEFT " + version + " has no LoRA on experts held as one parameter",
            "Export for PEFT 0.17.0 or newer, or merge it into the base: tailor merge.");

@@ -34,11 +34,8 @@ UniformFactors::UniformFactors(const PeftReader& reader, const std::vector<SiteP
 
 std::shared_ptr<const LoadedFactors> UniformFactors::load(const LoraSite& site) {
   if (loaded_.first != &site) {
-    auto factors = std::make_shared<LoadedFactors>();
-    factors->a.resize(static_cast<std::size_t>(site.a_size()));
-    factors->b.resize(static_cast<std::size_t>(site.b_size()));
-    reader_.read(site, 0, site.experts, factors->a.data(), factors->b.data());
-    loaded_ = {&site, std::move(factors)};
+    loaded_ = {};  // the old ones go before the new ones come
+    loaded_ = {&site, std::make_shared<const LoadedFactors>(reader_.read(site))};
   }
   return loaded_.second;
 }

@@ -6,7 +6,6 @@
 #include <utility>
 #include <vector>
 
-#include "adapters/inspect.h"
 #include "adapters/peft_reader.h"
 
 namespace tailor {

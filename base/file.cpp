@@ -4,6 +4,7 @@
 #include <openssl/evp.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -144,6 +145,35 @@ void sync_path(const fs::path& path) {
   if (::fsync(file.get()) != 0 && errno != EINVAL && errno != EROFS) {
     throw io_error(errno, "cannot sync", path.string());
   }
+}
+
+int write_at(int descriptor, std::int64_t offset, std::span<const std::byte> bytes) noexcept {
+  while (!bytes.empty()) {
+    const ssize_t n = ::pwrite(descriptor, bytes.data(), bytes.size(), offset);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return errno;
+    bytes = bytes.subspan(static_cast<std::size_t>(n));
+    offset += n;
+  }
+  return 0;
+}
+
+int reserve_file(int descriptor, std::int64_t bytes) noexcept {
+  if (::fallocate(descriptor, 0, 0, bytes) != 0 && errno != EOPNOTSUPP) return errno;
+  return ::ftruncate(descriptor, bytes) == 0 ? 0 : errno;
+}
+
+std::int64_t bytes_to_reserve(const fs::path& path, std::int64_t bytes) {
+  struct stat info {};
+  constexpr std::int64_t kStatBlock = 512;
+  const std::int64_t taken = ::stat(path.c_str(), &info) == 0 ? info.st_blocks * kStatBlock : 0;
+  return std::max<std::int64_t>(0, bytes - taken);
+}
+
+std::int64_t free_disk_bytes(const fs::path& folder) {
+  struct statvfs disk {};
+  if (::statvfs(folder.c_str(), &disk) != 0) throw io_error(errno, "cannot read", folder.string());
+  return static_cast<std::int64_t>(disk.f_bavail) * static_cast<std::int64_t>(disk.f_frsize);
 }
 
 std::string sha256_hex(std::string_view bytes) {

@@ -34,6 +34,20 @@ void publish(const fs::path& from, const fs::path& to);
 /// fsync of a file or folder.
 void sync_path(const fs::path& path);
 
+/// Writes all of `bytes` at `offset`. 0, or the errno value of what failed.
+int write_at(int descriptor, std::int64_t offset, std::span<const std::byte> bytes) noexcept;
+
+/// Makes a file that many bytes long and takes its space on the disk, so that a disk that is too
+/// small says so now; a file system that cannot take space is found out by the writes. 0, or the
+/// errno value of what failed.
+int reserve_file(int descriptor, std::int64_t bytes) noexcept;
+
+/// What a file of `bytes` at `path` takes of the disk beyond what the one that is there has taken.
+std::int64_t bytes_to_reserve(const fs::path& path, std::int64_t bytes);
+
+/// Free bytes, for this user, of the disk that `folder` lies on. Throws Error{io}.
+std::int64_t free_disk_bytes(const fs::path& folder);
+
 /// Lower-case hexadecimal SHA-256 of bytes, or of a file read in pieces of 1 MiB.
 std::string sha256_hex(std::string_view bytes);
 std::string sha256_file(const fs::path& path);

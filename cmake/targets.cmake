@@ -9,6 +9,28 @@ function(tailor_library name)
   target_link_libraries(tailor_${name} PUBLIC ${ARG_LINK} PRIVATE tailor::warnings)
 endfunction()
 
+# tailor_levels(PREFIX SOURCE CONSTANT CONTRACT off|fast LEVELS "NAME ARCH..."...): one source of inner loops,
+# compiled for several instruction-set levels, of which one is chosen at run time: object libraries PREFIX_NAME with
+# TAILOR_LEVEL = CONSTANT followed by NAME, and all their objects in the variable PREFIX_OBJECTS. Always optimised,
+# also in debug builds: unoptimised inline functions of one level could otherwise be shared with another by the
+# linker. -Wno-psabi: vectors never cross a file.
+function(tailor_levels prefix source constant)
+  cmake_parse_arguments(ARG "" "CONTRACT" "LEVELS" ${ARGN})
+  foreach(level ${ARG_LEVELS})
+    separate_arguments(level UNIX_COMMAND "${level}")
+    list(GET level 0 name)
+    list(SUBLIST level 1 -1 arch)
+    add_library(${prefix}_${name} OBJECT ${source})
+    target_include_directories(${prefix}_${name} PRIVATE ${CMAKE_SOURCE_DIR})
+    target_compile_definitions(${prefix}_${name} PRIVATE TAILOR_LEVEL=${constant}${name})
+    target_compile_options(${prefix}_${name} PRIVATE -O3 -march=${arch} -mtune=generic
+      -mprefer-vector-width=512 -ffp-contract=${ARG_CONTRACT} -fno-math-errno -fno-trapping-math -Wno-psabi)
+    target_link_libraries(${prefix}_${name} PRIVATE tailor::warnings)
+    list(APPEND objects $<TARGET_OBJECTS:${prefix}_${name}>)
+  endforeach()
+  set(${prefix}_OBJECTS ${objects} PARENT_SCOPE)
+endfunction()
+
 # tailor_test(NAME FOLDER sub LABEL label LINK lib...): one test program of every .cpp in a folder.
 function(tailor_test name)
   cmake_parse_arguments(ARG "" "FOLDER;LABEL;TIMEOUT" "LINK" ${ARGN})

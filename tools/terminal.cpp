@@ -2,10 +2,12 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <iostream>
 
 #include "base/clock.h"
+#include "base/text.h"
 
 namespace tailor {
 
@@ -53,6 +55,31 @@ void ProgressLine::say(const std::string& text) {
   if (shown_) std::cerr << "\r\033[K";
   shown_ = false;
   std::cerr << text << std::endl;
+}
+
+std::string progress_text(std::string_view doing, std::int64_t done, std::int64_t before,
+                          std::int64_t bytes, double seconds) {
+  const double share = bytes > 0 ? static_cast<double>(done) / static_cast<double>(bytes) : 1;
+  std::string text =
+      std::string(doing) + " " + number_text(100 * share, 3) + " % of " + bytes_text(bytes);
+  const auto mine = static_cast<double>(done - before);
+  if (seconds > 1 && mine > 0) {
+    const double rate = mine / seconds;
+    text += ", " + bytes_text(static_cast<std::int64_t>(rate)) + "/s, " +
+            seconds_text(static_cast<double>(bytes - done) / rate) + " to go";
+  }
+  return text;
+}
+
+std::string problems_text(const std::vector<std::string>& problems) {
+  constexpr std::size_t kShown = 20;
+  std::string text;
+  for (std::size_t i = 0; i < std::min(kShown, problems.size()); ++i) text += problems[i] + "\n";
+  if (problems.size() > kShown) {
+    text += "and " + count_text(static_cast<std::int64_t>(problems.size() - kShown)) +
+            " more; --json lists them all\n";
+  }
+  return text;
 }
 
 }  // namespace tailor

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace tailor {
 
@@ -31,5 +33,13 @@ class ProgressLine {
   double last_;
   bool shown_ = false;
 };
+
+/// "packing 12.5 % of 3.2 GB, 410 MB/s, 6.8 s to go": `done` of `bytes`, of which `before` were
+/// there when this process began, `seconds` ago. Speed and time to go once they can be told.
+std::string progress_text(std::string_view doing, std::int64_t done, std::int64_t before,
+                          std::int64_t bytes, double seconds);
+
+/// What a verification found, a line each: the first twenty, and how many more there are.
+std::string problems_text(const std::vector<std::string>& problems);
 
 }  // namespace tailor

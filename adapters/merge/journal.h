@@ -1,14 +1,12 @@
 #pragma once
 
-#include <sys/types.h>
-
 #include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "adapters/merge/worker.h"
-#include "base/file.h"
+#include "base/line_journal.h"
 
 namespace tailor {
 
@@ -22,30 +20,21 @@ class MergeJournal {
   /// a crash cut off is dropped; a line that cannot be read counts for nothing. Throws
   /// Error{usage}, nothing changed: another process has it, or it is of another merge.
   MergeJournal(const fs::path& folder, const std::string& mark);
-  MergeJournal(const MergeJournal&) = delete;
-  MergeJournal& operator=(const MergeJournal&) = delete;
-  ~MergeJournal();
 
   /// By index of the job.
   const std::map<std::size_t, MergedPiece>& done() const { return done_; }
   void add(std::size_t job, const MergedPiece& piece);
-  /// Puts what was added on disk; the jobs' own bytes must be there. After an Error{io} the file is
-  /// as it was before.
-  void sync();
-  void remove();
+  /// As LineJournal's.
+  void sync() { lines_.sync(); }
 
  private:
-  void take_lock();
-  void read_line(std::string_view text);
-  fs::path path_;
-  int descriptor_ = -1;
-  off_t end_ = 0;
-  std::string pending_;
+  void read_line(const JsonReader& line);
   std::map<std::size_t, MergedPiece> done_;
+  LineJournal lines_;  ///< reads into done_
 };
 
 /// "0f3a..." of a digest, and back; empty for none.
 std::string digest_text(const PieceDigest& digest);
-std::optional<PieceDigest> digest_from_text(std::string_view text);
+std::optional<PieceDigest> digest_from_text(const std::string& text);
 
 }  // namespace tailor

@@ -1,15 +1,9 @@
 #include "adapters/merge/merge.h"
 
-#include <sched.h>
-#include <sys/stat.h>
-#include <sys/statvfs.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <condition_variable>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -20,7 +14,9 @@
 #include "adapters/merge/receipt.h"
 #include "adapters/merge/worker.h"
 #include "base/clock.h"
+#include "base/cores.h"
 #include "base/error.h"
+#include "base/memory.h"
 #include "base/text.h"
 #include "base/units.h"
 #include "data/store/fingerprint.h"
@@ -33,18 +29,6 @@ constexpr double kSyncSeconds = 5;
 constexpr std::int64_t kSmallFileBytes = std::int64_t{100} << 20;
 /// What the process takes beside its threads and factors: the program, headers, names.
 constexpr std::int64_t kOwnBytes = std::int64_t{64} << 20;
-
-/// Of this program: what getrusage() tells counts what the parent held when it forked.
-std::int64_t peak_rss_bytes() {
-  const std::string status = read_text("/proc/self/status");
-  const std::size_t at = status.find("VmHWM:");
-  return at == std::string::npos ? 0 : std::atoll(status.c_str() + at + 6) * 1024;
-}
-
-int core_count() {
-  cpu_set_t cores;
-  return sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
-}
 
 /// Tokenizer, chat template, configs, code of the model: what is no weight and lies beside them.
 bool is_carried(const fs::path& path) {
@@ -198,19 +182,15 @@ class Merger {
            base_.string(),
            "Give --max-ram " + std::to_string(div_ceil(fixed + each, 1 << 20)) + "MiB or more."});
     }
-    const int wanted = options_.threads > 0 ? options_.threads : std::max(2, 2 * core_count());
+    const int wanted = options_.threads > 0 ? options_.threads : std::max(2, 2 * usable_cores());
     threads_ = static_cast<int>(std::min<std::int64_t>(wanted, room));
   }
   std::int64_t headers_bytes() const {
     return narrow<std::int64_t>(plan_.inputs.size() + plan_.outputs.size()) * 1024;
   }
 
-  fs::path staging_path() const {
-    return out_.parent_path() / ("." + out_.filename().string() + ".tailor-merge");
-  }
-
   void prepare_folder() {
-    staging_ = staging_path();
+    staging_ = out_.parent_path() / ("." + out_.filename().string() + ".tailor-merge");
     const fs::path parent = out_.parent_path().empty() ? fs::path(".") : out_.parent_path();
     make_folders(parent);
     check_disk(parent);
@@ -251,17 +231,10 @@ class Merger {
 
   /// What the merge needs beyond what an earlier attempt took.
   void check_disk(const fs::path& parent) const {
-    struct statvfs disk {};
-    if (::statvfs(parent.c_str(), &disk) != 0)
-      throw io_error(errno, "cannot read", parent.string());
-    const auto free =
-        static_cast<std::int64_t>(disk.f_bavail) * static_cast<std::int64_t>(disk.f_frsize);
+    const std::int64_t free = free_disk_bytes(parent);
     std::int64_t needed = std::int64_t{1} << 20;
     for (const MergeShard& shard : plan_.shards) {
-      struct stat info {};
-      const bool there = ::stat((staging_path() / shard.name).c_str(), &info) == 0;
-      constexpr std::int64_t kStatBlock = 512;
-      needed += std::max<std::int64_t>(0, shard.bytes - (there ? info.st_blocks * kStatBlock : 0));
+      needed += bytes_to_reserve(staging_ / shard.name, shard.bytes);
     }
     for (const auto& entry : fs::directory_iterator(base_)) {
       std::error_code error;
@@ -420,7 +393,7 @@ class Merger {
     facts.onto = onto_text();
     facts.files = carried_;
     report_.seconds = seconds_now() - began_;
-    report_.peak_rss_bytes = peak_rss_bytes();
+    report_.peak_rss_bytes = resident_bytes_peak().value_or(0);
     const auto read = static_cast<double>(plan_.input_bytes - progress_.bytes_before);
     facts.run = {{"peak_rss_bytes", report_.peak_rss_bytes},
                  {"seconds", report_.seconds},

@@ -252,10 +252,7 @@ class Planner {
     part_of_[in] = static_cast<int>(plan_.parts.size());
     const auto cut = [&](MergeTensor& tensor) {
       const std::int64_t slice = tensor.bytes / std::max<std::int64_t>(1, part.slices);
-      tensor.pieces = {slice,
-                       std::max<std::int64_t>(1, part.slice_rows) == 0
-                           ? slice
-                           : slice / std::max<std::int64_t>(1, part.slice_rows) * part.piece_rows};
+      tensor.pieces = {slice, slice / std::max<std::int64_t>(1, part.slice_rows) * part.piece_rows};
       if (tensor.pieces.piece_bytes == 0)
         tensor.pieces.piece_bytes = std::max<std::int64_t>(1, slice);
     };
@@ -449,16 +446,8 @@ class Planner {
     }
     for (std::size_t s = 0; s < plan_.shards.size(); ++s) {
       MergeShard& shard = plan_.shards[s];
-      if (same[s]) {
-        shard.header = headers_[s];  // to the byte
-      } else {
-        std::string text = headers[s].dump();
-        text.resize(static_cast<std::size_t>(align_up(static_cast<std::int64_t>(text.size()), 8)),
-                    ' ');
-        const std::uint64_t length = text.size();
-        shard.header.assign(reinterpret_cast<const char*>(&length), sizeof length);
-        shard.header += text;
-      }
+      // Where nothing changes it is the base's to the byte.
+      shard.header = same[s] ? headers_[s] : safetensors_head(headers[s].dump());
       shard.bytes = static_cast<std::int64_t>(shard.header.size()) + ends[s];
     }
     for (MergeTensor& out : plan_.outputs) {

@@ -60,8 +60,7 @@ SliceTarget::SliceTarget(const fs::path& path, std::int64_t bytes) : path_(path)
   struct stat info {};
   int error = ::fstat(descriptor_, &info) == 0 ? 0 : errno;
   if (error == 0 && info.st_size != bytes) {
-    if (::fallocate(descriptor_, 0, 0, bytes) != 0 && errno != EOPNOTSUPP) error = errno;
-    if (error == 0 && ::ftruncate(descriptor_, bytes) != 0) error = errno;
+    error = reserve_file(descriptor_, bytes);
   }
   if (error != 0) {
     ::close(descriptor_);
@@ -82,13 +81,8 @@ std::byte* SliceTarget::at(std::int64_t offset, std::int64_t bytes, AlignedMemor
 }
 
 void SliceTarget::put(int descriptor, std::int64_t offset, std::span<const std::byte> bytes) const {
-  while (!bytes.empty()) {
-    const ssize_t n = ::pwrite(descriptor, bytes.data(), bytes.size(), offset);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) throw io_error(errno, "cannot write", path_.string());
-    bytes = bytes.subspan(static_cast<std::size_t>(n));
-    offset += n;
-  }
+  const int error = write_at(descriptor, offset, bytes);
+  if (error != 0) throw io_error(error, "cannot write", path_.string());
 }
 
 void SliceTarget::write(std::int64_t offset, std::span<const std::byte> bytes) const {

@@ -1,9 +1,6 @@
 #include "adapters/merge/worker.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -12,6 +9,7 @@
 #include "data/quant/codec.h"
 #include "data/quant/numbers.h"
 #include "data/store/halves.h"
+#include "data/store/store.h"
 
 namespace tailor {
 namespace {
@@ -22,7 +20,7 @@ std::span<const std::byte> as_span(const std::byte* bytes, std::int64_t count) {
   return {bytes, static_cast<std::size_t>(count)};
 }
 
-/// Whether an fp8 code, scales aside, is a number: 256 of them.
+/// What every fp8 code stands for, scales aside.
 const float* e4m3_table() {
   static const std::vector<float> table = [] {
     std::vector<float> out;
@@ -33,34 +31,6 @@ const float* e4m3_table() {
     return out;
   }();
   return table.data();
-}
-
-std::uint16_t half_bits(float value) {
-  // `value` is one that a half can hold, or infinite: see rounded_to_half.
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  const auto sign = static_cast<std::uint16_t>((bits >> 16U) & 0x8000U);
-  const auto exponent = static_cast<int>((bits >> 23U) & 255U) - 112;
-  if (std::isinf(value)) return static_cast<std::uint16_t>(sign | 0x7C00U);
-  if (exponent <= 0) {
-    return static_cast<std::uint16_t>(sign |
-                                      static_cast<unsigned>(std::fabs(value) * 0x1p24F + 0.5F));
-  }
-  return static_cast<std::uint16_t>(sign | static_cast<unsigned>(exponent) << 10U |
-                                    ((bits >> 13U) & 0x3FFU));
-}
-
-void widen(Dtype dtype, const std::byte* from, std::int64_t count, float* out) {
-  switch (dtype) {
-    case Dtype::f32:
-      std::memcpy(out, from, static_cast<std::size_t>(count) * sizeof(float));
-      return;
-    case Dtype::bf16:
-      return widen_bf16(reinterpret_cast<const std::uint16_t*>(from), count, out);
-    case Dtype::f16:
-      return widen_half(reinterpret_cast<const std::uint16_t*>(from), count, out);
-    default:
-      TAILOR_CHECK(false, "an element type of numbers");
-  }
 }
 
 RowsToMerge::Number number_of(Dtype dtype) {
@@ -83,12 +53,7 @@ LowRankLevels runnable_low_rank_levels() {
 }
 
 PieceDigest piece_digest(std::span<const std::byte> bytes) {
-  XXH128_canonical_t canonical;
-  XXH128_canonicalFromHash(&canonical, XXH3_128bits(bytes.data(), bytes.size()));
-  PieceDigest out;
-  static_assert(sizeof canonical.digest == sizeof out);
-  std::memcpy(out.data(), canonical.digest, sizeof out);
-  return out;
+  return hash_unit(bytes.data(), static_cast<std::int64_t>(bytes.size()));
 }
 
 MergeWorker::MergeWorker(const MergePlan& plan, const MergeFiles& files, FactorGroups& factors)
@@ -254,8 +219,9 @@ MergedPiece MergeWorker::plain(const MergePart& part, const MergeJob& job) {
     auto* halves = reinterpret_cast<std::uint16_t*>(to);
     for (std::int64_t i = 0; i < count; ++i) {
       const auto at = static_cast<std::size_t>(i);
-      stored_[at] = rounded_to_half(target_[at]);
-      const std::uint16_t bits = half_bits(stored_[at]);
+      // Of NaN an infinity: the sums tell of both.
+      const std::uint16_t bits = half_from_float(target_[at]);
+      stored_[at] = half_to_float(bits);
       std::memcpy(halves + i, &bits, sizeof bits);
     }
     done.sums.kept = 0;

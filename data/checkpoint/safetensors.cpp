@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <cstring>
 #include <set>
 
@@ -176,6 +177,18 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file, cons
   return out;
 }
 
+std::string safetensors_head(std::string header) {
+  header.resize((header.size() + 7) / 8 * 8, ' ');
+  const std::uint64_t length = header.size();
+  return std::string(reinterpret_cast<const char*>(&length), sizeof length) + header;
+}
+
+std::string shard_name(std::size_t index, std::size_t count) {
+  char name[64];
+  std::snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", index + 1, count);
+  return name;
+}
+
 void write_safetensors(const fs::path& path, const std::vector<TensorToWrite>& tensors,
                        const std::map<std::string, std::string>& metadata) {
   Json header = Json::object();
@@ -190,13 +203,9 @@ void write_safetensors(const fs::path& path, const std::vector<TensorToWrite>& t
                            {"data_offsets", {offset, offset + bytes}}};
     offset += bytes;
   }
-  std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' ');
   replace_atomically(path, [&](const fs::path& staging) {
     FileWriter writer(staging);
-    const std::uint64_t length = text.size();
-    writer.write(std::as_bytes(std::span(&length, 1)));
-    writer.write(text);
+    writer.write(safetensors_head(header.dump()));
     for (const TensorToWrite& tensor : tensors) {
       if (!tensor.make) {
         writer.write(tensor.bytes);

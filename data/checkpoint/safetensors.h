@@ -35,6 +35,12 @@ struct SafetensorsHeader {
 };
 SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file, const fs::path& path);
 
+/// What a safetensors file begins with: the length of the header, the header as JSON text, and
+/// blanks until data is 8-byte aligned.
+std::string safetensors_head(std::string header);
+/// "model-00001-of-00003.safetensors", the name of shard `index` (from 0) of `count`.
+std::string shard_name(std::size_t index, std::size_t count);
+
 /// A tensor to write, row-major: borrowed bytes, or a function that makes them when their turn
 /// comes, so that a file may be larger than memory.
 struct TensorToWrite {

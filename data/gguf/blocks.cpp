@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "data/quant/numbers.h"
 
 namespace tailor {
 namespace {
@@ -42,38 +43,13 @@ const std::array<float, 65536>& halves() {
   static const std::array<float, 65536> table = [] {
     std::array<float, 65536> out{};
     for (std::uint32_t bits = 0; bits < out.size(); ++bits) {
-      const std::uint32_t sign = (bits & 0x8000U) << 16U, mantissa = bits & 0x3FFU;
-      const std::uint32_t exponent = bits >> 10U & 31U;
-      float value = 0;
-      if (exponent == 0) {
-        value = static_cast<float>(mantissa) * 0x1p-24F;
-      } else if (exponent == 31) {
-        value = std::bit_cast<float>(0x7F800000U | mantissa << 13U);
-      } else {
-        value = std::bit_cast<float>((exponent + 112U) << 23U | mantissa << 13U);
-      }
-      out[bits] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) | sign);
+      out[bits] = half_to_float(static_cast<std::uint16_t>(bits));
     }
     return out;
   }();
   return table;
 }
 float half_at(const std::byte* from) { return halves()[load<std::uint16_t>(from)]; }
-
-/// To nearest, ties to even; of finite numbers.
-std::uint16_t half_of(float value) {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  const std::uint32_t sign = bits >> 16U & 0x8000U;
-  const float magnitude = std::fabs(value);
-  if (magnitude < 0x1p-14F) {  // a denormal: the sum's own rounding leaves whole steps of 2^-24
-    const float shifted = magnitude + 0.5F;
-    return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3F000000U));
-  }
-  const std::uint32_t low = bits & 0x7FFFFFFFU;
-  const std::uint32_t rounded = low + 0xFFFU + (low >> 13U & 1U);
-  if (rounded >= 0x47800000U) return static_cast<std::uint16_t>(sign | 0x7C00U);
-  return static_cast<std::uint16_t>(sign | ((rounded >> 13U) - (112U << 10U)));
-}
 
 void from_4_bits(const std::byte* from, std::int64_t blocks, bool has_minimum, float* out) {
   const std::int64_t size = has_minimum ? 20 : 18;
@@ -163,7 +139,7 @@ bool to_q8_0(const float* from, std::int64_t blocks, std::byte* out, std::int64_
     const float step = largest / 127.0F;
     const float own = step == 0 ? 0 : 1.0F / step;
     const float inverse = std::isfinite(own) ? own : 0;  // the scale is 0 as a half then
-    const std::uint16_t scale = half_of(step);
+    const std::uint16_t scale = half_from_float(step);
     if (scale == 0x7C00U) {
       bad = b * 32 +
             std::find_if(from, from + 32, [&](float x) { return std::fabs(x) == largest; }) - from;
@@ -248,7 +224,7 @@ bool quantise(GgmlType type, const float* from, std::int64_t count, std::byte* o
       return true;
     case GgmlType::f16:
       for (std::int64_t i = 0; i < count; ++i) {
-        const std::uint16_t half = half_of(from[i]);
+        const std::uint16_t half = half_from_float(from[i]);
         if ((half & 0x7FFFU) == 0x7C00U) {
           bad = i;
           return false;

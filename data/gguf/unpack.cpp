@@ -1,16 +1,15 @@
-#include <fcntl.h>
-#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 
 #include "base/error.h"
+#include "base/file_lock.h"
 #include "base/log.h"
 #include "base/text.h"
 #include "base/units.h"
+#include "data/checkpoint/safetensors.h"
 #include "data/gguf/model.h"
 
 namespace tailor {
@@ -48,7 +47,7 @@ class Unpacker {
     Json map = Json::object();
     nlohmann::json sorted = nlohmann::json::object();
     for (std::size_t i = 0; i < shards_.size(); ++i) {
-      const std::string name = shard_name(i);
+      const std::string name = shard_name(i, shards_.size());
       for (const GgufMatrix* matrix : shards_[i]) sorted[matrix->matrix.name] = name;
       write_shard(folder_ / name, shards_[i]);
     }
@@ -59,14 +58,6 @@ class Unpacker {
   }
 
  private:
-  std::string shard_name(std::size_t i) const {
-    const auto number = [](std::size_t value) {
-      const std::string text = std::to_string(value);
-      return std::string(text.size() < 5 ? 5 - text.size() : 0, '0') + text;
-    };
-    return "model-" + number(i + 1) + "-of-" + number(shards_.size()) + ".safetensors";
-  }
-
   void write(const std::string& name, const std::string& text) const {
     write_atomically(folder_ / name, text);
   }
@@ -81,12 +72,8 @@ class Unpacker {
                                      {"data_offsets", {offset, end}}};
       offset = end;
     }
-    std::string text = header.dump();
-    text.resize((text.size() + 7) / 8 * 8, ' ');
     FileWriter writer(path);
-    const std::uint64_t length = text.size();
-    writer.write(std::as_bytes(std::span(&length, 1)));
-    writer.write(text);
+    writer.write(safetensors_head(header.dump()));
     for (const GgufMatrix* matrix : matrices) write_matrix(writer, *matrix);
     writer.close();
   }
@@ -126,27 +113,6 @@ class Unpacker {
   std::vector<std::byte> bytes_;
 };
 
-/// Held while a file is unpacked, so that others wait for the result.
-class Lock {
- public:
-  explicit Lock(const fs::path& path) {
-    descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-    if (descriptor_ < 0) throw io_error(errno, "cannot create", path.string());
-    while (::flock(descriptor_, LOCK_EX) != 0) {
-      if (errno == EINTR) continue;
-      const int reason = errno;
-      ::close(descriptor_);
-      throw io_error(reason, "cannot lock", path.string());
-    }
-  }
-  Lock(const Lock&) = delete;
-  Lock& operator=(const Lock&) = delete;
-  ~Lock() { ::close(descriptor_); }
-
- private:
-  int descriptor_ = -1;
-};
-
 void check_space(const GgufModel& model, const fs::path& folder) {
   std::int64_t needed = std::int64_t{64} << 20U;
   for (const GgufMatrix& matrix : model.matrices()) needed += bytes_of(model, matrix);
@@ -181,7 +147,7 @@ fs::path unpacked_gguf(const fs::path& path) {
   const GgufModel model =
       GgufModel::open(path);  // what is unusable says so before anything is made
   make_folders(cache);
-  const Lock lock(cache / (name + ".lock"));
+  const FileLock lock(cache / (name + ".lock"));
   if (fs::is_directory(out, error)) return out;
   const fs::path staging = cache / ("." + name + ".unpacking");
   fs::remove_all(staging, error);  // of one that was killed

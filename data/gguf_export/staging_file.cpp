@@ -59,13 +59,8 @@ void StagingFile::reserve(std::int64_t bytes) {
 }
 
 void StagingFile::write(std::int64_t offset, const std::byte* bytes, std::int64_t count) const {
-  for (std::int64_t done = 0; done < count;) {
-    const ssize_t n =
-        ::pwrite(descriptor_, bytes + done, static_cast<std::size_t>(count - done), offset + done);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) throw io_error(errno, "cannot write", path_.string());
-    done += n;
-  }
+  const int error = write_at(descriptor_, offset, {bytes, static_cast<std::size_t>(count)});
+  if (error != 0) throw io_error(error, "cannot write", path_.string());
   // Writing out begins now, so that the sync at the end has little left to wait for.
   ::sync_file_range(descriptor_, offset, count, SYNC_FILE_RANGE_WRITE);
 }

@@ -22,6 +22,32 @@ inline std::uint16_t bf16_from_float(float value) {
   return static_cast<std::uint16_t>((bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U);
 }
 
+/// The float of an IEEE half (F16 of safetensors), exactly.
+inline float half_to_float(std::uint16_t bits) {
+  const std::uint32_t sign = (bits & 0x8000U) << 16U, exponent = (bits >> 10U) & 31U;
+  const std::uint32_t fraction = bits & 0x3FFU;
+  if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000U | (fraction << 13U));
+  if (exponent != 0)
+    return std::bit_cast<float>(sign | ((exponent + 112U) << 23U) | fraction << 13U);
+  const float size = static_cast<float>(fraction) * 0x1p-24F;
+  return sign != 0 ? -size : size;
+}
+
+/// To nearest, ties to even, infinite from 65,520 on; of what is a number.
+inline std::uint16_t half_from_float(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t sign = bits >> 16U & 0x8000U;
+  const float magnitude = std::fabs(value);
+  if (magnitude < 0x1p-14F) {  // a denormal: the sum's own rounding leaves whole steps of 2^-24
+    const float shifted = magnitude + 0.5F;
+    return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3F000000U));
+  }
+  const std::uint32_t low = bits & 0x7FFFFFFFU;
+  const std::uint32_t rounded = low + 0xFFFU + (low >> 13U & 1U);
+  if (rounded >= 0x47800000U) return static_cast<std::uint16_t>(sign | 0x7C00U);
+  return static_cast<std::uint16_t>(sign | ((rounded >> 13U) - (112U << 10U)));
+}
+
 /// One NaN for all: what a product of two NaNs holds is up to the processor.
 inline float plain_nan(float value) {
   return std::isnan(value) ? std::bit_cast<float>(0x7FC00000U) : value;

@@ -1,7 +1,6 @@
 #include "data/store/export.h"
 
 #include <fcntl.h>
-#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -31,12 +30,9 @@ class ShardFile {
     if (descriptor_ < 0) throw io_error(errno, "cannot create", path_.string());
     try {
       // Space is taken now: a disk that is too small says so before anything is read.
-      if (::fallocate(descriptor_, 0, 0, shard.bytes) != 0 && errno != EOPNOTSUPP) {
-        throw io_error(errno, "cannot reserve " + bytes_text(shard.bytes) + " for the export",
+      if (const int error = reserve_file(descriptor_, shard.bytes); error != 0) {
+        throw io_error(error, "cannot reserve " + bytes_text(shard.bytes) + " for the export",
                        path_.string());
-      }
-      if (::ftruncate(descriptor_, shard.bytes) != 0) {
-        throw io_error(errno, "cannot set the size", path_.string());
       }
       write(0, reinterpret_cast<const std::byte*>(shard.header.data()),
             narrow<std::int64_t>(shard.header.size()));
@@ -50,13 +46,8 @@ class ShardFile {
   ~ShardFile() { ::close(descriptor_); }
 
   void write(std::int64_t offset, const std::byte* bytes, std::int64_t count) const {
-    for (std::int64_t done = 0; done < count;) {
-      const ssize_t n = ::pwrite(descriptor_, bytes + done, static_cast<std::size_t>(count - done),
-                                 offset + done);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) throw io_error(errno, "cannot write", path_.string());
-      done += n;
-    }
+    const int error = write_at(descriptor_, offset, {bytes, static_cast<std::size_t>(count)});
+    if (error != 0) throw io_error(error, "cannot write", path_.string());
     // Writing out begins now, so that the sync at the end has little left to wait for.
     ::sync_file_range(descriptor_, offset, count, SYNC_FILE_RANGE_WRITE);
   }

@@ -1,8 +1,6 @@
 #include "data/store/export_plan.h"
 
 #include <algorithm>
-#include <cstdio>
-#include <cstring>
 #include <optional>
 #include <set>
 
@@ -226,16 +224,9 @@ void ExportPlan::make_shards(std::int64_t shard_bytes_max) {
       tensor.offset = at;
       at += tensor.bytes;
     }
-    std::string text = header.dump();
-    text.resize((text.size() + 7) / 8 * 8, ' ');
-    const std::uint64_t length = text.size();
     ExportShard shard;
-    char name[64];
-    std::snprintf(name, sizeof name, "model-%05zu-of-%05zu.safetensors", s + 1, members.size());
-    shard.name = name;
-    shard.header.resize(sizeof length);
-    std::memcpy(shard.header.data(), &length, sizeof length);
-    shard.header += text;
+    shard.name = shard_name(s, members.size());
+    shard.header = safetensors_head(header.dump());
     for (const std::size_t i : members[s]) {
       tensors_[i].offset += narrow<std::int64_t>(shard.header.size());
     }

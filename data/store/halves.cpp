@@ -1,37 +1,40 @@
 #include "data/store/halves.h"
 
-#include <bit>
 #include <cmath>
-#include <limits>
+#include <cstring>
+
+#include "base/error.h"
 
 namespace tailor {
 
-float half_to_float(std::uint16_t bits) {
-  const std::uint32_t sign = (bits & 0x8000U) << 16U, exponent = (bits >> 10U) & 31U;
-  const std::uint32_t fraction = bits & 0x3FFU;
-  if (exponent == 31) return std::bit_cast<float>(sign | 0x7F800000U | (fraction << 13U));
-  if (exponent != 0)
-    return std::bit_cast<float>(sign | ((exponent + 112U) << 23U) | fraction << 13U);
-  const float size = static_cast<float>(fraction) * 0x1p-24F;
-  return sign != 0 ? -size : size;
-}
-
 float rounded_to_half(float value) {
-  const float size = std::fabs(value);
-  if (!(size < 65520.0F)) {
-    return std::isnan(value) ? value : std::copysign(std::numeric_limits<float>::infinity(), value);
-  }
-  const int exponent = size < 0x1p-14F ? -14 : std::ilogb(size);
-  return std::ldexp(std::nearbyint(std::ldexp(value, 10 - exponent)), exponent - 10);
+  return std::isnan(value) ? value : half_to_float(half_from_float(value));
 }
 
-void widen_half(const std::uint16_t* from, std::int64_t count, float* out) {
-  for (std::int64_t i = 0; i < count; ++i) out[i] = half_to_float(from[i]);
-}
+namespace {
 
-void widen_bf16(const std::uint16_t* from, std::int64_t count, float* out) {
+template <class Convert>
+void widen_each(const std::byte* from, std::int64_t count, float* out, const Convert& convert) {
   for (std::int64_t i = 0; i < count; ++i) {
-    out[i] = std::bit_cast<float>(std::uint32_t{from[i]} << 16U);
+    std::uint16_t bits = 0;
+    std::memcpy(&bits, from + 2 * i, sizeof bits);
+    out[i] = convert(bits);
+  }
+}
+
+}  // namespace
+
+void widen(Dtype dtype, const std::byte* from, std::int64_t count, float* out) {
+  switch (dtype) {
+    case Dtype::f32:
+      std::memcpy(out, from, static_cast<std::size_t>(count) * sizeof(float));
+      return;
+    case Dtype::f16:
+      return widen_each(from, count, out, [](std::uint16_t bits) { return half_to_float(bits); });
+    case Dtype::bf16:
+      return widen_each(from, count, out, [](std::uint16_t bits) { return bf16_to_float(bits); });
+    default:
+      TAILOR_CHECK(false, "an element type of numbers");
   }
 }
 

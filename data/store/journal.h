@@ -1,13 +1,12 @@
 #pragma once
 
-#include <sys/types.h>
-
 #include <map>
 #include <optional>
 #include <string>
 
 #include "base/file.h"
 #include "base/json.h"
+#include "base/line_journal.h"
 #include "data/store/store.h"
 
 namespace tailor {
@@ -35,25 +34,17 @@ class PackJournal {
   /// and lines that cannot be read count for nothing: their units are packed again.
   /// Throws Error{usage}, nothing changed: another process has it, or it is of another packing.
   PackJournal(const fs::path& folder, const Header& header);
-  PackJournal(const PackJournal&) = delete;
-  PackJournal& operator=(const PackJournal&) = delete;
-  ~PackJournal();
 
   const std::map<UnitId, PackedUnit>& units() const { return units_; }
   void add(const UnitId& id, const PackedUnit& unit);
-  /// Puts what was added on disk. The units' own bytes must be there already. After an Error{io}
-  /// the file is as it was before the call.
-  void sync();
-  void remove();
+  /// As LineJournal's.
+  void sync() { lines_.sync(); }
+  void remove() { lines_.remove(); }
 
  private:
-  void take_lock();
-  void read_line(std::string_view text);
-  fs::path path_;
-  int descriptor_ = -1;
-  off_t end_ = 0;        ///< of the lines that are on disk
-  std::string pending_;  ///< lines that are not
+  void read_line(const JsonReader& line);
   std::map<UnitId, PackedUnit> units_;
+  LineJournal lines_;  ///< reads into units_
 };
 
 }  // namespace tailor

@@ -26,20 +26,6 @@ T* as(std::byte* bytes) {
   return reinterpret_cast<T*>(bytes);
 }
 
-void to_floats(Dtype dtype, const std::byte* from, std::int64_t count, float* out) {
-  switch (dtype) {
-    case Dtype::f32:
-      std::memcpy(out, from, static_cast<std::size_t>(count) * sizeof(float));
-      return;
-    case Dtype::f16:
-      return widen_half(as<std::uint16_t>(from), count, out);
-    case Dtype::bf16:
-      return widen_bf16(as<std::uint16_t>(from), count, out);
-    default:
-      TAILOR_CHECK(false, "a plain element type");
-  }
-}
-
 /// The first of `count` numbers that is infinite or none, else `count`.
 template <class T>
 std::int64_t not_finite(const T* values, std::int64_t count, T mask) {
@@ -167,7 +153,7 @@ std::vector<float> SourceReader::scales_of(const Checkpoint::Tensor& scales, std
   const std::int64_t size = dtype_bytes(scales.info.dtype);
   const std::byte* raw = slice(scales, begin * size, count * size, kScales);
   std::vector<float> out(static_cast<std::size_t>(count));
-  to_floats(scales.info.dtype, raw, count, out.data());
+  widen(scales.info.dtype, raw, count, out.data());
   return out;
 }
 
@@ -213,7 +199,7 @@ void SourceReader::read_int4_rows(const PublishedMatrix& matrix, const SourceMat
     return decode_rows({source.format, rows, columns, codes, raw}, 0, rows, out);
   }
   std::vector<float> scales(static_cast<std::size_t>(rows * groups));
-  to_floats(type, raw, rows * groups, scales.data());
+  widen(type, raw, rows * groups, scales.data());
   for (std::int64_t r = 0; r < rows; ++r) {
     const auto* words = as<std::uint32_t>(codes + r * row_codes);
     for (std::int64_t c = 0; c < columns; ++c) {
@@ -239,7 +225,7 @@ void SourceReader::read_rows(const PublishedMatrix& matrix, std::int64_t begin, 
   if (format.kind != WeightKind::fp8) {
     const std::byte* raw = slice(*source.codes, (matrix.first_row() + begin) * row_bytes,
                                  (end - begin) * row_bytes, kCodes);
-    return to_floats(dtype, raw, (end - begin) * columns, out);
+    return widen(dtype, raw, (end - begin) * columns, out);
   }
   const std::vector<float> scales =
       scales_of(*source.scales, source.first_scale, source.scale_count);

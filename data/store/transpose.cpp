@@ -97,12 +97,18 @@ void transpose(const MatrixView<std::uint32_t>& in, std::uint32_t* out, std::int
 }
 
 void transpose_bf16(const MatrixView<std::uint16_t>& in, float* out, std::int64_t out_stride) {
-  turn(in, [&](std::int64_t row, std::int64_t column, const std::uint16_t* line,
-               std::int64_t count) { widen_bf16(line, count, out + row * out_stride + column); });
+  turn(in,
+       [&](std::int64_t row, std::int64_t column, const std::uint16_t* line, std::int64_t count) {
+         widen(Dtype::bf16, reinterpret_cast<const std::byte*>(line), count,
+               out + row * out_stride + column);
+       });
 }
 void transpose_half(const MatrixView<std::uint16_t>& in, float* out, std::int64_t out_stride) {
-  turn(in, [&](std::int64_t row, std::int64_t column, const std::uint16_t* line,
-               std::int64_t count) { widen_half(line, count, out + row * out_stride + column); });
+  turn(in,
+       [&](std::int64_t row, std::int64_t column, const std::uint16_t* line, std::int64_t count) {
+         widen(Dtype::f16, reinterpret_cast<const std::byte*>(line), count,
+               out + row * out_stride + column);
+       });
 }
 
 }  // namespace tailor

@@ -2,11 +2,9 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 #include <xxhash.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <new>
@@ -15,15 +13,6 @@
 #include "base/text.h"
 
 namespace tailor {
-namespace {
-
-/// Takes the space of a file. A file system that cannot is found out by the writes.
-int reserve(int descriptor, std::int64_t bytes) {
-  if (::fallocate(descriptor, 0, 0, bytes) != 0 && errno != EOPNOTSUPP) return errno;
-  return ::ftruncate(descriptor, bytes) == 0 ? 0 : errno;
-}
-
-}  // namespace
 
 StoreFile::StoreFile(const fs::path& path, std::int64_t bytes) : path_(path) {
   struct stat info {};
@@ -34,7 +23,7 @@ StoreFile::StoreFile(const fs::path& path, std::int64_t bytes) : path_(path) {
   if (!direct_) descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
   if (descriptor_ < 0) throw io_error(errno, "cannot create", path.string());
   if (!fresh && info.st_size == bytes) return;
-  const int error = reserve(descriptor_, bytes);
+  const int error = reserve_file(descriptor_, bytes);
   if (error == 0) return;
   ::close(descriptor_);
   descriptor_ = -1;
@@ -49,16 +38,13 @@ StoreFile::~StoreFile() {
 void StoreFile::write(std::int64_t offset, std::span<const std::byte> bytes) const {
   TAILOR_CHECK(offset % kUnitAlignment == 0 &&
                static_cast<std::int64_t>(bytes.size()) % kUnitAlignment == 0);
-  const std::int64_t begin = offset, count = static_cast<std::int64_t>(bytes.size());
-  while (!bytes.empty()) {
-    const ssize_t n = ::pwrite(descriptor_, bytes.data(), bytes.size(), offset);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) throw io_error(errno, "cannot write", path_.string());
-    bytes = bytes.subspan(static_cast<std::size_t>(n));
-    offset += n;
-  }
+  const int error = write_at(descriptor_, offset, bytes);
+  if (error != 0) throw io_error(error, "cannot write", path_.string());
   // Begun now, or the kernel keeps it until sync() has to wait for all of it.
-  if (!direct_) ::sync_file_range(descriptor_, begin, count, SYNC_FILE_RANGE_WRITE);
+  if (!direct_) {
+    ::sync_file_range(descriptor_, offset, static_cast<std::int64_t>(bytes.size()),
+                      SYNC_FILE_RANGE_WRITE);
+  }
 }
 
 void StoreFile::sync() const {
@@ -68,21 +54,16 @@ void StoreFile::sync() const {
 }
 
 void check_disk_space(const fs::path& folder, const StoreLayout& layout) {
-  struct statvfs disk {};
-  if (::statvfs(folder.c_str(), &disk) != 0) throw io_error(errno, "cannot read", folder.string());
-  const double free = static_cast<double>(disk.f_bavail) * static_cast<double>(disk.f_frsize);
+  const std::int64_t free = free_disk_bytes(folder);
   std::int64_t needed = 0;
   for (const StoreLayout::File& file : layout.files) {
-    struct stat info {};
-    const bool there = ::stat((folder / file.name).c_str(), &info) == 0;
-    constexpr std::int64_t kStatBlock = 512;
-    needed += std::max<std::int64_t>(0, file.bytes - (there ? info.st_blocks * kStatBlock : 0));
+    needed += bytes_to_reserve(folder / file.name, file.bytes);
   }
-  if (static_cast<double>(needed) <= free) return;
-  throw io_error(ENOSPC,
-                 "the store needs " + bytes_text(needed) + " of disk, " +
-                     bytes_text(static_cast<std::int64_t>(free)) + " are free",
-                 folder.string());
+  if (needed <= free) return;
+  throw io_error(
+      ENOSPC,
+      "the store needs " + bytes_text(needed) + " of disk, " + bytes_text(free) + " are free",
+      folder.string());
 }
 
 UnitHasher::UnitHasher() : state_(XXH3_createState()) {

@@ -1,12 +1,7 @@
 #include "data/tokens/prepare.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <exception>
 #include <limits>
 #include <memory>
@@ -14,6 +9,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/file_lock.h"
 #include "base/log.h"
 #include "base/text.h"
 #include "data/tokens/document_spill.h"
@@ -67,27 +63,6 @@ Json paths_of(const std::vector<InputFile>& files) {
   }
   return out;
 }
-
-/// Only one process at a time makes a store; the others wait and find it made.
-class FileLock {
- public:
-  explicit FileLock(const fs::path& path)
-      : descriptor_(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644)) {
-    if (descriptor_ < 0) throw io_error(errno, "cannot create", path.string());
-    while (::flock(descriptor_, LOCK_EX) != 0) {
-      if (errno == EINTR) continue;
-      const int code = errno;
-      ::close(descriptor_);
-      throw io_error(code, "cannot lock", path.string());
-    }
-  }
-  FileLock(const FileLock&) = delete;
-  FileLock& operator=(const FileLock&) = delete;
-  ~FileLock() { ::close(descriptor_); }
-
- private:
-  int descriptor_;
-};
 
 /// Tokenises records on several threads and hands the documents on in the order of the file.
 class EncodePool {

@@ -3,23 +3,19 @@
 #include "adapters/inspect.h"
 
 #include <gmock/gmock.h>
-#include <unistd.h>
 
 #include <cmath>
 
 #include "adapters/peft_files.h"
+#include "adapters_support.h"
 #include "base/error.h"
 #include "base/json.h"
 
 namespace tailor {
 namespace {
 
+using namespace testing_support;
 using testing::HasSubstr;
-
-fs::path golden(const std::string& name) {
-  return fs::path(TAILOR_SOURCE_DIR) / "tests/golden" / name;
-}
-ModelSpec spec_of(const std::string& fixture) { return read_model_spec(golden(fixture) / "model"); }
 
 /// scale B A of every expert by the formula, one after the other.
 std::vector<double> product(const AdaptedMatrix& matrix) {
@@ -51,15 +47,8 @@ const AdaptedMatrix& find(const std::vector<AdaptedMatrix>& matrices, const std:
   throw std::runtime_error("no " + module);
 }
 
-class Inspect : public testing::Test {
+class Inspect : public FolderTest {
  protected:
-  void SetUp() override {
-    folder_ = fs::path(testing::TempDir()) /
-              ("tailor_inspect_" + std::to_string(::getpid()) + "_" +
-               testing::UnitTest::GetInstance()->current_test_info()->name());
-    fs::remove_all(folder_);
-  }
-  void TearDown() override { fs::remove_all(folder_); }
   /// The Maverick fixture's trained adapter, its factors in one of vLLM's layouts.
   fs::path in_layout(const std::string& layout) const {
     const fs::path lora = golden("llama4_maverick_tiny/lora"), to = folder_ / layout;
@@ -68,7 +57,6 @@ class Inspect : public testing::Test {
     fs::copy_file(lora / layout / "adapter_model.safetensors", to / "adapter_model.safetensors");
     return to;
   }
-  fs::path folder_;
 };
 
 const std::string kExperts = "model.layers.1.feed_forward.experts";

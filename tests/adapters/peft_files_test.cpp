@@ -3,7 +3,6 @@
 #include "adapters/peft_files.h"
 
 #include <gmock/gmock.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
@@ -11,6 +10,7 @@
 #include <utility>
 
 #include "adapters/peft_folder.h"
+#include "adapters_support.h"
 #include "base/error.h"
 #include "base/json.h"
 #include "data/checkpoint/safetensors.h"
@@ -18,12 +18,8 @@
 namespace tailor {
 namespace {
 
+using namespace testing_support;
 using testing::HasSubstr;
-
-fs::path golden(const std::string& name) {
-  return fs::path(TAILOR_SOURCE_DIR) / "tests/golden" / name;
-}
-ModelSpec spec_of(const std::string& fixture) { return read_model_spec(golden(fixture) / "model"); }
 
 /// A tensor of float32.
 struct Matrix {
@@ -73,17 +69,8 @@ std::vector<std::vector<double>> products(const Adapter& adapter, const LoraSite
   return out;
 }
 
-class PeftFiles : public testing::Test {
+class PeftFiles : public FolderTest {
  protected:
-  void SetUp() override {
-    folder_ = fs::path(testing::TempDir()) /
-              ("tailor_peft_" + std::to_string(::getpid()) + "_" +
-               testing::UnitTest::GetInstance()->current_test_info()->name());
-    fs::remove_all(folder_);
-    make_folders(folder_);
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   fs::path file() const { return folder_ / "adapter_model.safetensors"; }
   fs::path config() const { return folder_ / "adapter_config.json"; }
   /// The folder holds a copy of a fixture's adapter.
@@ -136,8 +123,6 @@ class PeftFiles : public testing::Test {
       }
     }
   }
-
-  fs::path folder_;
 };
 
 constexpr const char* kExperts = "base_model.model.model.layers.1.feed_forward.experts";
@@ -636,7 +621,7 @@ TEST_F(PeftFiles, deepseeks_mlps_and_router_are_parameters_and_return_with_their
   for (std::size_t i = 0; i < adapter.factors().size(); ++i) {
     adapter.factors()[i] = static_cast<float>(i % 101) / 64.0F - 0.7F;
   }
-  const fs::path folder = fs::path(testing::TempDir()) / ("deepseek_" + std::to_string(::getpid()));
+  const fs::path folder = folder_ / "deepseek";
   write_peft_adapter(folder, adapter, spec, {"base", ""});
   const Json config = read_json(folder / "adapter_config.json");
   EXPECT_EQ(config.at("target_modules"), Json::array({"q_a_proj"}));
@@ -651,7 +636,6 @@ TEST_F(PeftFiles, deepseeks_mlps_and_router_are_parameters_and_return_with_their
     EXPECT_EQ(back.sites()[i].rank, adapter.sites()[i].rank) << adapter.sites()[i].module;
   }
   EXPECT_TRUE(std::equal(back.factors().begin(), back.factors().end(), adapter.factors().begin()));
-  fs::remove_all(folder);
 }
 
 /// kv_b_proj carries factors only when it is named.

@@ -3,12 +3,12 @@
 #include "adapters/serving.h"
 
 #include <gmock/gmock.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
 
 #include "adapters/inspect.h"
+#include "adapters_support.h"
 #include "base/error.h"
 #include "base/json.h"
 #include "data/checkpoint/safetensors.h"
@@ -16,13 +16,9 @@
 namespace tailor {
 namespace {
 
+using namespace testing_support;
 using testing::ElementsAre;
 using testing::HasSubstr;
-
-fs::path golden(const std::string& name) {
-  return fs::path(TAILOR_SOURCE_DIR) / "tests/golden" / name;
-}
-ModelSpec spec_of(const std::string& fixture) { return read_model_spec(golden(fixture) / "model"); }
 
 struct Matrix {
   Dtype dtype;
@@ -41,17 +37,8 @@ std::map<std::string, Matrix> load(const fs::path& folder) {
   return out;
 }
 
-class Serving : public testing::Test {
+class Serving : public FolderTest {
  protected:
-  void SetUp() override {
-    folder_ = fs::path(testing::TempDir()) /
-              ("tailor_serving_" + std::to_string(::getpid()) + "_" +
-               testing::UnitTest::GetInstance()->current_test_info()->name());
-    fs::remove_all(folder_);
-    make_folders(folder_);
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   /// An adapter of `options` whose factors are all different numbers, written to "given".
   fs::path make(const ModelSpec& spec, const LoraOptions& options) {
     Adapter adapter = Adapter::create(spec, options, 3);
@@ -91,8 +78,6 @@ class Serving : public testing::Test {
     }
     return "no error";
   }
-
-  fs::path folder_;
 };
 
 LoraOptions options_for(std::vector<std::string> targets) {

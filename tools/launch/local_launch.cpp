@@ -1,7 +1,6 @@
 #include "tools/launch/local_launch.h"
 
 #include <poll.h>
-#include <sched.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
@@ -13,6 +12,7 @@
 #include <memory>
 
 #include "base/clock.h"
+#include "base/cores.h"
 #include "base/error.h"
 #include "base/log.h"
 #include "tools/launch/rank_environment.h"
@@ -267,11 +267,7 @@ LaunchEnd end_of(const std::vector<RankEnd>& ends, bool asked) {
   return {code_of(*cause, asked), cause};
 }
 
-int threads_per_rank(int ranks) {
-  cpu_set_t cores;
-  const int count = ::sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
-  return std::max(1, count / std::max(1, ranks));
-}
+int threads_per_rank(int ranks) { return std::max(1, usable_cores() / std::max(1, ranks)); }
 
 int launch_local(const LocalLaunch& launch) {
   TAILOR_CHECK(launch.ranks >= 1 && !launch.command.empty());

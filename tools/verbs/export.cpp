@@ -32,14 +32,7 @@ int run_model_export(const ModelExportArguments& arguments) {
   options.shard_bytes_max = *shard_bytes;
   options.stop = [&] { return interrupt.asked(); };
   options.progress = [&](std::int64_t done, std::int64_t bytes, double seconds) {
-    const auto share = static_cast<double>(done) / static_cast<double>(bytes);
-    std::string text = "exporting " + number_text(100 * share, 3) + " % of " + bytes_text(bytes);
-    if (seconds > 1) {
-      const double rate = static_cast<double>(done) / seconds;
-      text += ", " + bytes_text(static_cast<std::int64_t>(rate)) + "/s, " +
-              seconds_text(static_cast<double>(bytes - done) / rate) + " to go";
-    }
-    line.show(text);
+    line.show(progress_text("exporting", done, 0, bytes, seconds));
   };
   const ExportReport report = export_store(store, arguments.to, options);
   line.show("");

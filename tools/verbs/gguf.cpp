@@ -1,7 +1,6 @@
-#include <sched.h>
-
 #include <iostream>
 
+#include "base/cores.h"
 #include "base/error.h"
 #include "base/json.h"
 #include "base/text.h"
@@ -30,21 +29,10 @@ int run_model_gguf(const ModelGgufArguments& arguments) {
   GgufExportOptions options;
   options.type = type_of(arguments.dtype);
   options.name = fs::path(arguments.model).filename().string();  // of "a/b" b
-  options.threads = arguments.threads;
-  if (options.threads == 0) {
-    cpu_set_t cores;
-    options.threads = sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
-  }
+  options.threads = arguments.threads == 0 ? usable_cores() : arguments.threads;
   options.stop = [&] { return interrupt.asked(); };
   options.progress = [&](std::int64_t done, std::int64_t bytes, double seconds) {
-    const auto share = static_cast<double>(done) / static_cast<double>(bytes);
-    std::string text = "writing " + number_text(100 * share, 3) + " % of " + bytes_text(bytes);
-    if (seconds > 1) {
-      const double rate = static_cast<double>(done) / seconds;
-      text += ", " + bytes_text(static_cast<std::int64_t>(rate)) + "/s, " +
-              seconds_text(static_cast<double>(bytes - done) / rate) + " to go";
-    }
-    line.show(text);
+    line.show(progress_text("writing", done, 0, bytes, seconds));
   };
   const GgufExportReport report = export_gguf(model, arguments.to, options);
   line.show("");

@@ -19,19 +19,6 @@
 namespace tailor {
 namespace {
 
-std::string progress_text(const std::string& doing, std::int64_t done, std::int64_t before,
-                          std::int64_t bytes, double seconds) {
-  const double share = bytes > 0 ? static_cast<double>(done) / static_cast<double>(bytes) : 1;
-  std::string text = doing + " " + number_text(100 * share, 3) + " % of " + bytes_text(bytes);
-  const auto mine = static_cast<double>(done - before);
-  if (seconds > 1 && mine > 0) {
-    const double rate = mine / seconds;
-    text += ", " + bytes_text(static_cast<std::int64_t>(rate)) + "/s, " +
-            seconds_text(static_cast<double>(bytes - done) / rate) + " to go";
-  }
-  return text;
-}
-
 [[noreturn]] void refuse(const std::string& what, const std::string& mend) {
   throw Error(Fault::usage, {what, "the command line", mend});
 }
@@ -58,14 +45,7 @@ int run_verify(const MergeArguments& arguments) {
                      .dump(2)
               << "\n";
   } else {
-    constexpr std::size_t kShown = 20;
-    for (std::size_t i = 0; i < std::min(kShown, found.problems.size()); ++i) {
-      std::cout << found.problems[i] << "\n";
-    }
-    if (found.problems.size() > kShown) {
-      std::cout << "and " << count_text(static_cast<std::int64_t>(found.problems.size() - kShown))
-                << " more; --json lists them all\n";
-    }
+    std::cout << problems_text(found.problems);
   }
   if (!found.problems.empty()) {
     throw Error(Fault::bad_file,
@@ -134,7 +114,11 @@ class DecodedStore {
                ProgressLine& line) {
     const fs::path out(arguments.out);
     const fs::path folder = out.has_filename() ? out : out.parent_path();
-    path_ = folder.parent_path() / ("." + folder.filename().string() + ".tailor-merge-base");
+    // Of this very store in this form: what an attempt from another one left is not used.
+    const std::string mark = sha256_hex(store.fingerprint() + hash_text(store.mark()) +
+                                        (arguments.dtype != "as_base" ? "decoded" : "as packed"));
+    prefix_ = "." + folder.filename().string() + ".tailor-merge-base-";
+    path_ = folder.parent_path() / (prefix_ + mark.substr(0, 12));
     std::error_code error;
     if (fs::exists(path_, error)) return;
     ExportOptions options;
@@ -146,12 +130,19 @@ class DecodedStore {
     static_cast<void>(export_store(store, path_, options));
   }
   const fs::path& path() const { return path_; }
+  /// The merge is done: what attempts from other stores left goes too.
   void remove() const {
     std::error_code error;
-    fs::remove_all(path_, error);
+    const fs::path parent = path_.parent_path().empty() ? fs::path(".") : path_.parent_path();
+    std::vector<fs::path> left;
+    for (const auto& entry : fs::directory_iterator(parent, error)) {
+      if (entry.path().filename().string().starts_with(prefix_)) left.push_back(entry.path());
+    }
+    for (const fs::path& one : left) fs::remove_all(one, error);
   }
 
  private:
+  std::string prefix_;
   fs::path path_;
 };
 

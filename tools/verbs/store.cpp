@@ -1,9 +1,8 @@
-#include <sched.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <iostream>
 
+#include "base/cores.h"
 #include "base/error.h"
 #include "base/json.h"
 #include "base/text.h"
@@ -23,11 +22,7 @@
 namespace tailor {
 namespace {
 
-int threads_or_all(int threads) {
-  if (threads > 0) return threads;
-  cpu_set_t cores;
-  return sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
-}
+int threads_or_all(int threads) { return threads > 0 ? threads : usable_cores(); }
 
 /// --format and its neighbours in the words of a recipe's base.format.
 StoreFormats formats_of(const std::string& experts, const std::string& others, std::int64_t group) {
@@ -65,14 +60,7 @@ class StoreProgress {
       line_.show(note);
       return;
     }
-    const double share = static_cast<double>(done) / static_cast<double>(bytes);
-    std::string text = doing + " " + number_text(100 * share, 3) + " % of " + bytes_text(bytes);
-    const auto mine = static_cast<double>(done - before);
-    if (seconds > 1 && mine > 0) {
-      const double rate = mine / seconds;
-      text += ", " + bytes_text(static_cast<std::int64_t>(rate)) + "/s, " +
-              seconds_text(static_cast<double>(bytes - done) / rate) + " to go";
-    }
+    std::string text = progress_text(doing, done, before, bytes, seconds);
     if (!note.empty()) text += ", " + note;
     line_.show(text);
   }
@@ -263,14 +251,7 @@ int run_model_verify(const ModelVerifyArguments& arguments) {
                      .dump(2)
               << "\n";
   } else {
-    constexpr std::size_t kShown = 20;
-    for (std::size_t i = 0; i < std::min(kShown, report.problems.size()); ++i) {
-      std::cout << report.problems[i] << "\n";
-    }
-    if (report.problems.size() > kShown) {
-      std::cout << "and " << count_text(static_cast<std::int64_t>(report.problems.size() - kShown))
-                << " more; --json lists them all\n";
-    }
+    std::cout << problems_text(report.problems);
   }
   if (!report.problems.empty()) {
     throw Error(Fault::bad_file,
