@@ -150,15 +150,12 @@ struct ProductWeights {
   std::int64_t stored_count = 0;
 
   StoredParts parts() const { return {stored.data(), stored_count}; }
-  std::int64_t stored_rows() const {
-    return stored[0].rows + (stored_count > 1 ? stored[1].rows : 0);
-  }
 };
 
 /// out = x w.
 inline void multiply(const at::Tensor& x, const ProductWeights& w, const at::Tensor& out) {
   if (w.w_KN.defined()) return multiply(x, w.w_KN, out);
-  split_few_rows(w.stored_rows(), w.stored[0].columns, [&](std::int64_t begin, std::int64_t end) {
+  split_few_rows(w.parts().rows(), w.stored[0].columns, [&](std::int64_t begin, std::int64_t end) {
     kernels<Bf16>().few_rows_t_stored(begin, end, x.size(0), data<Bf16>(x), x.stride(0), w.parts(),
                                       data<Bf16>(out), out.stride(0));
   });
@@ -166,7 +163,7 @@ inline void multiply(const at::Tensor& x, const ProductWeights& w, const at::Ten
 /// out = x w^T.
 inline void multiply_t(const at::Tensor& x, const ProductWeights& w, const at::Tensor& out) {
   if (w.w_KN.defined()) return multiply(x, w.w_KN.t(), out);
-  split_few_rows(w.stored[0].columns, w.stored_rows(), [&](std::int64_t begin, std::int64_t end) {
+  split_few_rows(w.stored[0].columns, w.parts().rows(), [&](std::int64_t begin, std::int64_t end) {
     kernels<Bf16>().few_rows_stored(begin, end, x.size(0), data<Bf16>(x), x.stride(0), w.parts(),
                                     data<Bf16>(out), out.stride(0));
   });

@@ -3,9 +3,9 @@
 #include <cmath>
 #include <cstdint>
 
-namespace tailor {
+#include "data/quant/format.h"
 
-struct EncodedMatrix;
+namespace tailor {
 
 /// The CPU kernels: raw pointers and sizes only, no ATen, no threads. Each works on a range of rows
 /// or tasks; the wrappers in trainer/ops.h split that range over threads. Every row is computed the
@@ -71,6 +71,12 @@ struct QkShape {
 struct StoredParts {
   const EncodedMatrix* first;
   std::int64_t count;
+
+  std::int64_t rows() const {
+    std::int64_t all = 0;
+    for (std::int64_t i = 0; i < count; ++i) all += first[i].rows;
+    return all;
+  }
 };
 
 /// What is known of a row's softmax after some runs of its classes.

@@ -220,8 +220,7 @@ class StoreStream final : public StoreWeights {
   /// As stored where few rows are multiplied, else decoded.
   ops::ProductWeights for_products(std::span<const EncodedMatrix> matrices, std::int64_t rows,
                                    TensorStack& scratch) const {
-    std::int64_t all_rows = 0;
-    for (const EncodedMatrix& matrix : matrices) all_rows += matrix.rows;
+    const std::int64_t all_rows = StoredParts{matrices.data(), std::ssize(matrices)}.rows();
     ops::ProductWeights out;
     if (dtype_ != at::kBFloat16 ||
         !std::all_of(matrices.begin(), matrices.end(), [&](const EncodedMatrix& matrix) {
@@ -357,11 +356,10 @@ class StoreStream final : public StoreWeights {
     ring_bytes_ = options.ring_bytes;
     if (ring_bytes_ == 0) {
       // On the CPU both budgets are RAM, and slots are paid for from the one for RAM first.
-      const bool one_memory = options.device == nullptr;
-      const BudgetShare share =
-          share_budget(one_memory ? device + host : host, one_memory ? total : total - device,
-                       layer_expert_bytes());
-      const std::int64_t slots = (one_memory ? device + host : host) - share.resident_bytes;
+      const std::int64_t elsewhere = options.device == nullptr ? 0 : device;
+      const std::int64_t ram = device + host - elsewhere;
+      const BudgetShare share = share_budget(ram, total - elsewhere, layer_expert_bytes());
+      const std::int64_t slots = ram - share.resident_bytes;
       ring_bytes_ = share.ring_bytes;
       device -= std::max<std::int64_t>(0, slots - host);
       host -= std::min(host, slots);

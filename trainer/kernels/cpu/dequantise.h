@@ -2,6 +2,8 @@
 // Frozen weights from their stored form, the same bits as data/quant/codec.h at every level.
 // Nothing here may be fused: level.cpp contracts products and sums.
 
+#include <algorithm>
+
 #include "data/quant/format.h"
 #include "data/quant/tables.h"
 #include "trainer/kernels/cpu/lookup.h"
@@ -9,20 +11,28 @@
 namespace tailor {
 namespace {
 
+/// Columns to decode, of int4 from a multiple of its group on. `ahead`: how far behind a code in
+/// memory lies the one to ask for meanwhile.
+struct Columns {
+  std::int64_t begin, end;
+  std::int64_t ahead = kPrefetchBytes;
+};
+
 constexpr float kInt4Codes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
 template <Store how, class S>
 void dequantise_int4(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
-                     S* out, std::int64_t out_stride) {
+                     const Columns& part, S* out, std::int64_t out_stride) {
   const std::int64_t columns = matrix.columns, group = matrix.format.group;
   const std::int64_t row_bytes = (columns + 7) / 8 * 4, groups = (columns + group - 1) / group;
   for (std::int64_t row = row_begin; row < row_end; ++row, out += out_stride) {
     const auto* codes = reinterpret_cast<const std::uint8_t*>(matrix.codes) + row * row_bytes;
-    const auto* scales = reinterpret_cast<const Bf16*>(matrix.scales) + row * groups;
-    for (std::int64_t begin = 0; begin < columns; begin += group) {
-      const std::int64_t n = columns - begin < group ? columns - begin : group;
+    const auto* scales =
+        reinterpret_cast<const Bf16*>(matrix.scales) + row * groups + part.begin / group;
+    for (std::int64_t begin = part.begin; begin < part.end; begin += group) {
+      const std::int64_t n = std::min(group, part.end - begin);
       const Sixteen<S, false> values(kInt4Codes, to_float(*scales++), true);
-      values.template expand<how>(codes, begin, n, out + begin);
+      values.template expand<how>(codes, begin, n, out + (begin - part.begin), part.ahead);
     }
   }
 }
@@ -31,7 +41,7 @@ constexpr std::int64_t kNf4Block = 64;
 
 template <Store how, class S>
 void dequantise_nf4(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
-                    S* out, std::int64_t out_stride) {
+                    const Columns& part, S* out, std::int64_t out_stride) {
   const std::int64_t columns = matrix.columns;
   const std::int64_t blocks = (matrix.rows * columns + kNf4Block - 1) / kNf4Block;
   const auto* codes = reinterpret_cast<const std::uint8_t*>(matrix.codes);
@@ -39,14 +49,13 @@ void dequantise_nf4(std::int64_t row_begin, std::int64_t row_end, const EncodedM
   const float offset = floats[0], *second = floats + 1;
   const auto* bytes = reinterpret_cast<const std::uint8_t*>(second + (blocks + 255) / 256);
   for (std::int64_t row = row_begin; row < row_end; ++row, out += out_stride) {
-    for (std::int64_t begin = 0; begin < columns;) {
+    for (std::int64_t begin = part.begin; begin < part.end;) {
       const std::int64_t element = row * columns + begin, block = element / kNf4Block;
-      const std::int64_t left = (block + 1) * kNf4Block - element;
-      const std::int64_t n = columns - begin < left ? columns - begin : left;
+      const std::int64_t n = std::min(part.end - begin, (block + 1) * kNf4Block - element);
       float product = kDynamicMap[bytes[block]] * second[block / 256];
       asm("" : "+x"(product));  // rounded, as bitsandbytes stores it: not fused with the sum
       const Sixteen<S, true> values(kNf4, product + offset, false);
-      values.template expand<how>(codes, element, n, out + begin);
+      values.template expand<how>(codes, element, n, out + (begin - part.begin), part.ahead);
       begin += n;
     }
   }
@@ -56,24 +65,26 @@ void dequantise_nf4(std::int64_t row_begin, std::int64_t row_end, const EncodedM
 /// right: memory likes that better than one block after another.
 template <Store how, class S>
 void dequantise_fp8(std::int64_t row_begin, std::int64_t row_end, const EncodedMatrix& matrix,
-                    S* out, std::int64_t out_stride) {
+                    const Columns& part, S* out, std::int64_t out_stride) {
   const std::int64_t columns = matrix.columns, block_rows = matrix.format.block_rows;
   const std::int64_t width =
       matrix.format.block_columns == 0 ? columns : matrix.format.block_columns;
-  const std::int64_t across = columns == 0 ? 0 : (columns + width - 1) / width;
-  const Scratch<Magnitudes<S>> tables(across);
+  if (part.begin == part.end) return;
+  const std::int64_t across = (columns + width - 1) / width, first = part.begin / width;
+  const std::int64_t count = (part.end + width - 1) / width - first;
+  const Scratch<Magnitudes<S>> tables(count);
   for (std::int64_t row = row_begin; row < row_end; ++row, out += out_stride) {
     if (row == row_begin || row % block_rows == 0) {
       const auto* scales =
-          reinterpret_cast<const float*>(matrix.scales) + row / block_rows * across;
-      for (std::int64_t b = 0; b < across; ++b) {
-        tables.get()[b].fill(scales[b]);
-      }
+          reinterpret_cast<const float*>(matrix.scales) + row / block_rows * across + first;
+      for (std::int64_t b = 0; b < count; ++b) tables.get()[b].fill(scales[b]);
     }
     const auto* codes = reinterpret_cast<const std::uint8_t*>(matrix.codes) + row * columns;
-    for (std::int64_t b = 0; b < across; ++b) {
-      const std::int64_t begin = b * width, n = columns - begin < width ? columns - begin : width;
-      expand_fp8<how>(tables.get()[b], codes + begin, n, out + begin);
+    for (std::int64_t b = 0; b < count; ++b) {
+      const std::int64_t begin = std::max(part.begin, (first + b) * width);
+      const std::int64_t end = std::min(part.end, (first + b + 1) * width);
+      expand_fp8<how>(tables.get()[b], codes + begin, end - begin, out + (begin - part.begin),
+                      part.ahead);
     }
   }
 }
@@ -123,6 +134,7 @@ void dequantise(std::int64_t row_begin, std::int64_t row_end, const EncodedMatri
   } else {
     constexpr std::int64_t kLine = 64;  // elements, so a multiple of a cache line
     const std::int64_t rows = row_end - row_begin;
+    const Columns all{0, matrix.columns};
     switch (matrix.format.kind) {
       case WeightKind::f32:
         return convert_rows<S, float>(row_begin, row_end, matrix, out, out_stride);
@@ -132,20 +144,20 @@ void dequantise(std::int64_t row_begin, std::int64_t row_end, const EncodedMatri
         const std::int64_t width = matrix.format.block_columns;
         const std::int64_t run = width == 0 ? kLine : width;  // one block a row
         return with_store(rows, matrix.columns, out, out_stride, run, [&](auto how) {
-          dequantise_fp8<how()>(row_begin, row_end, matrix, out, out_stride);
+          dequantise_fp8<how()>(row_begin, row_end, matrix, all, out, out_stride);
         });
       }
       case WeightKind::int4: {
         const std::int64_t group = matrix.format.group;
         const std::int64_t run = group >= matrix.columns ? kLine : group;
         return with_store(rows, matrix.columns, out, out_stride, run, [&](auto how) {
-          dequantise_int4<how()>(row_begin, row_end, matrix, out, out_stride);
+          dequantise_int4<how()>(row_begin, row_end, matrix, all, out, out_stride);
         });
       }
       case WeightKind::nf4: {
         const std::int64_t run = matrix.columns % kNf4Block == 0 ? kNf4Block : 1;
         return with_store(rows, matrix.columns, out, out_stride, run, [&](auto how) {
-          dequantise_nf4<how()>(row_begin, row_end, matrix, out, out_stride);
+          dequantise_nf4<how()>(row_begin, row_end, matrix, all, out, out_stride);
         });
       }
     }
