@@ -263,30 +263,116 @@ inline float with_sign(float value, std::uint8_t code) {
 template <class S>
 struct Magnitudes {
   alignas(64) S values[kMagnitudes];
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  alignas(64) std::uint8_t low[kMagnitudes], high[kMagnitudes];  ///< bytes of the values, if Bf16
-#endif
 
   void fill(float scale) {
     for (std::int64_t i = 0; i < kMagnitudes; i += kLanes<float>) {
       store_values(values + i, load(kE4m3.magnitude + i) * scale);
     }
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    if constexpr (kIsBf16<S>) {
-      for (std::int64_t i = 0; i < kMagnitudes; ++i) {
-        low[i] = static_cast<std::uint8_t>(values[i].bits);
-        high[i] = static_cast<std::uint8_t>(values[i].bits >> 8U);
-      }
-    }
+    split();
 #endif
   }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Too many values for AVX2 to look up. But those of one mantissa differ in the exponent alone, by
+  // as much as their codes do: the bits of sixteen values, and an addition, give the others.
+  using Bits = std::conditional_t<kIsBf16<S>, std::uint16_t, std::uint32_t>;
+  static constexpr int kFraction = kIsBf16<S> ? 7 : 23;  ///< bits of S below its exponent
+
+  /// Of [0, 8): the bits of a mantissa with an exponent of 0. Of [8, 16): those of the denormal
+  /// codes, which have no exponent.
+  alignas(32) Bits sixteen[16];
+  alignas(32) std::uint8_t low[16], high[16];  ///< their bytes, if Bf16
+  /// False where a scale is so small or large, or not a positive number, that exponents do not add.
+  bool exponents_add;
+
+  void split() {
+    constexpr std::int64_t kNormal = 8, kLast = 126;  // codes: the first with an exponent
+    constexpr Bits kOne = Bits{1} << kFraction, kInfinite = Bits{0xFF} << kFraction;
+    const auto bits = [&](std::int64_t code) { return bits_as<Bits>(values[code]); };
+    // A negative product counts as large.
+    exponents_add = bits(kNormal) > kOne && bits(kLast) < kInfinite;
+    for (std::int64_t i = 0; i < 8; ++i) {
+      sixteen[i] = static_cast<Bits>(bits(kNormal + i) - kOne);
+      sixteen[8 + i] = bits(i);
+    }
+    for (std::int64_t i = 0; i < 16; ++i) {
+      low[i] = static_cast<std::uint8_t>(sixteen[i]);
+      high[i] = static_cast<std::uint8_t>(sixteen[i] >> 8U);
+    }
+  }
+#endif
 };
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 inline __m256i both_halves(const std::uint8_t* from) {
-  __m128i half;
-  std::memcpy(&half, from, sizeof half);
-  return _mm256_broadcastsi128_si256(half);
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+/// The first elements of expand_fp8(), as many as whole vectors hold; returns how many.
+template <Store how>
+std::int64_t expand_vectors(const Magnitudes<Bf16>& table, const std::uint8_t* codes,
+                            std::int64_t n, Bf16* out, std::int64_t ahead) {
+  const __m256i zero = _mm256_setzero_si256(), eight = _mm256_set1_epi8(8);
+  const __m256i low_table = both_halves(table.low), high_table = both_halves(table.high);
+  std::int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    __builtin_prefetch(codes + i + ahead);
+    __m256i raw;
+    std::memcpy(&raw, codes + i, sizeof raw);
+    const __m256i exponent = _mm256_and_si256(raw, _mm256_set1_epi8(0x78));
+    const __m256i sign = _mm256_and_si256(raw, _mm256_set1_epi8(-128));
+    const __m256i nan = _mm256_cmpeq_epi8(_mm256_xor_si256(raw, sign), _mm256_set1_epi8(127));
+    const __m256i denormal = _mm256_and_si256(_mm256_cmpeq_epi8(exponent, zero), eight);
+    const __m256i at = _mm256_or_si256(_mm256_and_si256(raw, _mm256_set1_epi8(7)), denormal);
+    const __m256i low = _mm256_shuffle_epi8(low_table, at);
+    const __m256i high = _mm256_xor_si256(_mm256_shuffle_epi8(high_table, at), sign);
+    const auto values = [&](__m256i bits, __m256i exponents) {
+      return _mm256_add_epi16(bits, _mm256_slli_epi16(exponents, Magnitudes<Bf16>::kFraction - 3));
+    };
+    const __m256i even =
+        values(_mm256_unpacklo_epi8(low, high), _mm256_unpacklo_epi8(exponent, zero));
+    const __m256i odd =
+        values(_mm256_unpackhi_epi8(low, high), _mm256_unpackhi_epi8(exponent, zero));
+    put_vector<how>(out + i, _mm256_permute2x128_si256(even, odd, 0x20));
+    put_vector<how>(out + i + 16, _mm256_permute2x128_si256(even, odd, 0x31));
+    if (_mm256_testz_si256(nan, nan) == 0) {
+      for (std::int64_t j = i; j < i + 32; ++j) {
+        out[j] = with_sign(table.values[codes[j] & 127U], codes[j]);
+      }
+    }
+  }
+  return i;
+}
+template <Store how>
+std::int64_t expand_vectors(const Magnitudes<float>& table, const std::uint8_t* codes,
+                            std::int64_t n, float* out, std::int64_t ahead) {
+  __m256 mantissas, denormals;
+  std::memcpy(&mantissas, table.sixteen, sizeof mantissas);
+  std::memcpy(&denormals, table.sixteen + 8, sizeof denormals);
+  std::int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    if (i % 64 == 0) __builtin_prefetch(codes + i + ahead);
+    const __m256i raw =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i)));
+    const __m256i exponent = _mm256_and_si256(raw, _mm256_set1_epi32(0x78));
+    const __m256i denormal = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(raw, 7), 31);
+    const __m256 chosen =
+        _mm256_blendv_ps(_mm256_permutevar8x32_ps(mantissas, raw),
+                         _mm256_permutevar8x32_ps(denormals, raw), _mm256_castsi256_ps(denormal));
+    const __m256i size = _mm256_add_epi32(
+        _mm256_castps_si256(chosen), _mm256_slli_epi32(exponent, Magnitudes<float>::kFraction - 3));
+    put_vector<how>(out + i, _mm256_or_si256(size, sign));
+    const __m256i nan =
+        _mm256_cmpeq_epi32(_mm256_and_si256(raw, _mm256_set1_epi32(127)), _mm256_set1_epi32(127));
+    if (_mm256_testz_si256(nan, nan) == 0) {
+      for (std::int64_t j = i; j < i + 8; ++j) {
+        out[j] = with_sign(table.values[codes[j] & 127U], codes[j]);
+      }
+    }
+  }
+  return i;
 }
 #endif
 
@@ -335,29 +421,7 @@ void expand_fp8(const Magnitudes<S>& table, const std::uint8_t* codes, std::int6
     }
   }
 #elif defined(__AVX2__)
-  if constexpr (kIsBf16<S>) {
-    // Eight tables of 16 for each byte of a value. `at` has its top bit set, which gives 0, but for
-    // codes of that table.
-    const __m256i sign_bit = _mm256_set1_epi8(-128);
-    for (; i + 32 <= n; i += 32) {
-      __builtin_prefetch(codes + i + ahead);
-      __m256i raw;
-      std::memcpy(&raw, codes + i, sizeof raw);
-      const __m256i size = _mm256_andnot_si256(sign_bit, raw);
-      __m256i low = _mm256_setzero_si256(), high = _mm256_and_si256(raw, sign_bit);
-#pragma GCC unroll 8
-      for (int part = 0; part < 8; ++part) {
-        const __m256i at =
-            _mm256_adds_epu8(_mm256_xor_si256(size, _mm256_set1_epi8(static_cast<char>(16 * part))),
-                             _mm256_set1_epi8(0x70));
-        low = _mm256_or_si256(low, _mm256_shuffle_epi8(both_halves(table.low + 16 * part), at));
-        high = _mm256_xor_si256(high, _mm256_shuffle_epi8(both_halves(table.high + 16 * part), at));
-      }
-      const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
-      put_vector<how>(out + i, _mm256_permute2x128_si256(even, odd, 0x20));
-      put_vector<how>(out + i + 16, _mm256_permute2x128_si256(even, odd, 0x31));
-    }
-  }
+  if (table.exponents_add) i = expand_vectors<how>(table, codes, n, out, ahead);
 #endif
   const S* values = table.values;
   for (; i < n; ++i) out[i] = with_sign(values[codes[i] & 127U], codes[i]);
