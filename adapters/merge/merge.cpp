@@ -253,8 +253,10 @@ class Merger {
   std::int64_t bytes_of(const MergeJob& job) const {
     const MergePart& part = plan_.parts[job.part];
     const auto piece = [&](const MergeTensor& tensor) {
-      return std::min(tensor.pieces.piece_bytes,
-                      tensor.pieces.slice_bytes - job.piece * tensor.pieces.piece_bytes);
+      // Of scales that go with every piece of a slice, those of the first are counted.
+      return std::clamp<std::int64_t>(
+          tensor.pieces.slice_bytes - job.piece * tensor.pieces.piece_bytes, 0,
+          tensor.pieces.piece_bytes);
     };
     std::int64_t bytes = piece(plan_.inputs[part.in]);
     if (part.in_scales) bytes += piece(plan_.inputs[*part.in_scales]);

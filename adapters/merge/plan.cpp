@@ -264,6 +264,10 @@ class Planner {
   /// Scales of a part are cut as its codes are: a piece has the scales of its own rows.
   void cut_scales(const MergePart& part, MergeTensor& scales) const {
     const std::int64_t slice = scales.bytes / part.slices;
+    if (part.scales_by_column()) {
+      scales.pieces = {slice, slice};
+      return;
+    }
     const std::int64_t block = part.kind == MergePart::Kind::fp8 ? part.format.block_rows : 1;
     const std::int64_t scale_rows = div_ceil(part.slice_rows, block);
     scales.pieces = {slice, slice / scale_rows * div_ceil(part.piece_rows, block)};
@@ -281,10 +285,10 @@ class Planner {
     return {MatrixRole::gate, rows, columns, text};
   }
 
-  [[noreturn]] void refuse_scales(const Checkpoint::Tensor& scales, const char* form) const {
+  [[noreturn]] void refuse_scales(const Checkpoint::Tensor& scales) const {
     throw Error(
         Fault::bad_file,
-        {std::string(form) + " with scales of type " + std::string(dtype_name(scales.info.dtype)) +
+        {"INT4 with scales of type " + std::string(dtype_name(scales.info.dtype)) +
              " is read, but not written again",
          base_.where(scales), "Add --dtype bfloat16: the merged weights are then not quantised."});
   }
@@ -314,14 +318,6 @@ class Planner {
     part.format = source.format;
     part.requantised = !unquantised();
     if (part.format.block_columns == 0) part.format.block_columns = part.columns;
-    if (part.inputs_first) {
-      throw Error(
-          Fault::bad_file,
-          {"fp8 experts with a scale for every output lie inputs first, which merge does not write",
-           base_.where(base_.find(text)),
-           "Merge into the bfloat16 checkpoint of this model, or pack it with `tailor model pack "
-           "--format as_is` and export it with --dtype bfloat16 first."});
-    }
     if (tensor.shape.size() == 3 && source.scale_count > 0) {
       // Gate and up are slices of their own: no block of scales lies in both.
       part.slices_a_expert = part.slice_rows / matrix_like(text, 0, 0).rows;
@@ -331,12 +327,10 @@ class Planner {
     part.in_scales = input(*source.scales);
     take_companion(*source.scales);
     const MergeTensor scales = plan_.inputs[*part.in_scales];
-    if (part.requantised && scales.dtype != Dtype::f32) {
-      refuse_scales(*source.scales, "fp8");
-    }
     part.out = add_output(in, tensor.name, part.requantised ? tensor.dtype : decoded_dtype(),
                           tensor.shape);
-    finish_part(part, in, 1, part.format.block_rows);
+    const bool whole = part.requantised && part.scales_by_column();
+    finish_part(part, in, 1, whole ? part.slice_rows : part.format.block_rows);
     MergePart& added = plan_.parts.back();
     cut_scales(added, plan_.inputs[*added.in_scales]);
     if (added.requantised) {
@@ -384,7 +378,7 @@ class Planner {
     take_companion(*source.scales);
     const MergeTensor scales = plan_.inputs[*part.in_scales];
     if (part.requantised && scales.dtype != Dtype::bf16) {
-      refuse_scales(*source.scales, "INT4");
+      refuse_scales(*source.scales);
     }
     if (part.requantised) {
       part.out = add_output(in, tensor.name, tensor.dtype, tensor.shape);

@@ -64,6 +64,9 @@ struct MergePart {
   std::int64_t first_output = 0;     ///< of the site, in the first slice
   bool inputs_first = false;         ///< rows are the site's inputs
   std::vector<MergeTerm> terms;      ///< empty: nothing is added
+  /// fp8 that lies inputs first has a scale for every column of a slice: of it all, so that a slice
+  /// that is written in fp8 again is one piece.
+  bool scales_by_column() const { return kind == Kind::fp8 && inputs_first; }
   std::int64_t layer = -1;
   int order = 0;  ///< among the parts of a layer, so that parts of one site come together
 };

@@ -16,11 +16,17 @@ namespace {
 
 constexpr std::int64_t kStripRows = 128;  ///< decoded and encoded at a time; a row of fp8 blocks
 
-std::span<const std::byte> as_span(const std::byte* bytes, std::int64_t count) {
-  return {bytes, static_cast<std::size_t>(count)};
+RowsToMerge::Number number_of(Dtype dtype) {
+  return dtype == Dtype::bf16 ? RowsToMerge::Number::bf16 : RowsToMerge::Number::f32;
 }
 
-/// What every fp8 code stands for, scales aside.
+bool finite(const MergeSums& sums) {
+  return std::isfinite(sums.base_squares) && std::isfinite(sums.delta_squares) &&
+         std::isfinite(sums.error_squares) && std::isfinite(sums.kept);
+}
+
+}  // namespace
+
 const float* e4m3_table() {
   static const std::vector<float> table = [] {
     std::vector<float> out;
@@ -32,17 +38,6 @@ const float* e4m3_table() {
   }();
   return table.data();
 }
-
-RowsToMerge::Number number_of(Dtype dtype) {
-  return dtype == Dtype::bf16 ? RowsToMerge::Number::bf16 : RowsToMerge::Number::f32;
-}
-
-bool finite(const MergeSums& sums) {
-  return std::isfinite(sums.base_squares) && std::isfinite(sums.delta_squares) &&
-         std::isfinite(sums.error_squares) && std::isfinite(sums.kept);
-}
-
-}  // namespace
 
 LowRankLevels runnable_low_rank_levels() {
   LowRankLevels list{};
@@ -60,16 +55,20 @@ MergeWorker::MergeWorker(const MergePlan& plan, const MergeFiles& files, FactorG
     : plan_(plan),
       files_(files),
       factors_(factors),
-      kernels_(*runnable_low_rank_levels().levels[0].kernels) {}
+      kernels_(*runnable_low_rank_levels().levels[0].kernels),
+      encode_(*runnable_encode_levels().levels[0].kernels) {}
 
 std::int64_t MergeWorker::memory_bytes(const MergePlan& plan) {
   std::int64_t largest = 0;
   for (const MergePart& part : plan.parts) {
     const std::int64_t in = plan.inputs[part.in].pieces.piece_bytes;
-    const std::int64_t out = plan.outputs[part.out].pieces.piece_bytes;
+    const bool in_place = part.requantised && part.scales_by_column();
+    const std::int64_t out = in_place ? 0 : plan.outputs[part.out].pieces.piece_bytes;
     std::int64_t bytes = in + out + 4 * 4096;
     std::int64_t rows = 0;  // held as floats
-    if (part.kind == MergePart::Kind::plain) {
+    if (in_place) {
+      rows = 3 * column_strip_rows(part) + 3;
+    } else if (part.kind == MergePart::Kind::plain) {
       rows = plan.inputs[part.in].dtype == Dtype::f16 ? part.piece_rows : 0;
     } else if (part.kind != MergePart::Kind::copy) {
       rows = 3 * std::min(kStripRows, part.piece_rows);
@@ -90,7 +89,11 @@ MergedPiece MergeWorker::run(const MergeJob& job) {
       return plain(part, job);
     case MergePart::Kind::fp8:
     case MergePart::Kind::int4:
-      return quantised(part, job);
+      take_terms(part, job);
+      // Where nothing is added, encoding again would only lose.
+      if (part.requantised && terms_.count == 0) return copy_encoded(part, job);
+      return part.requantised && part.scales_by_column() ? columns(part, job)
+                                                         : quantised(part, job);
   }
   TAILOR_CHECK(false, "kind of a part");
 }
@@ -109,13 +112,13 @@ MergedPiece MergeWorker::copy(const MergeTensor& in, const MergeTensor& out, con
       std::min(in.pieces.piece_bytes, in.pieces.slice_bytes - job.piece * in.pieces.piece_bytes);
   const std::byte* from = files_.sources[in.file]->read(in.offset + begin, bytes, in_);
   MergedPiece done;
-  done.in = done.out = piece_digest(as_span(from, bytes));
+  done.in = done.out = piece_digest(span_of(from, bytes));
   if ((in.offset - out.offset) % 4096 != 0) {
     std::byte* to = SliceTarget::at(out.offset + begin, bytes, out_);
     std::memcpy(to, from, static_cast<std::size_t>(bytes));
     from = to;
   }
-  write(out, begin, as_span(from, bytes));
+  write(out, begin, span_of(from, bytes));
   return done;
 }
 
@@ -189,7 +192,7 @@ MergedPiece MergeWorker::plain(const MergePart& part, const MergeJob& job) {
   const std::int64_t bytes = count * dtype_bytes(in.dtype);
   const std::byte* from = files_.sources[in.file]->read(in.offset + begin, bytes, in_);
   MergedPiece done;
-  done.in = piece_digest(as_span(from, bytes));
+  done.in = piece_digest(span_of(from, bytes));
 
   const std::int64_t out_begin =
       job.slice * out.pieces.slice_bytes + job.piece * out.pieces.piece_bytes;
@@ -233,14 +236,21 @@ MergedPiece MergeWorker::plain(const MergePart& part, const MergeJob& job) {
     check_sums(part, job, first, done.sums, target_.data(), rows);
   }
   if (part.terms.empty()) done.sums = {};  // a conversion
-  done.out = piece_digest(as_span(to, out_bytes));
-  write(out, out_begin, as_span(to, out_bytes));
+  done.out = piece_digest(span_of(to, out_bytes));
+  write(out, out_begin, span_of(to, out_bytes));
   return done;
 }
 
 /// Rows of fp8 with `scales`, or of INT4 with `raw_scales` of `type`, as floats.
 void MergeWorker::decode(const MergePart& part, const EncodedRows& rows, float* out) const {
   const std::int64_t columns = part.columns;
+  if (part.scales_by_column()) {
+    for (std::int64_t row = 0; row < rows.count; ++row) {
+      kernels_.scale_columns(reinterpret_cast<const std::uint8_t*>(rows.codes) + row * columns,
+                             e4m3_table(), rows.scales, columns, out + row * columns);
+    }
+    return;
+  }
   if (part.kind == MergePart::Kind::fp8) {
     const std::int64_t width = part.format.block_columns, across = div_ceil(columns, width);
     for (std::int64_t row = 0; row < rows.count; ++row) {
@@ -273,17 +283,52 @@ void MergeWorker::decode(const MergePart& part, const EncodedRows& rows, float* 
   }
 }
 
+MergedPiece MergeWorker::copy_encoded(const MergePart& part, const MergeJob& job) {
+  const MergedPiece codes = copy(plan_.inputs[part.in], plan_.outputs[part.out], job);
+  const MergedPiece scales =
+      copy(plan_.inputs[*part.in_scales], plan_.outputs[*part.out_scales], job);
+  return {codes.in, codes.out, scales.in, scales.out, {}};
+}
+
+/// The factors' rows [first, first + rows) of the slice are added to base_, into target_.
+void MergeWorker::add_to_strip(const MergePart& part, const MergeJob& job, std::int64_t first,
+                               std::int64_t rows, MergeSums* sums) {
+  fill_coefficients(part, job, first, rows);
+  RowsToMerge work;
+  work.base = base_.data();
+  work.base_number = work.out_number = RowsToMerge::Number::f32;
+  work.out = target_.data();
+  work.rows = rows;
+  work.columns = part.columns;
+  work.terms = terms_.count;
+  work.coefficients = terms_.coefficients.data();
+  work.vectors = terms_.vectors.data();
+  kernels_.merge(work, sums);
+  check_sums(part, job, first, *sums, target_.data(), rows);
+  sums->kept = 0;  // of what is stored, which is not known yet
+}
+
+/// New scales of a piece of fp8, in the type of the base's.
+void MergeWorker::write_scales(const MergePart& part, const MergeJob& job,
+                               const std::vector<float>& scales, MergedPiece* done) {
+  const MergeTensor& to = plan_.outputs[*part.out_scales];
+  std::vector<std::byte> bytes(scales.size() * static_cast<std::size_t>(dtype_bytes(to.dtype)));
+  if (to.dtype == Dtype::f32) {
+    std::memcpy(bytes.data(), scales.data(), bytes.size());
+  } else {
+    for (std::size_t i = 0; i < scales.size(); ++i) {
+      const std::uint16_t bits = bf16_from_float(scales[i]);
+      std::memcpy(bytes.data() + 2 * i, &bits, sizeof bits);
+    }
+  }
+  done->out_scales = piece_digest(bytes);
+  write(to, job.slice * to.pieces.slice_bytes + job.piece * to.pieces.piece_bytes, bytes);
+}
+
 MergedPiece MergeWorker::quantised(const MergePart& part, const MergeJob& job) {
   const MergeTensor &in = plan_.inputs[part.in], &out = plan_.outputs[part.out];
   const MergeTensor& in_scales = plan_.inputs[*part.in_scales];
-  const bool fp8 = part.kind == MergePart::Kind::fp8;
-  take_terms(part, job);
-  if (terms_.count == 0 && part.requantised) {
-    // Nothing is added: encoding again would only lose.
-    const MergedPiece codes = copy(in, out, job);
-    const MergedPiece scales = copy(in_scales, plan_.outputs[*part.out_scales], job);
-    return {codes.in, codes.out, scales.in, scales.out, {}};
-  }
+  const bool fp8 = part.kind == MergePart::Kind::fp8, by_column = part.scales_by_column();
   const auto [first, rows] = plan_.rows_of(job);
   const std::int64_t row_bytes = code_bytes(part.format, 1, part.columns);
   const std::int64_t codes_bytes = rows * row_bytes;
@@ -293,15 +338,15 @@ MergedPiece MergeWorker::quantised(const MergePart& part, const MergeJob& job) {
   const std::int64_t block_rows = fp8 ? part.format.block_rows : 1;
   const std::int64_t across =
       div_ceil(part.columns, fp8 ? part.format.block_columns : part.format.group);
-  const std::int64_t scale_count = div_ceil(rows, block_rows) * across;
+  const std::int64_t scale_count = by_column ? part.columns : div_ceil(rows, block_rows) * across;
   const std::int64_t scale_size = dtype_bytes(in_scales.dtype);
-  const std::int64_t scales_begin =
-      job.slice * in_scales.pieces.slice_bytes + job.piece * in_scales.pieces.piece_bytes;
+  const std::int64_t scales_begin = job.slice * in_scales.pieces.slice_bytes +
+                                    (by_column ? 0 : job.piece * in_scales.pieces.piece_bytes);
   const std::byte* scales = files_.sources[in_scales.file]->read(
       in_scales.offset + scales_begin, scale_count * scale_size, in_scales_);
   MergedPiece done;
-  done.in = piece_digest(as_span(codes, codes_bytes));
-  done.in_scales = piece_digest(as_span(scales, scale_count * scale_size));
+  done.in = piece_digest(span_of(codes, codes_bytes));
+  done.in_scales = piece_digest(span_of(scales, scale_count * scale_size));
   std::vector<float> all_scales;
   if (fp8 || in_scales.dtype != Dtype::bf16) {
     all_scales.resize(static_cast<std::size_t>(scale_count));
@@ -314,6 +359,8 @@ MergedPiece MergeWorker::quantised(const MergePart& part, const MergeJob& job) {
   std::byte* to = SliceTarget::at(out.offset + out_begin, rows * out_row, out_);
   // The encoder wants its own memory: places in the file are of any alignment.
   std::vector<std::byte> encoded, encoded_scales, new_scales;
+  std::vector<float> new_fp8_scales;
+  const Fp8Scales fp8_scales = in_scales.dtype == Dtype::bf16 ? Fp8Scales::bf16 : Fp8Scales::f32;
   const std::int64_t strip = std::min(kStripRows, rows);
   base_.resize(static_cast<std::size_t>(strip * part.columns));
   target_.resize(base_.size());
@@ -321,36 +368,30 @@ MergedPiece MergeWorker::quantised(const MergePart& part, const MergeJob& job) {
   for (std::int64_t at = 0; at < rows; at += strip) {
     const std::int64_t count = std::min(strip, rows - at);
     EncodedRows strip_rows{count, codes + at * row_bytes, in_scales.dtype};
-    const std::int64_t first_scale = at / block_rows * across;
+    const std::int64_t first_scale = by_column ? 0 : at / block_rows * across;
     strip_rows.scales = all_scales.empty() ? nullptr : all_scales.data() + first_scale;
     strip_rows.raw_scales = scales + first_scale * scale_size;
     decode(part, strip_rows, base_.data());
-    fill_coefficients(part, job, first + at, count);
-    RowsToMerge work;
-    work.base = base_.data();
-    work.base_number = work.out_number = RowsToMerge::Number::f32;
-    work.out = target_.data();
-    work.rows = count;
-    work.columns = part.columns;
-    work.terms = terms_.count;
-    work.coefficients = terms_.coefficients.data();
-    work.vectors = terms_.vectors.data();
     MergeSums sums;
-    kernels_.merge(work, &sums);
-    check_sums(part, job, first + at, sums, target_.data(), count);
-    sums.kept = 0;
+    add_to_strip(part, job, first + at, count, &sums);
     if (part.requantised) {
       encoded.resize(static_cast<std::size_t>(count * row_bytes));
       encoded_scales.resize(
           static_cast<std::size_t>(scale_bytes(part.format, count, part.columns)));
-      MatrixEncoder encoder(part.format, count, part.columns, encoded.data(),
-                            encoded_scales.data());
+      MatrixEncoder encoder(part.format, count, part.columns, encoded.data(), encoded_scales.data(),
+                            {Int4Scales::positive, fp8_scales});
       encoder.add_rows(0, count, target_.data());
       static_cast<void>(encoder.finish());
-      new_scales.insert(new_scales.end(), encoded_scales.begin(), encoded_scales.end());
       EncodedRows stored{count, encoded.data(), in_scales.dtype};
       stored.raw_scales = encoded_scales.data();
-      if (fp8) stored.scales = reinterpret_cast<const float*>(encoded_scales.data());
+      if (fp8) {
+        const auto* floats = reinterpret_cast<const float*>(encoded_scales.data());
+        new_fp8_scales.insert(new_fp8_scales.end(), floats,
+                              floats + encoded_scales.size() / sizeof(float));
+        stored.scales = floats;
+      } else {
+        new_scales.insert(new_scales.end(), encoded_scales.begin(), encoded_scales.end());
+      }
       decode(part, stored, stored_.data());
       std::memcpy(to + at * out_row, encoded.data(), encoded.size());
     } else if (out.dtype == Dtype::f32) {
@@ -368,9 +409,11 @@ MergedPiece MergeWorker::quantised(const MergePart& part, const MergeJob& job) {
     done.sums.add(sums);
   }
   if (terms_.count == 0) done.sums = {};
-  done.out = piece_digest(as_span(to, rows * out_row));
-  write(out, out_begin, as_span(to, rows * out_row));
-  if (part.requantised) {
+  done.out = piece_digest(span_of(to, rows * out_row));
+  write(out, out_begin, span_of(to, rows * out_row));
+  if (part.requantised && fp8) {
+    write_scales(part, job, new_fp8_scales, &done);
+  } else if (part.requantised) {
     const MergeTensor& to_scales = plan_.outputs[*part.out_scales];
     done.out_scales = piece_digest(new_scales);
     write(to_scales, scales_begin, new_scales);

@@ -12,12 +12,23 @@
 #include "adapters/merge/plan.h"
 #include "adapters/merge/slice_io.h"
 #include "base/aligned_memory.h"
+#include "data/quant/cpu/encode.h"
 
 namespace tailor {
 
 /// XXH3-128 of bytes, as canonical (big-endian) bytes.
 using PieceDigest = std::array<std::byte, 16>;
 PieceDigest piece_digest(std::span<const std::byte> bytes);
+
+inline std::span<const std::byte> span_of(const std::byte* bytes, std::int64_t count) {
+  return {bytes, static_cast<std::size_t>(count)};
+}
+
+/// What each of the 256 fp8 codes stands for, scales aside.
+const float* e4m3_table();
+
+/// Rows of a part with a scale a column that are decoded at a time.
+std::int64_t column_strip_rows(const MergePart& part);
 
 /// What is kept of a job that was done.
 struct MergedPiece {
@@ -58,6 +69,13 @@ class MergeWorker {
   MergedPiece copy(const MergeTensor& in, const MergeTensor& out, const MergeJob& job);
   MergedPiece plain(const MergePart& part, const MergeJob& job);
   MergedPiece quantised(const MergePart& part, const MergeJob& job);
+  /// fp8 with a scale a column, written in fp8 again: a whole slice.
+  MergedPiece columns(const MergePart& part, const MergeJob& job);
+  void add_to_strip(const MergePart& part, const MergeJob& job, std::int64_t first,
+                    std::int64_t rows, MergeSums* sums);
+  MergedPiece copy_encoded(const MergePart& part, const MergeJob& job);
+  void write_scales(const MergePart& part, const MergeJob& job, const std::vector<float>& scales,
+                    MergedPiece* done);
   struct EncodedRows {
     std::int64_t count;
     const std::byte* codes;
@@ -75,6 +93,7 @@ class MergeWorker {
   const MergeFiles& files_;
   FactorGroups& factors_;
   const LowRankKernels& kernels_;
+  const EncodeKernels& encode_;
   Terms terms_;
   AlignedMemory in_, in_scales_, out_, out_scales_;
   std::vector<float> base_, target_, stored_;

@@ -63,6 +63,14 @@ struct EncodeStatistics {
 /// Which scales int4 may have. Signed ones let the value farthest from zero take code -8 whatever
 /// its sign, as in GGUF's Q4_0, but compressed-tensors' own compressor never writes a negative one.
 enum class Int4Scales { positive, any_sign };
+/// fp8's scales are floats; checkpoints may hold them as bfloat16, so that codes are to be encoded
+/// under a scale that is one.
+enum class Fp8Scales { f32, bf16 };
+
+struct EncodeOptions {
+  Int4Scales int4_scales = Int4Scales::positive;
+  Fp8Scales fp8_scales = Fp8Scales::f32;
+};
 
 /// Encodes a matrix row by row into arrays of code_bytes() and scale_bytes() that the caller owns
 /// and that stay where they are. Results depend neither on how rows are cut into calls nor on the
@@ -73,17 +81,15 @@ enum class Int4Scales { positive, any_sign };
 /// decoded values (docs/formats/weights.md); codes are rint(value / scale) clamped to [-8, 7].
 /// nf4:  codes and scales as bitsandbytes.quantize_4bit(blocksize=64, compress_statistics=True)
 ///       defines them, but for the offset: the mean of the absmax, correctly rounded.
-/// fp8:  scale = absmax / 448 in float32 and at least 2^-126; code = e4m3(value / scale), to
-/// nearest
-///       even, saturated at 448.
+/// fp8:  fp8_scale(absmax); code = e4m3(value / scale), to nearest even, saturated at 448.
 /// f32, bf16: as they are, or rounded to nearest even.
 class MatrixEncoder {
  public:
   MatrixEncoder(const WeightFormat& format, std::int64_t rows, std::int64_t columns,
-                std::byte* codes, std::byte* scales, Int4Scales int4_scales = Int4Scales::positive);
+                std::byte* codes, std::byte* scales, const EncodeOptions& options = {});
   /// At one instruction-set level of data/quant/cpu/encode.h, for tests and benchmarks.
   MatrixEncoder(const WeightFormat& format, std::int64_t rows, std::int64_t columns,
-                std::byte* codes, std::byte* scales, Int4Scales int4_scales,
+                std::byte* codes, std::byte* scales, const EncodeOptions& options,
                 const EncodeKernels& kernels);
   MatrixEncoder(const MatrixEncoder&) = delete;
   MatrixEncoder& operator=(const MatrixEncoder&) = delete;

@@ -59,13 +59,14 @@ EncodeLevels runnable_encode_levels() {
 class MatrixEncoder::Work {
  public:
   Work(const WeightFormat& format, std::int64_t rows, std::int64_t columns, std::byte* codes,
-       std::byte* scales, Int4Scales int4_scales, const EncodeKernels& kernels)
+       std::byte* scales, const EncodeOptions& options, const EncodeKernels& kernels)
       : format_(format),
         rows_(rows),
         columns_(columns),
         codes_(codes),
         scales_(scales),
-        any_sign_(int4_scales == Int4Scales::any_sign),
+        any_sign_(options.int4_scales == Int4Scales::any_sign),
+        bf16_scales_(options.fp8_scales == Fp8Scales::bf16),
         kernels_(kernels) {
     TAILOR_CHECK(rows >= 0 && columns >= 0);
     if (format.kind == WeightKind::int4) {
@@ -180,9 +181,9 @@ class MatrixEncoder::Work {
     float* scale =
         at<float>(scales_, first / format_.block_rows * div_ceil(columns_, block_columns_));
     for (std::int64_t c = 0; c < columns_; c += block_columns_) {
-      statistics_.squared_error +=
-          kernels_.fp8_block(values + c, after - first, std::min(block_columns_, columns_ - c),
-                             columns_, at<std::uint8_t>(codes_, first * columns_ + c), scale++);
+      statistics_.squared_error += kernels_.fp8_block(
+          values + c, after - first, std::min(block_columns_, columns_ - c), columns_, bf16_scales_,
+          at<std::uint8_t>(codes_, first * columns_ + c), scale++);
     }
   }
 
@@ -257,7 +258,7 @@ class MatrixEncoder::Work {
   WeightFormat format_;
   std::int64_t rows_, columns_;
   std::byte *codes_, *scales_;
-  bool any_sign_;
+  bool any_sign_, bf16_scales_;
   const EncodeKernels& kernels_;
   std::int64_t block_columns_ = 0;
   std::int64_t next_ = 0;
@@ -268,13 +269,13 @@ class MatrixEncoder::Work {
 };
 
 MatrixEncoder::MatrixEncoder(const WeightFormat& format, std::int64_t rows, std::int64_t columns,
-                             std::byte* codes, std::byte* scales, Int4Scales int4_scales)
-    : MatrixEncoder(format, rows, columns, codes, scales, int4_scales,
+                             std::byte* codes, std::byte* scales, const EncodeOptions& options)
+    : MatrixEncoder(format, rows, columns, codes, scales, options,
                     *runnable_encode_levels().levels[0].kernels) {}
 MatrixEncoder::MatrixEncoder(const WeightFormat& format, std::int64_t rows, std::int64_t columns,
-                             std::byte* codes, std::byte* scales, Int4Scales int4_scales,
+                             std::byte* codes, std::byte* scales, const EncodeOptions& options,
                              const EncodeKernels& kernels)
-    : work_(std::make_unique<Work>(format, rows, columns, codes, scales, int4_scales, kernels)) {}
+    : work_(std::make_unique<Work>(format, rows, columns, codes, scales, options, kernels)) {}
 MatrixEncoder::~MatrixEncoder() = default;
 
 void MatrixEncoder::add_rows(std::int64_t begin, std::int64_t end, const float* values) {

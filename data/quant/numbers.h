@@ -64,4 +64,12 @@ inline float e4m3_magnitude(std::uint8_t code) {
 
 constexpr float kE4m3Largest = 448;
 
+/// The scale under which fp8 holds weights of that magnitude: absmax / 448, no smaller than a
+/// normal float. Rounded to a bfloat16 it may be smaller, and 448 is what a few of them saturate
+/// at: they are nearest to it anyway.
+inline float fp8_scale(float absmax, bool bf16) {
+  const float scale = std::fmax(absmax / kE4m3Largest, 0x1p-126F);
+  return bf16 ? bf16_to_float(bf16_from_float(scale)) : scale;
+}
+
 }  // namespace tailor

@@ -151,6 +151,11 @@ SourceMatrix find_fp8(const Checkpoint& checkpoint, const PublishedMatrix& matri
   for (const std::string& name : names) {
     if (scales == nullptr && checkpoint.has(name)) scales = &checkpoint.find(name);
   }
+  if (scales == nullptr && checkpoint.has(matrix.name + "_weight_scale")) {
+    refuse(checkpoint, checkpoint.find(matrix.name + "_weight_scale"),
+           "fp8 experts as ModelOpt names them, a scale a tensor, are not read",
+           "Use the checkpoint of its publisher: bfloat16, or fp8 with a scale for every output.");
+  }
   if (scales == nullptr) {
     refuse(checkpoint, codes, "fp8 weights without scales",
            "The checkpoint should hold " + names.front() + ": check that every shard is there.");

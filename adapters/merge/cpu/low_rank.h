@@ -41,6 +41,9 @@ struct LowRankKernels {
   /// out[i] = table[codes[i]] * scale
   void (*scale_codes)(const std::uint8_t* codes, const float* table, float scale,
                       std::int64_t count, float* out);
+  /// out[i] = table[codes[i]] * scales[i]
+  void (*scale_columns)(const std::uint8_t* codes, const float* table, const float* scales,
+                        std::int64_t count, float* out);
 };
 
 extern const LowRankKernels kLowRankV4, kLowRankV3, kLowRankBase;

@@ -160,9 +160,14 @@ void scale_codes(const std::uint8_t* codes, const float* table, float scale, std
   for (std::int64_t i = 0; i < count; ++i) out[i] = table[codes[i]] * scale;
 }
 
+void scale_columns(const std::uint8_t* codes, const float* table, const float* scales,
+                   std::int64_t count, float* out) {
+  for (std::int64_t i = 0; i < count; ++i) out[i] = table[codes[i]] * scales[i];
+}
+
 }  // namespace
 
 extern const LowRankKernels TAILOR_LEVEL;
-const LowRankKernels TAILOR_LEVEL = {merge, compare, scale_codes};
+const LowRankKernels TAILOR_LEVEL = {merge, compare, scale_codes, scale_columns};
 
 }  // namespace tailor

@@ -36,7 +36,13 @@ struct EncodeKernels {
   Nf4Block (*nf4_block)(const float* values, std::int64_t count, bool last, std::uint8_t* codes);
   /// rows x columns values, rows `stride` apart, also in `codes`; returns the squared error.
   double (*fp8_block)(const float* values, std::int64_t rows, std::int64_t columns,
-                      std::int64_t stride, std::uint8_t* codes, float* scale);
+                      std::int64_t stride, bool bf16_scale, std::uint8_t* codes, float* scale);
+  /// Raises largest[columns] to the magnitudes of values[rows, columns].
+  void (*largest_in_columns)(const float* values, std::int64_t rows, std::int64_t columns,
+                             float* largest);
+  /// values[rows, columns] to codes [rows, columns] under a scale a column.
+  void (*fp8_columns)(const float* values, std::int64_t rows, std::int64_t columns,
+                      const float* scales, std::uint8_t* codes);
 };
 
 /// A row of floats and one of codes, each with room for whole vectors.

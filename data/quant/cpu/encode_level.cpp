@@ -325,8 +325,29 @@ Nf4Block nf4_block(const float* values, std::int64_t count, bool last, std::uint
 
 // ---- fp8
 
+/// Quotients of weights and their scale, to the nearest e4m3, saturated: the codes, and how far
+/// they lie off.
+struct E4m3 {
+  B16 codes;
+  F16 off;
+};
+inline E4m3 to_e4m3(F16 y) {
+  constexpr std::int32_t kLargest = 0x43E00000;  // 448
+  constexpr std::int32_t kNormal = 0x3C800000;   // 2^-6, below which e4m3 has steps of 2^-9
+  constexpr float kDenormalRounder = 0x1.8p14F;  // the float whose last bit is 2^-9
+  const I16 size = magnitude(y);
+  const I16 normal = at_most((size + 0x7FFFF + ((size >> 20) & 1)) & ~0xFFFFF, kLargest);
+  const F16 sum = bits_as<F16>(size) + kDenormalRounder;
+  const auto is_normal = size >= splat(kNormal);
+  const F16 rounded = is_normal ? bits_as<F16>(normal) : sum - kDenormalRounder;
+  const I16 code = is_normal ? (normal >> 20) - (120 << 3)
+                             : bits_as<I16>(sum) - bits_as<std::int32_t>(kDenormalRounder);
+  const I16 sign = (bits_as<I16>(y) >> 24) & 0x80;
+  return {__builtin_convertvector(code | sign, B16), rounded - bits_as<F16>(size)};
+}
+
 double fp8_block(const float* values, std::int64_t rows, std::int64_t columns, std::int64_t stride,
-                 std::uint8_t* codes, float* scale) {
+                 bool bf16_scale, std::uint8_t* codes, float* scale) {
   I16 largest{};
   for (std::int64_t r = 0; r < rows; ++r) {
     for (std::int64_t c = 0; c < columns; c += kLanes) {
@@ -335,36 +356,49 @@ double fp8_block(const float* values, std::int64_t rows, std::int64_t columns, s
     }
   }
   const float chosen = bits_as<float>(max_lanes(largest)) / 448;
-  const float divisor = chosen < kSmallestNormal ? kSmallestNormal : chosen;
+  const float normal = chosen < kSmallestNormal ? kSmallestNormal : chosen;
+  const float divisor = bf16_scale ? round_bf16(normal) : normal;
   *scale = divisor;
   const F16 divisors = splat(divisor);
-  constexpr std::int32_t kLargest = 0x43E00000;  // 448
-  constexpr std::int32_t kNormal = 0x3C800000;   // 2^-6, below which e4m3 has steps of 2^-9
-  constexpr float kDenormalRounder = 0x1.8p14F;  // the float whose last bit is 2^-9
   double error = 0;
   for (std::int64_t r = 0; r < rows; ++r) {
     F16 total{};
     for (std::int64_t c = 0; c < columns; c += kLanes) {
-      const F16 y = load_up_to(values + r * stride + c, columns - c) / divisors;
-      const I16 size = magnitude(y);
-      const I16 normal = at_most((size + 0x7FFFF + ((size >> 20) & 1)) & ~0xFFFFF, kLargest);
-      const F16 sum = bits_as<F16>(size) + kDenormalRounder;
-      const auto is_normal = size >= splat(kNormal);
-      const F16 rounded = is_normal ? bits_as<F16>(normal) : sum - kDenormalRounder;
-      const I16 code = is_normal ? (normal >> 20) - (120 << 3)
-                                 : bits_as<I16>(sum) - bits_as<std::int32_t>(kDenormalRounder);
-      const I16 sign = (bits_as<I16>(y) >> 24) & 0x80;
-      const F16 off = rounded - bits_as<F16>(size);
-      total += off * off;
-      store_up_to(codes + r * stride + c, __builtin_convertvector(code | sign, B16), columns - c);
+      const E4m3 found = to_e4m3(load_up_to(values + r * stride + c, columns - c) / divisors);
+      total += found.off * found.off;
+      store_up_to(codes + r * stride + c, found.codes, columns - c);
     }
     error += static_cast<double>(sum_lanes(total));
   }
   return error * (static_cast<double>(divisor) * static_cast<double>(divisor));
 }
 
+void largest_in_columns(const float* values, std::int64_t rows, std::int64_t columns,
+                        float* largest) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < columns; c += kLanes) {
+      const I16 size = magnitude(load_up_to(values + r * columns + c, columns - c));
+      const I16 known = bits_as<I16>(load_up_to(largest + c, columns - c));
+      store_up_to(largest + c, size > known ? size : known, columns - c);
+    }
+  }
+}
+
+void fp8_columns(const float* values, std::int64_t rows, std::int64_t columns, const float* scales,
+                 std::uint8_t* codes) {
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < columns; c += kLanes) {
+      const std::int64_t n = columns - c;
+      const F16 value = load_up_to(values + r * columns + c, n);
+      const F16 divisor = load_up_to(scales + c, n);
+      store_up_to(codes + r * columns + c, to_e4m3(value / divisor).codes, n);
+    }
+  }
+}
+
 }  // namespace
 
-extern const EncodeKernels TAILOR_LEVEL = {scan, to_bf16, int4_row, nf4_block, fp8_block};
+extern const EncodeKernels TAILOR_LEVEL = {
+    scan, to_bf16, int4_row, nf4_block, fp8_block, largest_in_columns, fp8_columns};
 
 }  // namespace tailor

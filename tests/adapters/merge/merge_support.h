@@ -81,7 +81,7 @@ inline std::map<std::string, Stored> load_folder(const fs::path& folder) {
 }
 
 /// All regular files of a folder and their bytes, but for the receipt, which has seconds in it.
-inline std::map<std::string, std::string> files_of(const fs::path& folder) {
+inline std::map<std::string, std::string> merged_files(const fs::path& folder) {
   std::map<std::string, std::string> out;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename();

@@ -422,7 +422,7 @@ TEST_F(MergeTest, what_was_stopped_goes_on_to_the_same_bytes) {
   options.stop = nullptr;
   const MergeReport report = merge_adapters(model, box_ / "out", options);
   EXPECT_EQ(report.jobs_before, static_cast<std::int64_t>((lines + 1) / 2) - 1);
-  EXPECT_EQ(files_of(box_ / "out"), files_of(box_ / "whole"));
+  EXPECT_EQ(merged_files(box_ / "out"), merged_files(box_ / "whole"));
   Json ours = read_json(box_ / "out" / kReceiptName),
        theirs = read_json(box_ / "whole" / kReceiptName);
   ours.erase("run");
@@ -440,13 +440,13 @@ TEST_F(MergeTest, a_begun_merge_of_something_else_is_left_alone) {
   options.stop = [] { return true; };
   EXPECT_EQ(error_of([&] { merge_adapters(model, box_ / "out", options); }).fault(),
             Fault::stopped);
-  const auto before = files_of(box_ / ".out.tailor-merge");
+  const auto before = merged_files(box_ / ".out.tailor-merge");
   const Error error = error_of([&] {
     merge_adapters(model, box_ / "out", one_adapter(golden("llama_tiny") / "lora/adapter_init"));
   });
   EXPECT_EQ(error.fault(), Fault::usage);
   EXPECT_THAT(error.parts().what, HasSubstr("another merge was begun here"));
-  EXPECT_EQ(files_of(box_ / ".out.tailor-merge"), before);
+  EXPECT_EQ(merged_files(box_ / ".out.tailor-merge"), before);
 }
 
 TEST_F(MergeTest, the_bytes_do_not_depend_on_threads_or_memory) {
@@ -456,7 +456,7 @@ TEST_F(MergeTest, the_bytes_do_not_depend_on_threads_or_memory) {
   MergeOptions options = one_adapter(adapter);
   options.threads = 1;
   merge_adapters(model, box_ / "one", options);
-  EXPECT_EQ(files_of(box_ / "one"), files_of(box_ / "many"));
+  EXPECT_EQ(merged_files(box_ / "one"), merged_files(box_ / "many"));
 }
 
 // ------------------------------------------------------------------ receipts
@@ -497,11 +497,11 @@ TEST_F(MergeTest, refuses_what_would_destroy_or_mislead) {
   const fs::path adapter = golden("llama_tiny") / "lora/adapter_final";
   // The base itself.
   const fs::path copy = copy_of("llama_tiny");
-  const auto before = files_of(copy);
+  const auto before = merged_files(copy);
   Error error = error_of([&] { merge_adapters(copy, copy / "", one_adapter(adapter)); });
   EXPECT_EQ(error.fault(), Fault::usage);
   EXPECT_THAT(error.parts().what, HasSubstr("over the base"));
-  EXPECT_EQ(files_of(copy), before);
+  EXPECT_EQ(merged_files(copy), before);
   // A folder that holds something.
   make_folders(box_ / "full");
   write_atomically(box_ / "full" / "notes.txt", "mine");
@@ -540,7 +540,7 @@ TEST_F(MergeTest, asks_which_base_where_training_saw_other_numbers) {
   EXPECT_THAT(asked.parts().what, HasSubstr("experts in int4, the rest as published"));
   options.onto = MergeOptions::Onto::original;
   merge_adapters(model, box_ / "original", options);
-  EXPECT_EQ(files_of(box_ / "original"), files_of(box_ / "plain"));
+  EXPECT_EQ(merged_files(box_ / "original"), merged_files(box_ / "plain"));
   const Json receipt = read_json(box_ / "original" / kReceiptName);
   EXPECT_EQ(receipt["onto"], "original");
   EXPECT_EQ(receipt["adapters"][0]["trained_on"]["fingerprint"], known);

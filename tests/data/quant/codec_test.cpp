@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "data/quant/cpu/encode.h"
+#include "data/quant/numbers.h"
 #include "tests/support/stored_matrix.h"
 
 namespace tailor {
@@ -32,9 +33,9 @@ std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 StoredMatrix encoded(const WeightFormat& format, std::int64_t rows, std::int64_t columns,
                      const std::vector<float>& values, EncodeStatistics* statistics = nullptr,
-                     Int4Scales signs = Int4Scales::positive) {
+                     const EncodeOptions& options = {}) {
   StoredMatrix out(format, rows, columns);
-  MatrixEncoder encoder(format, rows, columns, out.codes.data(), out.scales.data(), signs);
+  MatrixEncoder encoder(format, rows, columns, out.codes.data(), out.scales.data(), options);
   encoder.add_rows(0, rows, values.data());
   const EncodeStatistics found = encoder.finish();
   if (statistics != nullptr) *statistics = found;
@@ -175,13 +176,13 @@ TEST(encoder, neither_chunks_nor_the_machine_show) {
       const auto values = bell_weights(rows, columns, 11);
       for (const Int4Scales signs : {Int4Scales::positive, Int4Scales::any_sign}) {
         EncodeStatistics whole;
-        const auto want = encoded(format, rows, columns, values, &whole, signs);
+        const auto want = encoded(format, rows, columns, values, &whole, {signs});
         const EncodeLevels levels = runnable_encode_levels();
         for (int level = 0; level < levels.count; ++level) {
           SCOPED_TRACE(format_text(format) + " " + std::to_string(rows) + "x" +
                        std::to_string(columns) + " " + levels.levels[level].name);
           StoredMatrix got(format, rows, columns);
-          MatrixEncoder encoder(format, rows, columns, got.codes.data(), got.scales.data(), signs,
+          MatrixEncoder encoder(format, rows, columns, got.codes.data(), got.scales.data(), {signs},
                                 *levels.levels[level].kernels);
           for (std::int64_t begin = 0, step = 1; begin < rows; step = step * 3 % 70 + 1) {
             const std::int64_t end = std::min(rows, begin + step);
@@ -226,7 +227,7 @@ TEST(encoder, int4_scales_are_normal_numbers_whatever_the_weights) {
       values[200] = size;
       values[40] = -size;
       EncodeStatistics statistics;
-      const auto matrix = encoded(WeightFormat::int4(128), 1, 256, values, &statistics, signs);
+      const auto matrix = encoded(WeightFormat::int4(128), 1, 256, values, &statistics, {signs});
       for (std::int64_t g = 0; g < 2; ++g) {
         std::uint16_t bits = 0;
         std::memcpy(&bits, matrix.scales.data() + 2 * g, 2);
@@ -239,6 +240,57 @@ TEST(encoder, int4_scales_are_normal_numbers_whatever_the_weights) {
       EXPECT_LE(worst_share(matrix, values), 1) << size;
       EXPECT_TRUE(std::isfinite(statistics.squared_error));
       EXPECT_LE(statistics.squared_error, statistics.absmax_squared_error);
+    }
+  }
+}
+
+TEST(encoder, fp8_scales_may_be_bfloat16s) {
+  const auto values = bell_weights(131, 130, 5);
+  for (const WeightFormat& format : {WeightFormat::fp8_blocks(), WeightFormat::fp8_rows()}) {
+    EncodeStatistics statistics;
+    const auto matrix =
+        encoded(format, 131, 130, values, &statistics, {Int4Scales::positive, Fp8Scales::bf16});
+    const auto plain = encoded(format, 131, 130, values);
+    for (std::size_t i = 0; i < matrix.scales.size(); i += sizeof(float)) {
+      float scale = 0, exact = 0;
+      std::memcpy(&scale, matrix.scales.data() + i, sizeof scale);
+      std::memcpy(&exact, plain.scales.data() + i, sizeof exact);
+      EXPECT_EQ(scale, bf16_to_float(bf16_from_float(exact)));
+    }
+    EXPECT_LE(worst_share(matrix, values), 1) << format_text(format);
+    EXPECT_NEAR(statistics.squared_error, squared_distance(matrix.decoded(), values),
+                1e-5 * statistics.squared_error);
+  }
+}
+
+TEST(encoder, fp8_in_columns_is_fp8_in_rows_turned) {
+  for (const auto& [rows, columns] : kShapes) {
+    const auto values = bell_weights(rows, columns, 13);
+    for (const Fp8Scales type : {Fp8Scales::f32, Fp8Scales::bf16}) {
+      std::vector<float> turned(values.size());
+      for (std::int64_t r = 0; r < rows; ++r) {
+        for (std::int64_t c = 0; c < columns; ++c)
+          turned[at(c * rows + r)] = values[at(r * columns + c)];
+      }
+      const auto want = encoded(WeightFormat::fp8_rows(), columns, rows, turned, nullptr,
+                                {Int4Scales::positive, type});
+      const EncodeLevels levels = runnable_encode_levels();
+      for (int level = 0; level < levels.count; ++level) {
+        const EncodeKernels& kernels = *levels.levels[level].kernels;
+        std::vector<float> scales(at(columns));
+        kernels.largest_in_columns(values.data(), rows, columns, scales.data());
+        for (float& scale : scales) scale = fp8_scale(scale, type == Fp8Scales::bf16);
+        std::vector<std::uint8_t> codes(values.size());
+        kernels.fp8_columns(values.data(), rows, columns, scales.data(), codes.data());
+        EXPECT_EQ(std::memcmp(scales.data(), want.scales.data(), want.scales.size()), 0);
+        for (std::int64_t r = 0; r < rows; ++r) {
+          for (std::int64_t c = 0; c < columns; ++c) {
+            ASSERT_EQ(codes[at(r * columns + c)],
+                      std::to_integer<std::uint8_t>(want.codes.data()[c * rows + r]))
+                << levels.levels[level].name << " " << r << " " << c;
+          }
+        }
+      }
     }
   }
 }
@@ -280,7 +332,7 @@ TEST(encoder, int4_search_beats_absmax) {
     double ratio[2];
     for (const Int4Scales signs : {Int4Scales::positive, Int4Scales::any_sign}) {
       EncodeStatistics statistics;
-      encoded(WeightFormat::int4(128), 128, 1024, values, &statistics, signs);
+      encoded(WeightFormat::int4(128), 128, 1024, values, &statistics, {signs});
       ratio[static_cast<int>(signs)] = statistics.squared_error / statistics.absmax_squared_error;
     }
     std::printf("squared error in absmax's: %.4f, with scales of any sign %.4f\n", ratio[0],
