@@ -232,7 +232,9 @@ class Merger {
   /// What the merge needs beyond what an earlier attempt took.
   void check_disk(const fs::path& parent) const {
     const std::int64_t free = free_disk_bytes(parent);
-    std::int64_t needed = std::int64_t{1} << 20;
+    // Journal and receipt: a line a piece, a line a tensor.
+    std::int64_t needed = (std::int64_t{1} << 20) + narrow<std::int64_t>(plan_.jobs.size()) * 512 +
+                          narrow<std::int64_t>(plan_.outputs.size()) * 1024;
     for (const MergeShard& shard : plan_.shards) {
       needed += bytes_to_reserve(staging_ / shard.name, shard.bytes);
     }

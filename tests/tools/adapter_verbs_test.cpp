@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "tests/support/small_disk.h"
 #include "tests/tools/program.h"
 
 namespace tailor::testing_support {
@@ -188,6 +189,31 @@ TEST(AdapterExport, refuses_word_for_word) {
   const Outcome nowhere = run_tailor(box, {"adapter", "export", kAdapter, "--for", "peft", "--base",
                                            kModel, "--to", "/proc/nowhere/out"});
   EXPECT_EQ(nowhere.code, 74);
+}
+
+TEST(AdapterExport, a_disk_that_is_full_half_way_ends_with_74_and_leaves_nothing) {
+  const Sandbox box;
+  SmallDisk disk(box.root() / "disk");
+  // Its folder, the begun export's, the weights: no place for the config.
+  if (!disk.in_memory(8 << 20, 3)) GTEST_SKIP() << "no file system can be mounted here";
+  const auto export_to = [&](const std::string& to) {
+    return run_tailor(
+        box, {"adapter", "export", kAdapter, "--for", "peft", "--base", kModel, "--to", to});
+  };
+  const Outcome full = export_to("disk/out");
+  EXPECT_EQ(full.code, 74);
+  EXPECT_EQ(full.out, "");
+  EXPECT_THAT(full.err, HasSubstr("No space left on device"));
+  EXPECT_TRUE(fs::is_empty(disk.path()));
+  ASSERT_TRUE(disk.in_memory(64 << 10));
+  EXPECT_EQ(export_to("disk/out").code, 66) << "too small for the weights: known before";
+  EXPECT_TRUE(fs::is_empty(disk.path()));
+  ASSERT_TRUE(disk.in_memory(8 << 20));
+  ASSERT_EQ(export_to("disk/out").code, 0);
+  ASSERT_EQ(export_to("whole").code, 0);
+  for (const char* name : {"adapter_model.safetensors", "adapter_config.json"}) {
+    EXPECT_EQ(read_text(disk / "out" / name), read_text(box.root() / "whole" / name)) << name;
+  }
 }
 
 TEST(AdapterExport, a_config_alone_is_base_enough) {

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "program.h"
+#include "tests/support/small_disk.h"
 
 namespace tailor {
 namespace {
@@ -124,6 +125,27 @@ TEST_F(MergeVerbs, a_disk_that_is_too_small_is_known_before_anything_is_written)
   EXPECT_THAT(refused.err, HasSubstr("the merged model needs 8.8"));
   EXPECT_FALSE(fs::exists(box_.root() / "out"));
   EXPECT_FALSE(fs::exists(box_.root() / ".out.tailor-merge"));
+}
+
+TEST_F(MergeVerbs, a_disk_that_is_full_after_the_weights_ends_with_74_and_goes_on) {
+  SmallDisk disk(box_.root() / "disk");
+  // Its folder, the begun merge's, the journal, two shards.
+  if (!disk.in_memory(64 << 20, 5)) GTEST_SKIP() << "no file system can be mounted here";
+  ASSERT_EQ(run(merge_to("whole")).code, 0);
+  const Outcome full = run(merge_to("disk/out"));
+  EXPECT_EQ(full.code, 74);
+  EXPECT_EQ(full.out, "");
+  EXPECT_THAT(full.err, HasSubstr("No space left on device\n"));
+  EXPECT_THAT(full.err, HasSubstr("  where: disk/.out.tailor-merge/"));
+  EXPECT_FALSE(fs::exists(disk / "out"));
+  EXPECT_EQ(run(merge_to("disk/out")).code, 74) << "once more, still full";
+  ASSERT_TRUE(disk.in_memory(64 << 20));
+  const Outcome done = run(merge_to("disk/out"));
+  ASSERT_EQ(done.code, 0) << done.err;
+  EXPECT_EQ(all_of("disk/out"), all_of("whole"));
+  EXPECT_FALSE(fs::exists(disk / ".out.tailor-merge"));
+  const Json run_facts = read_json(disk / "out" / "merge_receipt.json")["run"];
+  EXPECT_EQ(run_facts["jobs_of_earlier_attempts"], run_facts["jobs"]) << "no weight again";
 }
 
 TEST_F(MergeVerbs, what_an_attempt_from_another_store_decoded_is_not_used) {

@@ -13,6 +13,7 @@
 #include "data/gguf_export/export_gguf.h"
 #include "data/store/source.h"
 #include "tests/data/gguf/gguf_files.h"
+#include "tests/support/small_disk.h"
 
 namespace tailor {
 namespace {
@@ -112,6 +113,34 @@ TEST_F(GgufModels, of_every_family_come_back_to_the_bit) {
       }
     }
   }
+}
+
+TEST_F(GgufModels, a_disk_filled_half_way_leaves_nothing_and_a_second_try_is_whole) {
+  const fs::path copy = copy_model("llama4_maverick_tiny");
+  change_config(copy, kScoutLike);
+  write(copy, "whole.gguf", GgmlType::f32);
+  testing_support::SmallDisk disk(folder_ / "disk");
+  if (!disk.without_reserving(8 << 20)) GTEST_SKIP() << "no file system can be mounted here";
+  GgufExportOptions options;
+  options.type = GgmlType::f32;
+  options.threads = 1;
+  int asked = 0;
+  options.stop = [&] {
+    if (++asked == 3) disk.fill();
+    return false;
+  };
+  const Error error = error_of([&] { export_gguf(copy, disk / "out.gguf", options); });
+  EXPECT_EQ(error.fault(), Fault::io);
+  EXPECT_THAT(error.parts().what, HasSubstr("No space left on device"));
+  EXPECT_FALSE(fs::exists(disk / "out.gguf"));
+  EXPECT_FALSE(fs::exists(disk / ".out.gguf.tailor-gguf"));
+  options.stop = nullptr;
+  EXPECT_EQ(error_of([&] { export_gguf(copy, disk / "out.gguf", options); }).fault(),
+            Fault::does_not_fit)
+      << "the disk is still full, which is known before";
+  disk.make_room();
+  export_gguf(copy, disk / "out.gguf", options);
+  EXPECT_EQ(read_text(disk / "out.gguf"), read_text(folder_ / "whole.gguf"));
 }
 
 TEST_F(GgufModels, in_fp8_are_decoded_and_in_q8_0_are_near) {
