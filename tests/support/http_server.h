@@ -80,7 +80,7 @@ class HttpServer {
       if (at < head_end) length = std::stoul(text.substr(at + 16));
     }
     Request request;
-    request.head = text.substr(0, head_end);
+    request.head = text.substr(0, head_end + 2);  // with the end of its last line
     request.method = text.substr(0, text.find(' '));
     request.path = text.substr(request.method.size() + 1);
     request.path.resize(request.path.find(' '));
