@@ -137,6 +137,36 @@ TEST_F(LaunchJobTest, status_of_jobs_elsewhere) {
   EXPECT_THAT(unknown.err, HasSubstr("Add --on kubernetes or --on skypilot"));
 }
 
+TEST_F(LaunchJobTest, following_outlives_a_controller_that_is_away_and_ends_as_the_job) {
+  const std::string log = (box_.root() / "r1.7.log").string();
+  box_.write_text("r1.7.log", "step 1\nstep 2\n");
+  client("sbatch", "7");
+  box_.write_text(
+      "bin/scontrol",
+      "#!/bin/sh\n"
+      "n=0; [ -e asked ] && read n <asked; n=$((n + 1)); echo $n >asked\n"
+      "state() { echo \"JobId=7 JobName=r1 JobState=$1 Reason=None ExitCode=0:0 StdOut=" +
+          log +
+          "\"; }\n"
+          "case $n in\n"
+          "1) state RUNNING ;;\n"
+          "2 | 3) echo 'Unable to contact slurm controller' >&2; exit 1 ;;\n"
+          "*) state CANCELLED ;;\n"
+          "esac\n");
+  fs::permissions(box_.root() / "bin/scontrol", fs::perms::owner_all);
+  const Outcome outcome = run_tailor(box_, with({"launch", "slurm"}, {"--follow"}));
+  EXPECT_EQ(outcome.code, 75) << outcome.err;
+  EXPECT_EQ(outcome.out, "step 1\nstep 2\n");
+  EXPECT_THAT(outcome.err, HasSubstr("Ctrl-C ends that, not the job: scancel 7\n"));
+  EXPECT_THAT(outcome.err, HasSubstr("Unable to contact slurm controller; asking again\n"));
+  EXPECT_THAT(outcome.err, HasSubstr("job 7: cancelled\n"));
+  // A log that only the nodes see is said, not passed over.
+  fs::remove(box_.root() / "asked");
+  fs::remove(log);
+  const Outcome blind = run_tailor(box_, {"launch", "status", "7", "--follow"});
+  EXPECT_THAT(blind.err, HasSubstr("the log of job 7 is not to be seen from here: BOX/r1.7.log"));
+}
+
 TEST_F(LaunchJobTest, impossible_places_and_flags_of_another_cluster_are_refused) {
   const auto message = [&](const std::vector<std::string>& arguments) {
     const Outcome outcome = run_tailor(box_, arguments);

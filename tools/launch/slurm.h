@@ -59,6 +59,10 @@ struct SlurmState {
   bool accounting = false;  ///< `attempts` come from sacct and are all there were
   std::vector<SlurmAttempt> attempts;
   bool ended() const;
+  /// What a job that ended is as an exit code of ours: its own, 128 + signal, and where Slurm ended
+  /// it and gives neither: 66 out of memory, 69 a node failed, 75 cancelled, preempted or out of
+  /// time.
+  int result() const;
 };
 
 /// From the one-line output of `scontrol show job -o`.

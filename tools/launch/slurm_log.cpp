@@ -3,8 +3,10 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
+#include <optional>
 
 #include "base/error.h"
 #include "base/log.h"
@@ -14,7 +16,10 @@
 namespace tailor {
 namespace {
 
-constexpr useconds_t kPollMicros = 1'000'000;
+constexpr double kLookSeconds = 1;  // at the log
+/// The controller answers everybody: it is asked less often the longer nothing changes, and the
+/// database, which costs more, only once it has forgotten the job.
+constexpr double kAskAgain = 1.5, kAskSeconds_max = 10;
 
 /// What a file got since it was looked at last.
 class GrowingFile {
@@ -41,16 +46,26 @@ class GrowingFile {
     }
   }
 
+  bool found() const { return descriptor_ >= 0; }
+
  private:
   int descriptor_ = -1;
 };
 
+/// What the controller knows of a job; nothing where it has forgotten it or never knew. `said`: its
+/// words where it answers with no job.
+std::optional<SlurmState> live_state(const std::string& job, std::string& said) {
+  const ClientOutcome live = run_client({"scontrol", "show", "job", "-o", job});
+  if (live.code == 0) return read_scontrol(live.out);
+  said = trim(live.err);
+  return std::nullopt;
+}
+
 }  // namespace
 
 SlurmState slurm_state(const std::string& job) {
-  const ClientOutcome live = run_client({"scontrol", "show", "job", "-o", job});
-  std::optional<SlurmState> out;
-  if (live.code == 0) out = read_scontrol(live.out);
+  std::string said;
+  std::optional<SlurmState> out = live_state(job, said);
   // Without accounting sacct is not there, or says that it is disabled.
   try {
     const ClientOutcome records =
@@ -69,7 +84,6 @@ SlurmState slurm_state(const std::string& job) {
   } catch (const Error&) {  // no sacct here
   }
   if (out) return *out;
-  const std::string said(trim(live.err));
   if (said.find("Invalid job id") != std::string::npos) {
     throw Error(Fault::usage, {"Slurm does not know job " + job, "scontrol show job",
                                "Check the number; without accounting Slurm forgets a job some "
@@ -81,21 +95,44 @@ SlurmState slurm_state(const std::string& job) {
 
 int follow_slurm(const std::string& job, int descriptor) {
   GrowingFile log;
+  SlurmState state;
   std::string before;
-  for (;;) {
-    // The state first: what is written before a job ends is then read below.
-    const SlurmState state = slurm_state(job);
-    const std::string said = state.state + (state.reason.empty() ? "" : " (" + state.reason + ")");
-    if (said != before)
-      log_info("job " + job + ": " + lower(state.state) +
-               (state.reason.empty() ? "" : ", " + state.reason));
-    before = said;
-    log.copy_to(state.log, descriptor);
-    if (state.ended()) {
-      return state.exit_signal > 0 ? 128 + state.exit_signal : state.exit_code;
+  double every_s = 1;
+  for (bool answered = true;;) {
+    try {
+      // The state first: what is written before a job ends is then read below.
+      std::string said;
+      const std::string path = state.log;
+      const auto live = live_state(job, said);
+      state = live ? *live : slurm_state(job);
+      if (state.log.empty()) state.log = path;  // accounting does not know its place
+      answered = true;
+    } catch (const Error& error) {
+      // A controller that restarts is no reason to look away from a job of days.
+      if (before.empty() || error.fault() != Fault::device) throw;
+      if (answered) log_warning(error.parts().what + "; asking again");
+      answered = false;
     }
-    ::usleep(kPollMicros);
+    const std::string now = lower(state.state) + (state.reason.empty() ? "" : ", " + state.reason);
+    if (before.empty() && !state.ended()) {
+      log_info("following job " + job + "; Ctrl-C ends that, not the job: scancel " + job);
+    }
+    if (now != before) log_info("job " + job + ": " + now);
+    every_s = now == before ? std::min(kAskAgain * every_s, kAskSeconds_max) : 1;
+    before = now;
+    log.copy_to(state.log, descriptor);
+    if (state.ended()) break;
+    for (double waited_s = 0; waited_s < every_s; waited_s += kLookSeconds) {
+      ::usleep(static_cast<useconds_t>(kLookSeconds * 1e6));
+      log.copy_to(state.log, descriptor);
+    }
   }
+  if (!log.found()) {
+    log_warning(state.log.empty()
+                    ? "Slurm has forgotten where the log of job " + job + " is"
+                    : "the log of job " + job + " is not to be seen from here: " + state.log);
+  }
+  return state.result();
 }
 
 }  // namespace tailor

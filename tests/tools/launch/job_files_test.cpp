@@ -189,6 +189,24 @@ TEST(Slurm, scontrol_is_read_with_spaces_in_values) {
   EXPECT_FALSE(submitted_job("error"));
 }
 
+TEST(Slurm, the_result_of_a_job_is_never_success_unless_it_completed) {
+  const auto result = [](const std::string& state, const std::string& code) {
+    const SlurmState read = read_scontrol("JobId=6 JobState=" + state + " ExitCode=" + code);
+    EXPECT_TRUE(read.ended()) << state;
+    return read.result();
+  };
+  EXPECT_EQ(result("COMPLETED", "0:0"), 0);
+  EXPECT_EQ(result("FAILED", "65:0"), 65);
+  EXPECT_EQ(result("FAILED", "0:9"), 137);
+  EXPECT_EQ(result("CANCELLED", "75:0"), 75);
+  EXPECT_EQ(result("CANCELLED", "0:0"), 75) << "before it had begun";
+  EXPECT_EQ(result("TIMEOUT", "0:0"), 75);
+  EXPECT_EQ(result("PREEMPTED", "0:15"), 143);
+  EXPECT_EQ(result("OUT_OF_MEMORY", "0:125"), 66);
+  EXPECT_EQ(result("NODE_FAIL", "0:0"), 69);
+  EXPECT_EQ(result("BOOT_FAIL", "0:0"), 69);
+}
+
 /// The batch script run by bash alone, with scontrol and srun of ours: what becomes of each code.
 class SlurmScript : public testing::Test {
  protected:
