@@ -1,6 +1,8 @@
 #include "base/launcher.h"
 
+#include <algorithm>
 #include <charconv>
+#include <cmath>
 
 #include "base/text.h"
 
@@ -12,6 +14,18 @@ Error bad_node_list(const std::string& list) {
       "the node list '" + list + "' is not of the form host,name[1-3,7]", "SLURM_JOB_NODELIST",
       "Set MASTER_ADDR to the first host of the job: `scontrol show hostnames "
       "| head -1`.");
+}
+
+double unix_seconds(const Environment& env, const char* name) {
+  const auto text = env.text(name);
+  if (!text) return 0;
+  double value = 0;
+  const auto [end, fault] = std::from_chars(text->data(), text->data() + text->size(), value);
+  if (fault == std::errc() && end == text->data() + text->size() && value > 0 && value < 1e11) {
+    return value;
+  }
+  throw Environment::wrong(std::string(name) + "='" + *text + "' is no time", name,
+                           "Unset it, or give Unix seconds: date +%s.");
 }
 
 }  // namespace
@@ -68,6 +82,14 @@ int slurm_port(std::int64_t job, std::int64_t restarts) {
   return static_cast<int>(20000 + (job * 8 + restarts) % 12000);
 }
 
+std::int64_t Launcher::paid_since_steady_ms(const Clock& clock,
+                                            std::int64_t program_began_ms) const {
+  if (allocated_unix_s <= 0) return program_began_ms;
+  const double ago_s = static_cast<double>(clock.unix_ms()) / 1000 - allocated_unix_s;
+  if (ago_s < 0 || ago_s > 6 * 3600) return program_began_ms;
+  return std::min<std::int64_t>(program_began_ms, clock.steady_ms() - std::llround(ago_s * 1000));
+}
+
 Launcher read_launcher(const EnvLookup& lookup) {
   const Environment env(lookup);
   const auto number = [&](const char* name) {
@@ -76,11 +98,12 @@ Launcher read_launcher(const EnvLookup& lookup) {
   const int torch_restart = number("TORCHELASTIC_RESTART_COUNT");
   if (const auto own = env.text("TAILOR_LAUNCHER")) {
     return {*own, env.text_or("TAILOR_LAUNCHER_JOB", ""),
-            number("SLURM_RESTART_COUNT") + torch_restart};
+            number("SLURM_RESTART_COUNT") + torch_restart,
+            unix_seconds(env, "TAILOR_ALLOCATED_AT")};
   }
-  if (const auto task = env.text("SKYPILOT_TASK_ID")) return {"skypilot", *task, torch_restart};
+  if (const auto task = env.text("SKYPILOT_TASK_ID")) return {"skypilot", *task, torch_restart, 0};
   if (const auto job = env.text("SLURM_JOB_ID")) {
-    return {"slurm", *job, number("SLURM_RESTART_COUNT") + torch_restart};
+    return {"slurm", *job, number("SLURM_RESTART_COUNT") + torch_restart, 0};
   }
   if (env.has("KUBERNETES_SERVICE_HOST") || env.has("JOB_COMPLETION_INDEX")) {
     std::string job = env.text_or("JOB_NAME", "");
@@ -90,9 +113,9 @@ Launcher read_launcher(const EnvLookup& lookup) {
     if (job.empty() && index.size() > 1 && host.ends_with(index)) {
       job = host.substr(0, host.size() - index.size());
     }
-    return {"kubernetes", job, torch_restart};
+    return {"kubernetes", job, torch_restart, 0};
   }
-  if (const auto run = env.text("TORCHELASTIC_RUN_ID")) return {"torchrun", *run, torch_restart};
+  if (const auto run = env.text("TORCHELASTIC_RUN_ID")) return {"torchrun", *run, torch_restart, 0};
   return {};
 }
 

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "base/clock.h"
 #include "base/environment.h"
 
 namespace tailor {
@@ -16,6 +17,14 @@ struct Launcher {
   std::string job_id;          ///< as that launcher calls it; empty: it gives none
   /// Which start of that job this is, 0 the first: requeues by Slurm, restarts by torchrun.
   int restart = 0;
+  /// Unix seconds (TAILOR_ALLOCATED_AT, of our own job files): since when this start of the job
+  /// holds its devices, and they cost. 0: not known.
+  double allocated_unix_s = 0;
+
+  /// When what is paid for began, on the clock's steady time: at the program's own start, or with
+  /// the job's devices before that. An allocation in the future or more than six hours ago is
+  /// another's.
+  std::int64_t paid_since_steady_ms(const Clock& clock, std::int64_t program_began_ms) const;
 };
 Launcher read_launcher(const EnvLookup& env = process_env());
 

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <map>
@@ -119,6 +120,23 @@ TEST(RankEnv, our_own_job_files_say_who_launched) {
   EXPECT_EQ(read_launcher(lookup(own)).name, "slurm");
   EXPECT_EQ(read_launcher(lookup(own)).job_id, "9_1");
   EXPECT_EQ(read_launcher(lookup(own)).restart, 1);
+  EXPECT_EQ(read_launcher(lookup(own)).allocated_unix_s, 0);
+  const Launcher held = read_launcher(lookup(with(own, {{"TAILOR_ALLOCATED_AT", "1700000000"}})));
+  EXPECT_EQ(held.allocated_unix_s, 1.7e9);
+  struct At final : Clock {
+    std::int64_t now_ms = 0;
+    std::int64_t unix_ms() const override { return now_ms; }
+    std::int64_t steady_ms() const override { return 500'000; }
+  } clock;
+  const auto since = [&](double after_s) {
+    clock.now_ms = 1'700'000'000'000 + std::llround(after_s * 1000);
+    return held.paid_since_steady_ms(clock, 499'000);
+  };
+  EXPECT_EQ(since(7.25), 492'750) << "from when the devices were held";
+  EXPECT_EQ(since(0.5), 499'000) << "the program cannot have begun later than it did";
+  EXPECT_EQ(since(-1), 499'000) << "a clock that is behind";
+  EXPECT_EQ(since(7 * 3600), 499'000) << "of an allocation long ago";
+  EXPECT_THROW(read_launcher(lookup(with(own, {{"TAILOR_ALLOCATED_AT", "noon"}}))), Error);
 }
 
 TEST(RankEnv, slurms_port_differs_between_neighbours_and_after_a_requeue) {

@@ -121,9 +121,9 @@ RunBooks::RunBooks(const Recipe& recipe, const Plan& plan, const RunFolder& fold
   extras.after_heartbeat = [this] { budget_->refresh(); };
   // The first rank sees its own machine: half of a sum is no sum.
   if (ranks.nodes() == 1) extras.energy = EnergyMeter::rapl();
-  timer_ = std::make_unique<SegmentTimer>(*ledger_, attempt_, Phase::load,
-                                          SegmentTimer::Heartbeats::thread, facts.began_steady_ms,
-                                          std::move(extras));
+  timer_ = std::make_unique<SegmentTimer>(
+      *ledger_, attempt_, Phase::load, SegmentTimer::Heartbeats::thread,
+      launcher.paid_since_steady_ms(clock, facts.began_steady_ms), std::move(extras));
   if (folder.resumed() && !ledger_->connected()) count_earlier_attempts();
 }
 

@@ -168,6 +168,8 @@ std::string slurm_script(const SlurmJob& slurm) {
   check_places(job);
   std::string out = header(slurm);
   out += "\n# Written by tailor launch slurm. One task is one rank; submit it with: sbatch FILE\n";
+  out += "# Since when the devices are held, for the run's books.\n";
+  out += "export TAILOR_ALLOCATED_AT=${SLURM_JOB_START_TIME:-$(date +%s)}\n";
   out += "cd " + shell_word(slurm.work_folder.string()) + " || exit 74\n";
   out += "command=(" + shell_words(job.train_command()) + ")\n";
   out += "restarts_max=" + std::to_string(job.restarts_max) + "\n";
@@ -209,6 +211,16 @@ bool SlurmState::ended() const {
                                                       "DEADLINE",  "OUT_OF_MEMORY", "PREEMPTED"};
   return std::any_of(kEnded.begin(), kEnded.end(),
                      [&](std::string_view word) { return state.starts_with(word); });
+}
+
+int SlurmState::result() const {
+  if (exit_code != 0) return exit_code;
+  if (state.starts_with("OUT_OF_MEMORY")) return static_cast<int>(Fault::does_not_fit);
+  if (exit_signal > 0) return 128 + exit_signal;
+  if (state.starts_with("COMPLETED")) return 0;
+  const bool broken = state.starts_with("NODE_FAIL") || state.starts_with("BOOT_FAIL") ||
+                      state.starts_with("FAILED");
+  return static_cast<int>(broken ? Fault::device : Fault::stopped);
 }
 
 SlurmState read_scontrol(std::string_view line) {

@@ -8,6 +8,8 @@
 #SBATCH --output=demo.%j.log
 
 # Written by tailor launch slurm. One task is one rank; submit it with: sbatch FILE
+# Since when the devices are held, for the run's books.
+export TAILOR_ALLOCATED_AT=${SLURM_JOB_START_TIME:-$(date +%s)}
 cd /work || exit 74
 command=(tailor train /recipes/demo.yaml --resume)
 restarts_max=3

@@ -14,6 +14,8 @@
 #SBATCH --output=r1-long.%j.log
 
 # Written by tailor launch slurm. One task is one rank; submit it with: sbatch FILE
+# Since when the devices are held, for the run's books.
+export TAILOR_ALLOCATED_AT=${SLURM_JOB_START_TIME:-$(date +%s)}
 cd '/home/me/my work'\''s' || exit 74
 command=(tailor train '/home/me/my recipes/it'\''s r1.yaml' 'training.max_steps=20' 'data.train=["a $b.jsonl", '\''$(c)'\'']' --resume)
 restarts_max=3
