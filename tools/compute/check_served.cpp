@@ -103,6 +103,14 @@ double mean_product(const LogProbabilities& x, const LogProbabilities& y) {
   return sum / static_cast<double>(count);
 }
 double rms(const LogProbabilities& x) { return std::sqrt(mean_product(x, x)); }
+/// The largest difference of a token.
+double largest_apart(const LogProbabilities& x, const LogProbabilities& y) {
+  double out = 0;
+  for (std::size_t r = 0; r < x.size(); ++r) {
+    for (std::size_t t = 0; t < x[r].size(); ++t) out = std::max(out, std::fabs(x[r][t] - y[r][t]));
+  }
+  return out;
+}
 double mean(const LogProbabilities& x) {
   double sum = 0;
   std::size_t count = 0;
@@ -236,6 +244,7 @@ int run_check_served(const CheckServedArguments& arguments) {
                              {"share", share},
                              {"apart", apart},
                              {"moved", size},
+                             {"token_apart_max", largest_apart(got, with)},
                              {"ours", mean(with)},
                              {"ours_base", mean(without)},
                              {"served", mean(got)},
@@ -262,6 +271,8 @@ int run_check_served(const CheckServedArguments& arguments) {
         "there is differs by %s %%\n",
         number_text(effect_rms, 3).c_str(), number_text(100 * share, 3).c_str(),
         number_text(100 * apart, 3).c_str());
+    std::printf("with it, no token's log-probability is further from ours than %s\n",
+                number_text(largest_apart(got, with), 3).c_str());
     if (other_base) {
       std::printf("the server's base is not ours: they differ by %s\n",
                   number_text(base_apart, 3).c_str());
