@@ -67,6 +67,11 @@ void check_options(const Json& config, const fs::path& path) {
   };
   for (const auto& [key, value] : config.items()) {
     if (has(kHarmless, key) || !is_set(value)) continue;
+    if (key == kVllmRowsKey) {
+      refuse(path,
+             "rows of q_proj and k_proj are in vLLM's order: this was exported for vLLM alone",
+             "Name the adapter that it was exported from.");
+    }
     const std::string state = value == true ? "true" : "set";
     if (has(kImpossible, key)) {
       refuse(path, key + " is " + state + ", which Tailor does not implement",

@@ -11,6 +11,10 @@
 
 namespace tailor {
 
+/// An option of our own: "vllm" where rows of q and k are not the adapter's but vLLM's
+/// (serving.cpp). No program but Tailor looks at it.
+constexpr const char* kVllmRowsKey = "tailor_qk_rows";
+
 /// Values for modules whose names match, as rank_pattern and alpha_pattern hold them.
 class PeftPatterns {
  public:

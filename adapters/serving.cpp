@@ -80,14 +80,37 @@ std::string of_expert(const std::string& module, std::int64_t expert) {
   return module.substr(0, dot + 1) + std::to_string(expert) + module.substr(dot);
 }
 
-std::vector<TensorToWrite> server_tensors(const std::vector<Named>& parts, UniformFactors& uniform,
-                                          const ServingOptions& options) {
+/// Where vLLM's order has the rows of a Llama 4's q and k: its rotary embedding wants a head's
+/// pairs (2 j, 2 j + 1) at j and half a head + j, so that it reorders the base's rows as it loads
+/// them, but not those of LoRA's B (0.32 and 0.33, llama4.py, permute_qk_weight_for_rotary).
+bool rows_move(const SitePart& part, const ModelSpec& spec, Server server) {
+  return server == Server::vllm && spec.family == Family::llama4 && part.site != nullptr &&
+         (part.site->projection == Projection::q_proj ||
+          part.site->projection == Projection::k_proj);
+}
+/// B [rank, out] with its outputs in that order.
+std::vector<float> halves_of_pairs(std::span<const float> b_ro, std::int64_t out,
+                                   std::int64_t head_dim) {
+  std::vector<float> turned(b_ro.size());
+  for (std::size_t i = 0; i < turned.size(); ++i) {
+    const auto at = static_cast<std::int64_t>(i);
+    const std::int64_t row = at % out, in_head = row % head_dim, half = head_dim / 2;
+    const std::int64_t from = row - in_head + 2 * (in_head % half) + in_head / half;
+    turned[i] = b_ro[static_cast<std::size_t>(at - row + from)];
+  }
+  return turned;
+}
+
+std::vector<TensorToWrite> server_tensors(const std::vector<Named>& parts, const ModelSpec& spec,
+                                          UniformFactors& uniform, const ServingOptions& options) {
   std::vector<TensorToWrite> out;
   const std::int64_t rank = uniform.rank();
   const Dtype dtype = options.dtype;
   for (const Named& named : parts) {
     const SitePart part = named.part;
     const bool experts = named.module.find(".experts.") != std::string::npos;
+    const bool moves = rows_move(part, spec, options.target.server);
+    const std::int64_t head_dim = spec.head_dim;
     for (std::int64_t e = 0; e < part.experts; ++e) {
       const std::string key = std::string(kPeftKeyPrefix) + options.module_prefix +
                               (experts ? of_expert(named.module, e) : named.module);
@@ -101,8 +124,10 @@ std::vector<TensorToWrite> server_tensors(const std::vector<Named>& parts, Unifo
                      }});
       out.push_back({key + ".lora_B.weight", dtype, {part.width, rank}, {}, [=, &uniform] {
                        const auto factors = uniform.of(part);
-                       return factor_bytes(
-                           transposed(slice(factors->b, part.width), rank, part.width), dtype);
+                       const auto b = slice(factors->b, part.width);
+                       if (!moves) return factor_bytes(transposed(b, rank, part.width), dtype);
+                       const auto turned = halves_of_pairs(b, part.width, head_dim);
+                       return factor_bytes(transposed(turned, rank, part.width), dtype);
                      }});
     }
   }
@@ -210,9 +235,18 @@ ServingReport export_adapter(const PeftReader& reader, const ModelSpec& spec,
     const std::vector<Named> parts =
         server_parts(sites, spec, options.target.server == Server::sglang);
     uniform.emplace(reader, parts_of(parts));
-    tensors = server_tensors(parts, *uniform, options);
+    tensors = server_tensors(parts, spec, *uniform, options);
     const double alpha = uniform->scale() * static_cast<double>(uniform->rank());
     config = server_config(parts, base_model, uniform->rank(), std::llround(alpha));
+    if (std::any_of(parts.begin(), parts.end(), [&](const Named& named) {
+          return rows_move(named.part, spec, options.target.server);
+        })) {
+      config[kVllmRowsKey] = "vllm";  // so that nobody takes them for the adapter's own
+      report.notes.push_back(
+          "rows of q_proj's and k_proj's B are in vLLM's order, into which it brings the base's "
+          "but "
+          "not LoRA's: this folder is for vLLM alone");
+    }
   }
   report.rank = config.at("r").get<std::int64_t>();
   report.alpha = config.at("lora_alpha").get<double>();

