@@ -6,7 +6,9 @@ page cache before every run, and prints the base's bytes per second: of the merg
 saving. Every program's files are on disk when its time ends; peak memory is the whole process's.
 
 usage: bench_merge.py [--gb 2] [--kind llama4|deepseek_v3] [--rounds 3] [--peft] [--program build/release/bin/tailor] [--work DIR]
-       bench_merge.py --true-shape --work DIR    one layer of 64 experts in Maverick's sizes: a 10.7 GB and a 5.4 GB tensor
+       bench_merge.py --true-shape [--fp8] --work DIR    one layer of 64 experts in Maverick's sizes: a 10.7 GB and a 5.4 GB tensor
+
+--fp8: Maverick's kind with fused experts in fp8, inputs first, a scale for every output.
 """
 
 import argparse
@@ -65,14 +67,17 @@ class Writer:
         draws = numpy.random.Generator(numpy.random.Philox(7))
         # Random bfloat16 numbers near N(0, 0.02), made once and shifted from tensor to tensor.
         values = (draws.standard_normal(1 << 24, dtype=numpy.float32) * 0.02).view(numpy.uint32)
-        self.block = (values >> 16).astype(numpy.uint16)
+        codes = draws.integers(0, 256, 1 << 24, dtype=numpy.uint8)
+        codes[(codes & 0x7F) == 0x7F] = 0  # no numbers
+        self.blocks = {"BF16": (values >> 16).astype(numpy.uint16), "F8_E4M3": codes,
+                       "F32": draws.uniform(5e-5, 2e-4, 1 << 22).astype(numpy.float32)}
 
-    def add(self, name: str, shape: list[int]) -> None:
-        size = 2 * int(numpy.prod(shape))
+    def add(self, name: str, shape: list[int], dtype: str = "BF16") -> None:
+        size = self.blocks[dtype].itemsize * int(numpy.prod(shape))
         if self.shards[-1] and self.size + size > self.limit:
             self.shards.append([])
             self.size = 0
-        self.shards[-1].append((name, shape, size))
+        self.shards[-1].append((name, shape, size, dtype))
         self.size += size
 
     def finish(self) -> int:
@@ -80,18 +85,19 @@ class Writer:
         for number, shard in enumerate(self.shards, 1):
             file_name = f"model-{number:05}-of-{len(self.shards):05}.safetensors"
             header, at = {"__metadata__": {"format": "pt"}}, 0
-            for name, shape, size in shard:
-                header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+            for name, shape, size, dtype in shard:
+                header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
                 weight_map[name] = file_name
                 at += size
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)
             with open(self.folder / file_name, "wb") as file:
                 file.write(len(text).to_bytes(8, "little") + text)
-                for index, (_, _, size) in enumerate(shard):
-                    left, begin = size // 2, (977 * index) % (len(self.block) // 2)
+                for index, (_, _, size, dtype) in enumerate(shard):
+                    block = self.blocks[dtype]
+                    left, begin = size // block.itemsize, (977 * index) % (len(block) // 2)
                     while left > 0:
-                        piece = self.block[begin:begin + left]
+                        piece = block[begin:begin + left]
                         piece.tofile(file)
                         left -= len(piece)
                         begin = 0
@@ -101,9 +107,10 @@ class Writer:
         return total
 
 
-def make_model(folder: Path, kind: str, gb: float, hidden: int, inner: int, experts: int, layers: int | None) -> int:
+def make_model(folder: Path, kind: str, gb: float, hidden: int, inner: int, experts: int, layers: int | None,
+               fp8: bool = False) -> int:
     llama4 = kind == "llama4"
-    per_layer = experts * 3 * hidden * inner * 2
+    per_layer = experts * 3 * hidden * inner * (1 if fp8 else 2)
     moe_layers = layers or max(1, round(gb * 1e9 / (per_layer * 1.15)))
     heads, head_dim, kv_heads, vocab = max(4, hidden // 64), 64, max(1, hidden // 256), 4096
     config = {
@@ -160,8 +167,10 @@ def make_model(folder: Path, kind: str, gb: float, hidden: int, inner: int, expe
             continue
         writer.add(ffn + ("router.weight" if llama4 else "gate.weight"), [experts, hidden])
         if llama4:
-            writer.add(ffn + "experts.gate_up_proj", [experts, hidden, 2 * inner])
-            writer.add(ffn + "experts.down_proj", [experts, inner, hidden])
+            for part, inputs, outputs in (("gate_up_proj", hidden, 2 * inner), ("down_proj", inner, hidden)):
+                writer.add(f"{ffn}experts.{part}", [experts, inputs, outputs], "F8_E4M3" if fp8 else "BF16")
+                if fp8:
+                    writer.add(f"{ffn}experts.{part}_scale", [experts, 1, outputs], "F32")
             continue
         writer.add(ffn + "gate.e_score_correction_bias", [experts])
         for expert in range(experts):
@@ -232,6 +241,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peft", action="store_true", help="with transformers + PEFT as well")
     parser.add_argument("--true-shape", action="store_true")
+    parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--program", type=Path, default=Path("build/release/bin/tailor"))
     parser.add_argument("--work", type=Path)
@@ -239,9 +249,9 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="bench_merge_", dir=arguments.work))
     try:
         if arguments.true_shape:
-            bytes_ = make_model(work / "model", "llama4", 0, 5120, 8192, 64, layers=1)
+            bytes_ = make_model(work / "model", "llama4", 0, 5120, 8192, 64, layers=1, fp8=arguments.fp8)
         else:
-            bytes_ = make_model(work / "model", arguments.kind, arguments.gb, 1024, 1024, 16, layers=None)
+            bytes_ = make_model(work / "model", arguments.kind, arguments.gb, 1024, 1024, 16, layers=None, fp8=arguments.fp8)
         make_adapter(work / "adapter", work / "model")
         adapter_bytes = (work / "adapter" / "adapter_model.safetensors").stat().st_size
         print(f"base {bytes_ / 1e9:.2f} GB, adapter {adapter_bytes / 1e6:.0f} MB, {len(os.sched_getaffinity(0))} cores")
