@@ -5,24 +5,31 @@
 //     BYTES]
 //                  [--budget BYTES] [--loss-share X] [--steps N] [--streamed-only] [--against
 //                  MODEL]
-//                  [--kept]
+//                  [--kept] [--piece BYTES] [--depth N] [--control]
 //
 // --budget: of tiles that stay in memory, 0 without it; --ring: of the slots of experts, what
 // share_budget() says without it.
 // --steps: so many from disk, one after the other, against as many resident ones and as many passes
 // of reading: as in a run, each step but the last reads ahead into the next.
+// --piece, --depth: of the reads that the kernel is asked for.
+// --control: the resident step once more while a thread reads the same files into memory of its own
+// and nobody waits for it: what reading costs computing on this machine, whoever reads.
 // --streamed-only leaves the resident step out, for peak memory; --against takes the resident step
 // from a checkpoint instead of the store.
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "base/aligned_memory.h"
+#include "base/block_reader.h"
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/random.h"
@@ -37,7 +44,8 @@ struct Options {
   std::int64_t tokens = 1024, micro_tokens = 1024, expert_rank = 1, ring = 0, budget = 0;
   int rounds = 3, steps = 1;
   double loss_share = 0.25;
-  bool streamed_only = false, kept = false;
+  BlockReader::Options reader;
+  bool streamed_only = false, kept = false, control = false;
 };
 
 Options read_options(int argc, char** argv) {
@@ -64,10 +72,16 @@ Options read_options(int argc, char** argv) {
       out.budget = std::stoll(value());
     } else if (name == "--loss-share") {
       out.loss_share = std::stod(value());
+    } else if (name == "--piece") {
+      out.reader.piece_bytes = std::stoll(value());
+    } else if (name == "--depth") {
+      out.reader.depth = std::stoi(value());
     } else if (name == "--against") {
       out.against = value();
     } else if (name == "--streamed-only") {
       out.streamed_only = true;
+    } else if (name == "--control") {
+      out.control = true;
     } else if (name == "--kept") {
       out.kept = true;
     } else {
@@ -119,6 +133,57 @@ Step make_step(const Options& options, std::int64_t vocab) {
   return out;
 }
 
+/// Reads a store's files over and over, as fast as the disk gives them.
+class OtherReader {
+ public:
+  explicit OtherReader(const Store& store) {
+    for (const StoreLayout::File& file : store.layout().files)
+      files_.push_back(store.folder() / file.name);
+    thread_ = std::thread([this] { read(); });
+  }
+  /// Bytes read.
+  std::int64_t stop() {
+    stop_ = true;
+    thread_.join();
+    return bytes_;
+  }
+
+ private:
+  void read() {
+    constexpr std::int64_t kExtent = std::int64_t{16} << 20, kExtents = 4;
+    const AlignedMemory memory(kExtents * kExtent, true);
+    const auto reader = BlockReader::create({});
+    std::vector<std::int64_t> sizes;
+    for (const fs::path& file : files_) {
+      reader->add_file(file);
+      sizes.push_back(static_cast<std::int64_t>(fs::file_size(file)));
+    }
+    TAILOR_CHECK(*std::max_element(sizes.begin(), sizes.end()) >= kExtent, "a store that large");
+    std::size_t file = 0;
+    std::int64_t offset = 0;
+    const auto submit = [&](std::uint64_t slot) {
+      while (offset + kExtent > sizes[file]) {
+        file = (file + 1) % sizes.size();
+        offset = 0;
+      }
+      reader->submit({static_cast<int>(file), offset, kExtent, kExtent,
+                      memory.data() + static_cast<std::int64_t>(slot) * kExtent, slot});
+      offset += kExtent;
+    };
+    for (std::uint64_t slot = 0; slot < kExtents; ++slot) submit(slot);
+    while (!stop_) {
+      const BlockDone done = reader->wait();
+      bytes_ += done.bytes_read;
+      submit(done.tag);
+    }
+  }
+
+  std::vector<fs::path> files_;
+  std::atomic<bool> stop_ = false;
+  std::int64_t bytes_ = 0;
+  std::thread thread_;
+};
+
 double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   return values.empty() ? 0 : values[values.size() / 2];
@@ -130,6 +195,7 @@ int run(const Options& options) {
   from_disk.device_bytes = 0;
   from_disk.host_bytes = options.budget;
   from_disk.ring_bytes = options.ring;
+  from_disk.reader = options.reader;
   auto streamed_weights = StoreWeights::open(store, at::kBFloat16, from_disk);
   StoreWeights& stream = *streamed_weights;
   const StreamFacts facts = stream.facts();
@@ -184,6 +250,14 @@ int run(const Options& options) {
   for (int round = 0; round <= options.rounds; ++round) {  // the first one warms up
     double compute = 0;
     if (resident) compute = seconds_of(*resident, loss[0]);
+    if (resident && options.control) {
+      OtherReader other(*store);
+      const double seconds = seconds_of(*resident, loss[0]);
+      const double bytes = static_cast<double>(other.stop());
+      std::printf(
+          "  control: compute only beside another reader %.2f s, %.3f x alone; it read %.2f GB/s\n",
+          seconds, seconds / compute, bytes / (seconds * static_cast<double>(options.steps)) / 1e9);
+    }
     const std::int64_t disk_before = proc_number("io", "read_bytes:");
     const RingCounters before = stream.counters();
     const double step_seconds = seconds_of(*streamed, loss[1]);
