@@ -6,6 +6,7 @@
 #include <map>
 
 #include "base/aligned_memory.h"
+#include "base/clock.h"
 #include "base/error.h"
 #include "base/text.h"
 #include "base/units.h"
@@ -207,6 +208,7 @@ class StoreStream final : public StoreWeights {
     RingCounters out = ring_->counters();
     out.streamed_bytes += row_bytes_;
     out.row_bytes = row_bytes_;
+    out.stall_seconds += row_stall_seconds_;
     return out;
   }
   StreamFacts facts() const override { return facts_; }
@@ -513,7 +515,12 @@ class StoreStream final : public StoreWeights {
   }
 
   void load_norm(const StreamOptions& options) {
-    rows_reader_ = BlockReader::create(options.reader);
+    BlockReader::Options reader_options = options.reader;
+    if (facts_.reader.engine ==
+        BlockReader::Engine::io_uring) {  // else it would be as many threads
+      reader_options.depth = std::max(reader_options.depth, kRowsAtOnce);
+    }
+    rows_reader_ = BlockReader::create(reader_options);
     for (const StoreLayout::File& file : store_->layout().files) {
       rows_reader_->add_file(inside_folder(store_->folder(), file.name));
     }
@@ -570,15 +577,16 @@ class StoreStream final : public StoreWeights {
     store_->check_hash(unit, to);
   }
 
+  /// Asked for together: the disk has its queue full of tiles, and every row that waits for the one
+  /// before it waits for that queue once more.
+  static constexpr int kRowsAtOnce = 256;
+
   void read_rows(const std::map<std::int32_t, std::vector<std::int64_t>>& tokens_of,
                  const at::Tensor& out_TD) {
     const StoredUnit& any = *embedding_row(0).first;
     const std::int64_t row_bytes = code_bytes(any.matrices[0].format, 1, spec_.hidden);
     const std::int64_t slot = align_up(row_bytes, kBlockBytes) + kBlockBytes;
-    constexpr std::size_t kRowsAtOnce = 256;
-    if (row_slots_.size() == 0) {
-      row_slots_ = AlignedMemory(static_cast<std::int64_t>(kRowsAtOnce) * slot);
-    }
+    if (row_slots_.size() == 0) row_slots_ = AlignedMemory(kRowsAtOnce * slot);
     std::vector<BlockRead> reads;
     struct Row {
       std::int64_t first;  ///< byte of what is read
@@ -587,6 +595,7 @@ class StoreStream final : public StoreWeights {
     };
     std::vector<Row> rows;
     const auto flush = [&] {
+      const double began = seconds_now();
       rows_reader_->submit(reads);
       std::exception_ptr failure;
       for (std::size_t i = 0; i < reads.size(); ++i) {
@@ -597,6 +606,7 @@ class StoreStream final : public StoreWeights {
                        "cannot read rows of the embedding", store_->where(any)));
         }
       }
+      row_stall_seconds_ += seconds_now() - began;
       if (failure) std::rethrow_exception(failure);
       for (std::size_t i = 0; i < rows.size(); ++i) {
         const std::byte* const codes = reads[i].to + rows[i].first;
@@ -616,7 +626,7 @@ class StoreStream final : public StoreWeights {
       std::byte* to = row_slots_.data() + static_cast<std::size_t>(slot) * reads.size();
       reads.push_back({narrow<int>(unit->file), begin, end - begin, end - begin, to, reads.size()});
       rows.push_back({from - begin, id, &tokens});
-      if (reads.size() == kRowsAtOnce) flush();
+      if (std::ssize(reads) == kRowsAtOnce) flush();
     }
     if (!reads.empty()) flush();
   }
@@ -638,6 +648,7 @@ class StoreStream final : public StoreWeights {
   RowCache rows_kept_;
   std::unique_ptr<BlockReader> rows_reader_;
   std::int64_t row_bytes_ = 0;
+  double row_stall_seconds_ = 0;
 };
 
 }  // namespace
