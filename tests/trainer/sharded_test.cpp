@@ -6,10 +6,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <array>
+#include <atomic>
 #include <cstring>
 #include <fstream>
 
 #include "data/store/pack.h"
+#include "recipes/ring.h"
 #include "tests/support/fixture.h"
 #include "tests/support/on_ranks.h"
 #include "tests/support/training_run.h"
@@ -297,6 +300,104 @@ TEST_F(Sharded, ranks_together_read_every_tile_twice_a_step_and_each_holds_its_p
       EXPECT_LT(now->decoder->weights().counters().row_bytes - counters.row_bytes,
                 counters.row_bytes);
     });
+  }
+}
+
+/// What docs/ranks.md says a rank holds of the frozen weights, from the store's layout alone.
+class Holdings {
+ public:
+  Holdings(const Store& store, int rank, int ranks) : store_(store), rank_(rank), ranks_(ranks) {
+    const ModelSpec& spec = store.spec();
+    std::int64_t layer_of_experts = -1;
+    const UnitKind head = spec.tied_head ? UnitKind::embedding : UnitKind::head;
+    for (const StoredUnit& unit : store.layout().units) {
+      if (unit.id.kind == UnitKind::attention) add(0, unit.bytes);
+      if (unit.id.kind == UnitKind::feed_forward) add(1, unit.bytes);
+      if (unit.id.kind == head) add(3, unit.bytes);
+      if (unit.id.kind != UnitKind::expert) continue;
+      // The tiny models' experts of a layer are one tile.
+      EXPECT_LT(unit.bytes * spec.experts, kTileBytes);
+      if (unit.id.layer == layer_of_experts) continue;
+      layer_of_experts = unit.id.layer;
+      std::int64_t experts = 0;
+      for (const StoredUnit& other : store.layout().units) {
+        const bool same = other.id.kind == UnitKind::expert && other.id.layer == unit.id.layer;
+        experts += same ? other.bytes : 0;
+      }
+      add(2, experts);
+    }
+  }
+  std::int64_t total() const { return total_; }
+  std::int64_t tiles() const { return tiles_; }
+  std::int64_t parts() const { return parts_; }
+  /// For whole tiles; a rank alone uses them where they are, or where they are read to.
+  std::int64_t slots() const {
+    if (ranks_ == 1) return 0;
+    return 2 * (whole_[0] + whole_[1]) + 3 * (whole_[2] + whole_[3]);
+  }
+  /// For parts on their way from disk.
+  std::int64_t disk_slots() const {
+    return 2 * (part_[0] + part_[1]) + part_[2] * ring_slots(part_[2], kRingBytes) +
+           part_[3] * ring_slots(part_[3], kHeadRingBytes);
+  }
+  /// A rank alone keeps the embedding, one of several rows up to its part of them.
+  std::int64_t embedding() const {
+    for (const StoredUnit& unit : store_.layout().units) {
+      if (unit.id.kind != UnitKind::embedding) continue;
+      if (ranks_ == 1) return store_.layout().files[static_cast<std::size_t>(unit.file)].bytes;
+      return store_.spec().vocab / ranks_ *
+             code_bytes(unit.matrices[0].format, 1, store_.spec().hidden);
+    }
+    return 0;
+  }
+
+ private:
+  void add(std::size_t pool, std::int64_t bytes) {
+    const std::int64_t part = (bytes / ranks_ + (bytes % ranks_ != 0 ? 1 : 0) + 4095) / 4096 * 4096;
+    const std::int64_t mine = std::clamp<std::int64_t>(bytes - rank_ * part, 0, part);
+    total_ += bytes;
+    parts_ += mine;
+    ++tiles_;
+    whole_[pool] = std::max(whole_[pool], part * ranks_);
+    part_[pool] = std::max(part_[pool], mine);
+  }
+  const Store& store_;
+  int rank_, ranks_;
+  std::int64_t total_ = 0, parts_ = 0, tiles_ = 0;
+  std::array<std::int64_t, 4> whole_{}, part_{};  ///< the largest of each pool
+};
+
+TEST_F(Sharded, a_rank_holds_its_part_of_every_tile_and_slots_and_not_a_byte_more) {
+  for (const char* model : {"llama4_maverick_tiny", "deepseek_v3_tiny", "qwen2_tiny"}) {
+    Course course;
+    course.model = model;
+    course.as_is = false;
+    course.kind = WeightKind::int4;
+    const auto of = store(course);
+    for (const int N : {1, 2, 3, 4}) {
+      std::atomic<std::int64_t> all_parts{0};
+      on_ranks(N, [&](Ranks& ranks) {
+        const Holdings want(*of, ranks.rank(), N);
+        StreamOptions options;
+        options.ranks = ranks.alone() ? nullptr : &ranks;
+        const auto memory_bytes = [&] {
+          const auto weights = StoreWeights::open(of, at::kFloat, options);
+          EXPECT_EQ(weights->facts().tiles, want.tiles());
+          EXPECT_EQ(weights->facts().tile_bytes, want.total());
+          weights->read_through(StoreWeights::Pass::train_recompute);
+          return weights->memory_bytes();
+        };
+        const std::string how = std::string(model) + ", rank " + std::to_string(ranks.rank()) +
+                                " of " + std::to_string(N);
+        EXPECT_EQ(memory_bytes(), want.parts() + want.slots() + want.embedding()) << how;
+        options.host_bytes = 0;
+        EXPECT_EQ(memory_bytes(), want.slots() + want.disk_slots()) << how << ", from disk";
+        // A part is a whole number of blocks.
+        EXPECT_LE(want.parts(), want.total() / N + 4096 * want.tiles());
+        all_parts += want.parts();
+      });
+      EXPECT_EQ(all_parts, Holdings(*of, 0, 1).total());
+    }
   }
 }
 
