@@ -41,7 +41,7 @@ function(tailor_test name)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
-  add_executable(test_${name} ${sources})
+  add_executable(test_${name} ${sources} ${TAILOR_SANITIZER_WORDS})
   target_link_libraries(test_${name} PRIVATE ${ARG_LINK} tailor::warnings GTest::gmock GTest::gtest_main)
   target_compile_definitions(test_${name} PRIVATE
     TAILOR_SOURCE_DIR="${CMAKE_SOURCE_DIR}" TAILOR_BIN_DIR="${CMAKE_RUNTIME_OUTPUT_DIRECTORY}"
