@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -34,8 +35,18 @@ struct Use {
   }
 };
 
-[[noreturn]] void refuse(const Use& use, double planned, const std::string& where,
-                         const std::string& raise) {
+[[noreturn]] void refuse(const Use& use, const PlannedUse& plan, double planned,
+                         const std::string& where, const std::string& raise) {
+  if (!plan.left.empty()) {
+    throw Error(
+        Fault::budget,
+        {use.text(planned) + " for " + plan.left + " are more than is left of " + use.whose + ": " +
+             use.text(std::max(0.0, use.limit - use.used)) + " of " + use.text(use.limit),
+         where,
+         raise + " It must be " + use.text(use.used + planned) +
+             " or more. With --resume --over-budget it goes on all the same, and is saved "
+             "and stopped before the budget is spent."});
+  }
   throw Error(Fault::budget,
               {"the plan exceeds " + use.whose + ": " + use.text(use.used) + " used and " +
                    use.text(planned) + " planned of " + use.text(use.limit),
@@ -46,6 +57,46 @@ struct Use {
 
 }  // namespace
 
+std::optional<PlannedUse> left_at_pace(const Ledger& ledger, const std::string& run,
+                                       std::int64_t first_step, std::int64_t steps,
+                                       std::optional<std::int64_t> usd_micros_per_device_hour) {
+  if (run.empty() || !ledger.find_run(run)) return std::nullopt;
+  const RunRecord record = ledger.read(run);
+  double working_ms = 0;
+  std::map<int, double> loading_ms;  // by attempt; the first may have packed, which is done
+  std::int64_t done = 0;
+  for (const SegmentRecord& segment : record.segments) {
+    switch (segment.facts.phase) {
+      case Phase::load:
+        loading_ms[segment.attempt] += static_cast<double>(segment.device_ms);
+        break;
+      case Phase::train:
+      case Phase::stall:
+      case Phase::evaluate:
+      case Phase::checkpoint:
+        working_ms += static_cast<double>(segment.device_ms);
+        done += segment.facts.steps;
+        break;
+      default:  // lost and idle time need not come again
+        break;
+    }
+  }
+  if (done < kStepsToForecast) return std::nullopt;
+  const std::int64_t left = std::max<std::int64_t>(0, steps - first_step);
+  const auto least = std::min_element(
+      loading_ms.begin(), loading_ms.end(),
+      [](const auto& one, const auto& other) { return one.second < other.second; });
+  PlannedUse out;
+  out.device_ms = std::llround(working_ms / static_cast<double>(done) * static_cast<double>(left) +
+                               (least == loading_ms.end() ? 0 : least->second));
+  if (usd_micros_per_device_hour) {
+    out.usd_micros = cost_usd_micros(*usd_micros_per_device_hour, *out.device_ms);
+  }
+  out.left = "the " + count_text(left) + " steps left, at the pace of the " + count_text(done) +
+             " so far,";
+  return out;
+}
+
 void refuse_over_budget(const Ledger& ledger, const std::string& run, const std::string& project,
                         const BudgetLimits& own, const PlannedUse& planned) {
   std::int64_t used_ms = 0;
@@ -55,17 +106,19 @@ void refuse_over_budget(const Ledger& ledger, const std::string& run, const std:
     used_ms = totals.device_ms;
     used_usd = totals.usd_micros.value_or(0);
   }
-  const auto check = [](std::optional<std::int64_t> limit, std::int64_t used,
-                        std::optional<std::int64_t> to_come, bool money, const std::string& whose,
-                        const std::string& where, const std::string& raise) {
+  const auto check = [&](std::optional<std::int64_t> limit, std::int64_t used,
+                         std::optional<std::int64_t> to_come, bool money, const std::string& whose,
+                         const std::string& where, const std::string& raise) {
     if (!limit || !to_come || used + *to_come <= *limit) return;
-    refuse({static_cast<double>(used), static_cast<double>(*limit), money, whose},
+    refuse({static_cast<double>(used), static_cast<double>(*limit), money, whose}, planned,
            static_cast<double>(*to_come), where, raise);
   };
   check(own.usd_micros, used_usd, planned.usd_micros, true, "the run's budget", "budget.usd",
-        "Raise budget.usd, or plan for less: tailor plan.");
+        planned.left.empty() ? "Raise budget.usd, or plan for less: tailor plan."
+                             : "Raise budget.usd.");
   check(own.device_ms, used_ms, planned.device_ms, false, "the run's budget", "budget.gpu_hours",
-        "Raise budget.gpu_hours, or plan for less: tailor plan.");
+        planned.left.empty() ? "Raise budget.gpu_hours, or plan for less: tailor plan."
+                             : "Raise budget.gpu_hours.");
   if (project.empty()) return;
   const auto shared = ledger.budget(project);
   if (!shared) return;

@@ -16,10 +16,20 @@ struct BudgetLimits {
   bool any() const { return usd_micros.has_value() || device_ms.has_value(); }
 };
 
-/// What a run's plan says is still to come; null: not known.
+/// What is still to come of a run; null: not known.
 struct PlannedUse {
   std::optional<std::int64_t> usd_micros{}, device_ms{};
+  /// Of a run that goes on, for people: "the 480 steps left, at the pace of the 520 so far". Empty:
+  /// a whole plan.
+  std::string left{};
 };
+
+/// What the steps `first_step` to `steps` of a run will take at the pace it has had: its ledger's
+/// training, waiting, evaluating and saving over the steps it took, and loading once more. Knows
+/// better than any plan. Null where the ledger has too few steps of it to tell.
+std::optional<PlannedUse> left_at_pace(const Ledger& ledger, const std::string& run,
+                                       std::int64_t first_step, std::int64_t steps,
+                                       std::optional<std::int64_t> usd_micros_per_device_hour);
 
 /// A project's budget as one of its runs sees it.
 struct SharedBudget {

@@ -225,6 +225,15 @@ TEST_F(TrainProgram, the_budget_stops_a_run_at_a_checkpoint) {
   const Finished done = run({"train", recipe(), "budget.gpu_hours=0.0000001", "--over-budget"});
   EXPECT_EQ(done.code, 76) << done.err;
   EXPECT_TRUE(fs::exists(work_ / "run/checkpoints/step-00000001/manifest.json"));
+  // Going on with the same budget is refused, and says what it would take; nothing is lost by it.
+  const Finished again = run({"train", recipe(), "--resume", "budget.gpu_hours=0.0000001"});
+  EXPECT_EQ(again.code, 76) << again.err;
+  EXPECT_NE(again.err.find(" for the 11 steps left, as planned, are more than is left of the run's "
+                           "budget: 0 GPU-hours of "),
+            std::string::npos)
+      << again.err;
+  EXPECT_NE(again.err.find("It must be "), std::string::npos) << again.err;
+  EXPECT_NE(again.err.find("With --resume --over-budget it goes on"), std::string::npos);
   const Finished more = run({"train", recipe(), "--resume"});
   EXPECT_EQ(more.code, 0) << more.err;
 }

@@ -58,8 +58,16 @@ void refuse_plan_over_budget(const Recipe& recipe, const Plan& plan, const std::
     if (error.fault() != Fault::io && error.fault() != Fault::bad_file) throw;
   }
   if (!ledger) ledger = Ledger::in_memory(clock);
+  PlannedUse left = planned_use(plan, first_step, steps);
+  if (first_step > 0) {
+    left.left = "the " + count_text(steps - first_step) + " steps left, as planned,";
+    if (auto known =
+            left_at_pace(*ledger, run, first_step, steps, plan.price.usd_micros_per_device_hour)) {
+      left = std::move(*known);
+    }
+  }
   refuse_over_budget(*ledger, run, recipe.cost.project.value_or(""), own_limits(recipe.budget),
-                     planned_use(plan, first_step, steps));
+                     left);
 }
 
 RunBooks::RunBooks(const Recipe& recipe, const Plan& plan, const RunFolder& folder,

@@ -54,6 +54,59 @@ TEST_F(BudgetTest, a_plan_over_the_runs_own_budget_is_refused) {
   refuse_over_budget(*ledger_, attempt.run, "", {{}, 3 * 3'600'000}, {{}, 3'600'000});
 }
 
+TEST_F(BudgetTest, a_run_that_goes_on_is_judged_by_what_is_left_to_do_at_its_own_pace) {
+  const AttemptId first = ledger_->begin_attempt(ledger_->begin_run(facts_), attempt_facts());
+  EXPECT_FALSE(left_at_pace(*ledger_, first.run, 0, 100, std::nullopt).has_value());
+  const auto book = [&](const AttemptId& attempt, Phase phase, std::int64_t seconds,
+                        std::int64_t steps, std::int64_t step) {
+    const SegmentFacts one{.phase = phase, .ms = seconds * 1000, .step = step, .steps = steps};
+    ledger_->segments(attempt, std::span(&one, 1));
+  };
+  // Twenty steps in 200 s of each device, evaluation, saving and waiting included.
+  book(first, Phase::load, 60, 0, 0);
+  book(first, Phase::train, 170, 20, 20);
+  book(first, Phase::stall, 10, 0, 20);
+  book(first, Phase::evaluate, 15, 0, 20);
+  book(first, Phase::checkpoint, 5, 0, 20);
+  book(first, Phase::idle, 500, 0, 20);
+  ledger_->end_attempt(first, RunStatus::stopped_user, 75, "preempted");
+  const auto left = left_at_pace(*ledger_, first.run, 20, 100, 2'690'000);
+  ASSERT_TRUE(left.has_value());
+  EXPECT_EQ(left->device_ms, 4 * (80 * 10 + 60) * 1000);  // and loading once more
+  EXPECT_EQ(left->usd_micros, cost_usd_micros(2'690'000, *left->device_ms));
+  EXPECT_EQ(left->left, "the 80 steps left, at the pace of the 20 so far,");
+
+  // 760 s of four devices are spent, 860 s to come.
+  const std::int64_t needed = 4 * (760 + 860) * 1000;
+  refuse_over_budget(*ledger_, first.run, "", {{}, needed}, *left);
+  const Error error = error_of([&] {
+    refuse_over_budget(*ledger_, first.run, "", {{}, needed - 4 * 360'000}, *left);
+  });
+  EXPECT_EQ(error.exit_code(), 76);
+  EXPECT_EQ(error.parts().what,
+            "0.9556 GPU-hours for the 80 steps left, at the pace of the 20 so far, are more than "
+            "is left of the run's budget: 0.5556 GPU-hours of 1.400 GPU-hours");
+  EXPECT_EQ(error.parts().where, "budget.gpu_hours");
+  EXPECT_EQ(error.parts().mend,
+            "Raise budget.gpu_hours. It must be 1.800 GPU-hours or more. With --resume "
+            "--over-budget it goes on all the same, and is saved and stopped before the budget is "
+            "spent.");
+  // Spent beyond it: nothing is left, not less.
+  EXPECT_THAT(error_of([&] {
+                refuse_over_budget(*ledger_, first.run, "", {{}, 1}, *left);
+              })
+                  .parts()
+                  .what,
+              HasSubstr("0 GPU-hours of"));
+  // A second attempt loads faster, since the first packed; steps done twice still tell the pace.
+  const AttemptId second = ledger_->begin_attempt(first.run, attempt_facts());
+  book(second, Phase::load, 20, 0, 0);
+  book(second, Phase::train, 100, 10, 30);
+  EXPECT_EQ(left_at_pace(*ledger_, first.run, 30, 100, std::nullopt)->device_ms,
+            4 * (70 * 10 + 20) * 1000);
+  EXPECT_FALSE(left_at_pace(*ledger_, first.run, 30, 100, std::nullopt)->usd_micros.has_value());
+}
+
 TEST_F(BudgetTest, a_projects_budget_counts_what_is_spent_and_what_others_have_planned) {
   ledger_->set_budget("team", {40'000'000, std::nullopt, "ada", 0});
   const AttemptId done = spend(1, attempt_facts());  // $10.76
