@@ -1,12 +1,11 @@
 #include "data/runs/energy.h"
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <fstream>
 #include <utility>
 
 #include "base/text.h"
+#include "data/runs/nvml.h"
 
 namespace tailor {
 namespace {
@@ -40,37 +39,6 @@ class RaplCounter final : public EnergyMeter::Counter {
  private:
   fs::path folder_;
   std::int64_t range_;
-};
-
-/// The few functions of NVML that are needed, by their C names (nvml.h of the CUDA toolkit).
-struct Nvml {
-  using Device = void*;
-  int (*init)() = nullptr;
-  int (*shutdown)() = nullptr;
-  int (*device)(unsigned, Device*) = nullptr;
-  int (*energy)(Device, unsigned long long*) = nullptr;
-  void* library = nullptr;
-
-  explicit Nvml(const std::string& name) : library(::dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) {
-    if (library == nullptr) return;
-    init = find<int (*)()>("nvmlInit_v2");
-    shutdown = find<int (*)()>("nvmlShutdown");
-    device = find<int (*)(unsigned, Device*)>("nvmlDeviceGetHandleByIndex_v2");
-    energy = find<int (*)(Device, unsigned long long*)>("nvmlDeviceGetTotalEnergyConsumption");
-    ready = init != nullptr && shutdown != nullptr && device != nullptr && energy != nullptr &&
-            init() == 0;
-  }
-  Nvml(const Nvml&) = delete;
-  Nvml& operator=(const Nvml&) = delete;
-  ~Nvml() {
-    if (ready) shutdown();
-    if (library != nullptr) ::dlclose(library);
-  }
-  template <class Function>
-  Function find(const char* name) const {
-    return reinterpret_cast<Function>(::dlsym(library, name));
-  }
-  bool ready = false;
 };
 
 class NvmlCounter final : public EnergyMeter::Counter {
@@ -119,7 +87,7 @@ EnergyMeter EnergyMeter::rapl(const fs::path& folder) {
 
 EnergyMeter EnergyMeter::nvml(const std::vector<unsigned>& devices, const std::string& library) {
   const auto nvml = std::make_shared<Nvml>(library);
-  if (!nvml->ready) return {};
+  if (!nvml->ready || nvml->energy == nullptr) return {};
   std::vector<std::unique_ptr<Counter>> counters;
   for (const unsigned number : devices) {
     Nvml::Device device = nullptr;

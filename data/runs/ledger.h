@@ -100,7 +100,7 @@ struct SegmentFacts {
   std::int64_t steps = 0;  ///< steps completed in it; the last of them is `step`
   std::int64_t tokens = 0;
   std::int64_t trained_tokens = 0;               ///< those that carry loss
-  std::optional<std::int64_t> busy_device_ms{};  ///< kernels running; null: not measured
+  std::optional<std::int64_t> busy_device_ms{};  ///< devices at work; null: not measured
   std::optional<std::int64_t> energy_mj{};       ///< millijoules; null: not measured
 };
 

@@ -157,12 +157,13 @@ void SegmentTimer::write() {
     account();
     open.swap(pending_);
   }
-  share_energy(open);
+  share_measured(open);
   std::vector<SegmentFacts> rows;
   for (const Open& one : open) {
     SegmentFacts facts = one.facts;
     facts.ms -= one.stall_ms;
-    if (facts.ms > 0 || facts.steps > 0 || facts.energy_mj) rows.push_back(facts);
+    if (facts.ms > 0 || facts.steps > 0 || facts.energy_mj || facts.busy_device_ms)
+      rows.push_back(facts);
     if (one.stall_ms > 0) {
       rows.push_back({.phase = Phase::stall, .ms = one.stall_ms, .step = facts.step});
     }
@@ -178,25 +179,33 @@ void SegmentTimer::write() {
   written_at_ms_ = ledger_.clock().steady_ms();
 }
 
-/// What was taken up since the last time, over the stretches it was for.
-void SegmentTimer::share_energy(std::vector<Open>& open) {
+/// What was measured since the last time, over the stretches it was for.
+void SegmentTimer::share_measured(std::vector<Open>& open) {
   const auto millijoules = extras_.energy.take_millijoules();
-  if (!millijoules) return;
-  energy_carry_mj_ += *millijoules;
+  const auto busy_ms = extras_.busy.take_busy_ms();
+  energy_carry_mj_ += millijoules.value_or(0);
+  busy_carry_ms_ += busy_ms.value_or(0);
   std::int64_t all_ms = 0;
   for (const Open& one : open) all_ms += one.facts.ms;
   if (all_ms == 0) return;  // for the next stretch
-  __extension__ using Wide = __int128;
-  std::int64_t until_ms = 0;
-  std::int64_t given = 0;
-  for (Open& one : open) {
-    until_ms += one.facts.ms;
-    const auto until =
-        static_cast<std::int64_t>(static_cast<Wide>(energy_carry_mj_) * until_ms / all_ms);
-    one.facts.energy_mj = one.facts.energy_mj.value_or(0) + until - given;
-    given = until;
-  }
-  energy_carry_mj_ = 0;
+  const auto share = [&](std::int64_t amount, std::optional<std::int64_t> SegmentFacts::*field) {
+    __extension__ using Wide = __int128;
+    std::int64_t until_ms = 0;
+    std::int64_t given = 0;
+    for (Open& one : open) {
+      until_ms += one.facts.ms;
+      const auto until = static_cast<std::int64_t>(static_cast<Wide>(amount) * until_ms / all_ms);
+      one.facts.*field = (one.facts.*field).value_or(0) + until - given;
+      given = until;
+    }
+  };
+  if (millijoules) share(std::exchange(energy_carry_mj_, 0), &SegmentFacts::energy_mj);
+  if (!busy_ms) return;
+  // Clocks and samples end at slightly other moments: what is more than the time held waits.
+  const std::int64_t busy =
+      std::min(static_cast<std::int64_t>(busy_carry_ms_), checked_multiply(all_ms, devices_));
+  busy_carry_ms_ -= static_cast<double>(busy);
+  share(busy, &SegmentFacts::busy_device_ms);
 }
 
 /// As write(), but a ledger that cannot be written to for now does not stop the training: the time

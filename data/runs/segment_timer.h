@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "data/runs/busy.h"
 #include "data/runs/energy.h"
 #include "data/runs/ledger.h"
 
@@ -17,7 +18,9 @@ namespace tailor {
 
 struct SegmentTimerExtras {
   std::function<void()> after_heartbeat{};  ///< called by the heartbeat thread after each round
-  EnergyMeter energy{};  ///< asked whenever time is written down; shared out by time
+  /// Asked whenever time is written down; shared out by time.
+  EnergyMeter energy{};
+  BusyMeter busy{};
 };
 
 /// Books an attempt's time: from construction to finish() every millisecond belongs to exactly one
@@ -87,7 +90,7 @@ class SegmentTimer {
   void account();
   void write();
   void write_or_keep();
-  void share_energy(std::vector<Open>& open);
+  void share_measured(std::vector<Open>& open);
   void rethrow();
   void stop_thread();
   void beat();
@@ -110,6 +113,7 @@ class SegmentTimer {
   std::vector<Open> pending_;
   double stall_carry_ms_ = 0;
   std::int64_t energy_carry_mj_ = 0;
+  double busy_carry_ms_ = 0;
   bool finished_ = false;
   bool stopping_ = false;
   std::exception_ptr error_;

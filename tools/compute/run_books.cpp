@@ -1,5 +1,6 @@
 #include "tools/compute/run_books.h"
 
+#include <ATen/Parallel.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -129,6 +130,7 @@ RunBooks::RunBooks(const Recipe& recipe, const Plan& plan, const RunFolder& fold
   extras.after_heartbeat = [this] { budget_->refresh(); };
   // The first rank sees its own machine: half of a sum is no sum.
   if (ranks.nodes() == 1) extras.energy = EnergyMeter::rapl();
+  if (ranks.size() == 1) extras.busy = BusyMeter::process(at::get_num_threads());
   timer_ = std::make_unique<SegmentTimer>(
       *ledger_, attempt_, Phase::load, SegmentTimer::Heartbeats::thread,
       launcher.paid_since_steady_ms(clock, facts.began_steady_ms), std::move(extras));
