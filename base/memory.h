@@ -14,4 +14,7 @@ void release_free_memory();
 /// system does not say.
 std::optional<std::int64_t> resident_bytes_peak();
 
+/// What it holds now (VmRSS).
+std::optional<std::int64_t> resident_bytes();
+
 }  // namespace tailor

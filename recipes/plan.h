@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/json.h"
 #include "recipes/machine.h"
+#include "recipes/measured_step.h"
 #include "recipes/model_facts.h"
 #include "recipes/price_book.h"
 #include "recipes/recipe.h"
@@ -85,6 +86,8 @@ struct Calibration {
   double gflops = 0;       ///< what a training step reaches on the CPU, over all cores
   std::string source;      ///< "measured on this machine on 2026-11-23"
   bool disturbed = false;  ///< others used the machine meanwhile
+  /// The recipe's own layers, where they were measured: takes the place of `gflops`.
+  std::optional<MeasuredStep> step{};
 };
 
 /// What a run needs and costs, before anything loads.

@@ -77,10 +77,9 @@ void Planner::run_cpu() {
   add_cpu_time(keep, value_bytes);
 }
 
-/// What is trained, and what the layers keep: in RAM, or a window of it that is paged.
-void Planner::add_cpu_state(bool keep, double value_bytes) {
+/// What is trained: in RAM, or a window of it that is paged.
+void Planner::add_cpu_factors(double value_bytes) {
   const bool paged = plan.expert_state == StateHome::disk;
-  const double layers = as_double(model_.layers);
   const double in_memory = as_double(paged ? lora_.other() : lora_.total());
   item(Home::host, "factors", in_memory * (value_bytes == 2 ? kTrainBytes : 16),
        whole(in_memory) + " parameters x " + (value_bytes == 2 ? "18" : "16") +
@@ -93,6 +92,33 @@ void Planner::add_cpu_state(bool keep, double value_bytes) {
          "of two layers the copies, of one the gradients, " + whole(layer) +
              " parameters each; 4 windows of 4 MiB of each arena in the update");
   }
+}
+
+/// What passes take, where it was measured for this kind of step: of one rank, whose activations
+/// stay in memory. The layers that were not measured keep as much as the formula says.
+bool Planner::add_measured_activations(bool keep, double value_bytes) {
+  if (!extras_.calibration || !extras_.calibration->step || ranks_ > 1) return false;
+  const MeasuredStep& step = *extras_.calibration->step;
+  if (step.kept != keep || !step.in_memory || plan.activations == ActivationHome::disk)
+    return false;
+  const double of_token = as_double(model_.layers * model_.hidden) * value_bytes +
+                          (keep ? kept_bytes(value_bytes) / tokens_ : 0);
+  const double missing = of_token * step.tokens_max *
+                         (1 - as_double(step.measured_layers()) / as_double(step.model_layers()));
+  item(Home::host, "activations and scratch",
+       (step.pass_bytes + missing) * tokens_ / step.tokens_max,
+       gb(step.pass_bytes) + " measured for " + whole(step.tokens_max) + " tokens" +
+           (missing > 0 ? ", " + gb(missing) + " kept by the other layers" : "") + ", for " +
+           whole(tokens_) + " of full rows");
+  return true;
+}
+
+/// What the layers keep, in RAM or a window of it that is paged, and what they work in.
+void Planner::add_cpu_activations(bool keep, double value_bytes) {
+  const double layers = as_double(model_.layers);
+  const double micro =
+      std::min(as_double(recipe_.training.micro_batch_size * recipe_.data.sequence_len),
+               std::max(1.0, tokens_ / ranks_));
   const double inputs = tokens_ * layers * as_double(model_.hidden) * value_bytes;
   const double rest = keep ? kept_bytes(value_bytes) : 0;
   if (plan.activations == ActivationHome::host) {
@@ -102,22 +128,11 @@ void Planner::add_cpu_state(bool keep, double value_bytes) {
     item(Home::host, "kept activations", rest,
          "q, k and v or their latents, attention's result, the stream after it, gate and up, all "
          "layers");
-    return;
+  } else {
+    kept_on_disk_ = inputs + rest;
+    item(Home::host, "kept layer inputs in use", kept_on_disk_ * std::min(1.0, 3 / layers),
+         "a window of 3 layers; the others wait on the disk");
   }
-  kept_on_disk_ = inputs + rest;
-  item(Home::host, "kept layer inputs in use", kept_on_disk_ * std::min(1.0, 3 / layers),
-       "a window of 3 layers; the others wait on the disk");
-}
-
-void Planner::add_cpu_memory(bool keep, double value_bytes) {
-  const double micro =
-      std::min(as_double(recipe_.training.micro_batch_size * recipe_.data.sequence_len),
-               std::max(1.0, tokens_ / ranks_));
-
-  // Measured on the demo run: what its peak of 1.57 GB holds beyond the items below.
-  item(Home::host, "process", 0.36 * kGb * ranks_,
-       "program, LibTorch and what the tokenizer leaves behind, each rank");
-  add_cpu_state(keep, value_bytes);
   item(Home::host, "residual stream", tokens_ * as_double(model_.hidden) * 2 * 4,
        "value and gradient, float32");
   if (model_.experts > 0) {
@@ -135,10 +150,27 @@ void Planner::add_cpu_memory(bool keep, double value_bytes) {
   item(Home::host, "head chunk",
        head_rows * as_double(model_.vocab + 3 * model_.hidden) * value_bytes * ranks_,
        "logits of " + whole(head_rows) + " tokens, which become their gradient");
-
   item(Home::host, "dequantise scratch", scratch_parameters() * value_bytes * ranks_,
        "the largest piece of a layer that is packed, its values");
+}
 
+void Planner::add_cpu_memory(bool keep, double value_bytes) {
+  if (extras_.calibration && extras_.calibration->step) {
+    const MeasuredStep& step = *extras_.calibration->step;
+    const double steps = job_steps().value.value_or(1e9);
+    item(Home::host, "process", step.process_bytes * ranks_,
+         "program, LibTorch and its buffers, measured; each rank");
+    item(Home::host, "compiled kernels", step.kernels_after(steps) * ranks_,
+         gb(step.kernel_bytes) +
+             " for every number of rows in a micro-batch of the run's steps and "
+             "evaluation, measured; each rank");
+  } else {
+    // What the demo run's peak of 1.57 GB held beyond the items below.
+    item(Home::host, "process", 0.36 * kGb * ranks_,
+         "program, LibTorch and what the tokenizer leaves behind, each rank");
+  }
+  add_cpu_factors(value_bytes);
+  if (!add_measured_activations(keep, value_bytes)) add_cpu_activations(keep, value_bytes);
   const double weights = base_.all();
   const double limit = machine_.host_bytes * kHostShare;
   const double room = std::max(0.0, limit - sum(Home::host));
@@ -202,9 +234,17 @@ void Planner::add_cpu_ring() {
              " of " + gb(layer) + " for the rest of a layer");
   }
   if (streamed_bytes_ <= 0) return;
-  // Of several ranks each reads its part of a tile.
+  // Of several ranks each reads its part of a tile. Tiles are read in order, and of the rest of a
+  // layer two lie ahead at most: slots beyond the experts of three layers are never written to.
+  const std::int64_t of_layer =
+      model_.experts == 0
+          ? 0
+          : (model_.experts +
+             experts_per_tile(static_cast<std::int64_t>(base_.expert), model_.experts) - 1) /
+                experts_per_tile(static_cast<std::int64_t>(base_.expert), model_.experts);
   const std::int64_t expert_slots =
-      ring_slots(static_cast<std::int64_t>(experts / ranks_), rank_ring_bytes_);
+      std::min(ring_slots(static_cast<std::int64_t>(experts / ranks_), rank_ring_bytes_),
+               (kLayerSlots + 1) * of_layer);
   const std::int64_t head_slots =
       ring_slots(static_cast<std::int64_t>(head / ranks_), kHeadRingBytes);
   plan.ring_bytes = std::llround(experts * as_double(expert_slots) + head * as_double(head_slots) +
@@ -218,15 +258,8 @@ void Planner::add_cpu_ring() {
            std::to_string(kLayerSlots) + " of " + gb(layer) + " for the rest of a layer");
 }
 
-void Planner::add_cpu_time(bool keep, double value_bytes) {
-  const TokenFlops flops = token_flops(recipe_, model_, keep, loss_share_);
-  plan.flops_per_token = {
-      flops.total(), "FLOP",
-      "forward " + short_text((flops.forward_other + flops.forward_expert) / 1e9) + " + backward " +
-          short_text((flops.backward_other + flops.backward_expert) / 1e9) + " GFLOP" +
-          (keep ? "" : ", recompute included") +
-          (loss_share_ < 1 ? ", the head for " + short_text(100 * loss_share_) + " % of the tokens"
-                           : "")};
+/// Without a measurement of the recipe's own layers: all arithmetic at one speed.
+Planner::CpuStep Planner::cpu_step_of(const TokenFlops& flops, double value_bytes) const {
   const bool measured = extras_.calibration.has_value() && extras_.calibration->gflops > 0;
   const double profile = value_bytes == 4 ? machine_.gflops_float32 : machine_.gflops_bfloat16;
   const double threads_share =
@@ -236,46 +269,117 @@ void Planner::add_cpu_time(bool keep, double value_bytes) {
   const double gflops =
       std::max(1e-3, measured ? extras_.calibration->gflops : profile * threads_share);
   const double computed = tokens_ * fill_;  // there is no padding in a step
-  const double compute = flops.total() * computed / (gflops * 1e9);
-  forward_seconds_per_token_ =
-      (flops.forward_other + flops.forward_expert + flops.head) / (gflops * 1e9);
+  const double seconds = flops.total() * computed / (gflops * 1e9);
   const double unpacked = dequantise_bytes(value_bytes);
-  const double dequantise = 2 * unpacked / machine_.memory_bytes_per_second;
-  const double busy = compute + dequantise;
+  const double a_pass = unpacked / machine_.memory_bytes_per_second;
+  CpuStep out;
+  out.unpacking = 2 * a_pass;
+  const double forward = (flops.forward_other + flops.forward_expert + flops.head) / (gflops * 1e9);
+  out.forward = forward * computed + a_pass;
+  out.backward = seconds - forward * computed + a_pass;
+  out.forward_per_token = forward;
+  out.working =
+      short_text(flops.total() / 1e9) + " GFLOP x " + whole(computed) + " tokens / " +
+      short_text(gflops) + " GFLOP/s = " + short_text(seconds) +
+      (out.unpacking > 0
+           ? " + dequantise 2 passes x " + gb(unpacked) + " packed and unpacked / " +
+                 gb(machine_.memory_bytes_per_second) + "/s = " + short_text(out.unpacking)
+           : "");
+  out.source = measured ? extras_.calibration->source : machine_.gflops_source;
+  return out;
+}
+
+/// The parts that were measured, for this recipe's tokens, arithmetic and factors. For the recipe
+/// that was measured the factors are 1 but for rows of another length than those of the first
+/// steps; they differ where advice plans a changed recipe.
+Planner::CpuStep Planner::cpu_step_as_measured(const MeasuredStep& measured,
+                                               const TokenFlops& flops, double value_bytes) const {
+  const double computed = tokens_ * fill_;
+  const double layers = computed / measured.tokens * (flops.total() - 2 * flops.head) /
+                        measured.layer_flops_per_token;
+  const double head = computed * loss_share_ / measured.trained_tokens * measured.head_seconds;
+  const double unpacked = measured.dequantising ? 0 : dequantise_bytes(value_bytes);
+  const double a_pass = unpacked / machine_.memory_bytes_per_second;
+  CpuStep out;
+  out.unpacking = 2 * a_pass;
+  out.forward = layers * measured.forward_seconds() + head / 2 + a_pass;
+  out.backward = layers * measured.backward_seconds() + head / 2 + a_pass;
+  out.update = measured.update_seconds * as_double(lora_.total()) / measured.parameters;
+  out.over = streamed_bytes_ > 0 && measured.stream ? measured.stream->over() : 1;
+  out.forward_per_token = (layers * measured.forward_seconds() + head / 2) / computed;
+  for (const MeasuredStep::Layers& kind : measured.layers) {
+    out.working += (out.working.empty() ? "(" : " + ") + whole(as_double(kind.in_model)) + " " +
+                   kind.kind + " x (" + short_text(kind.forward_seconds) + " + " +
+                   short_text(kind.backward_seconds) + ")";
+  }
+  out.working += ")" + (layers == 1 ? std::string() : " x " + number_text(layers, 4)) + " + head " +
+                 short_text(head) + " + update " + short_text(out.update) +
+                 (out.unpacking > 0 ? " + dequantise " + short_text(out.unpacking) : "");
+  out.source = measured.source();
+  return out;
+}
+
+void Planner::add_cpu_time(bool keep, double value_bytes) {
+  const TokenFlops flops = token_flops(recipe_, model_, keep, loss_share_);
+  plan.flops_per_token = {
+      flops.total(), "FLOP",
+      "forward " + short_text((flops.forward_other + flops.forward_expert) / 1e9) + " + backward " +
+          short_text((flops.backward_other + flops.backward_expert) / 1e9) + " GFLOP" +
+          (keep ? "" : ", recompute included") +
+          (loss_share_ < 1 ? ", the head for " + short_text(100 * loss_share_) + " % of the tokens"
+                           : "")};
+  const bool as_measured = extras_.calibration && extras_.calibration->step;
+  const CpuStep step = as_measured
+                           ? cpu_step_as_measured(*extras_.calibration->step, flops, value_bytes)
+                           : cpu_step_of(flops, value_bytes);
+  forward_seconds_per_token_ = step.forward_per_token;
+  const double passes = step.forward + step.backward;
   const double weights = base_.all();
   const double from_disk = 2 * streamed_bytes_;
-  const double weights_disk = from_disk / machine_.disk_bytes_per_second;
+  const double a_pass = streamed_bytes_ / machine_.disk_bytes_per_second;
   add_scratch(value_bytes, kept_on_disk_);
-  const double disk =
-      weights_disk + *plan.scratch_bytes_per_step.value / machine_.disk_bytes_per_second;
+  const double scratch = *plan.scratch_bytes_per_step.value / machine_.disk_bytes_per_second;
+  const double disk = 2 * a_pass + scratch;
   plan.stream_bytes_per_step = {
       from_disk, "bytes",
       from_disk > 0 ? "2 passes x " + gb(from_disk / 2) + " from disk" : "all weights are in RAM"};
-  plan.seconds_per_step = {
-      std::max(busy, disk), "seconds",
-      "max(" + short_text(flops.total() / 1e9) + " GFLOP x " + whole(computed) + " tokens / " +
-          short_text(gflops) + " GFLOP/s = " + short_text(compute) +
-          (dequantise > 0
-               ? " + dequantise 2 passes x " + gb(unpacked) + " packed and unpacked / " +
-                     gb(machine_.memory_bytes_per_second) + "/s = " + short_text(dequantise)
-               : "") +
-          ", disk " + short_text(disk) + "); " +
-          (measured ? extras_.calibration->source : machine_.gflops_source)};
-  plan.bound = disk > busy ? Bound::disk : Bound::compute;
-  plan.bound_working = "a step: compute " + short_text(compute) + " s, " +
-                       (dequantise > 0 ? "dequantise " + short_text(dequantise) + " s, " : "") +
-                       "disk " + short_text(disk) + " s";
-  const double per_token = flops.total() / (gflops * 1e9);
+  if (as_measured) {
+    // A pass waits for its own reading: what the other pass has to spare does not help it.
+    const double forward = std::max(step.forward, a_pass);
+    const double backward = std::max(step.backward, a_pass + scratch);
+    plan.seconds_per_step = {
+        (forward + backward) * step.over + step.update, "seconds",
+        step.working +
+            (disk > 0 ? "; of a pass the longer: forward " + short_text(step.forward) + ", disk " +
+                            short_text(a_pass) + "; backward " + short_text(step.backward) +
+                            ", disk " + short_text(a_pass + scratch) +
+                            (step.over != 1 ? "; both x " + number_text(step.over, 4) +
+                                                  ", measured, for reading beside computing"
+                                            : "")
+                      : "") +
+            "; " + step.source};
+  } else {
+    plan.seconds_per_step = {
+        std::max(passes, disk), "seconds",
+        "max(" + step.working + ", disk " + short_text(disk) + "); " + step.source};
+  }
+  plan.bound = disk > passes ? Bound::disk : Bound::compute;
+  plan.bound_working =
+      "a step: compute " + short_text(passes - step.unpacking + step.update) + " s, " +
+      (step.unpacking > 0 ? "dequantise " + short_text(step.unpacking) + " s, " : "") + "disk " +
+      short_text(disk) + " s";
+  const double per_token = (passes - step.unpacking) / (tokens_ * fill_);
   if (from_disk > 0) {
     plan.crossover_tokens_per_step = {
-        std::max(1.0, std::ceil((weights_disk - dequantise) / per_token)), "tokens",
-        short_text(weights_disk) + " s of reading" +
-            (dequantise > 0 ? " - " + short_text(dequantise) + " s of dequantising" : "") + " / " +
-            short_text(per_token * 1e3) + " ms a token"};
+        std::max(1.0, std::ceil((2 * a_pass - step.unpacking) / per_token)), "tokens",
+        short_text(2 * a_pass) + " s of reading" +
+            (step.unpacking > 0 ? " - " + short_text(step.unpacking) + " s of dequantising" : "") +
+            " / " + short_text(per_token * 1e3) + " ms a token"};
   } else {
     plan.crossover_tokens_per_step = {std::nullopt, "tokens", "nothing is streamed"};
   }
   load_bytes_ = weights - streamed_bytes_;
+  const bool measured = as_measured || (extras_.calibration && extras_.calibration->gflops > 0);
   if (measured && extras_.calibration->disturbed) {
     plan.warnings.push_back(
         "CPU speed was measured while others used this machine: run `tailor calibrate` again");

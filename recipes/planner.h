@@ -40,11 +40,26 @@ class Planner {
   void add_crossover(const GpuStep& step);
   void add_differences(const GpuStep& ours);
 
+  /// What a step computes on the CPU, and how that was worked out.
+  struct CpuStep {
+    double forward = 0, backward = 0;  ///< seconds, the head half each, unpacking included
+    double update = 0;                 ///< beside which nothing is read
+    double unpacking = 0;              ///< of forward and backward, where it was reckoned apart
+    double over = 1;                   ///< what reading beside it costs, as a factor
+    double forward_per_token = 0;      ///< of an evaluation
+    std::string working, source;
+  };
+
   void run_cpu();
   void add_cpu_memory(bool keep, double value_bytes);
   void add_cpu_ring();
-  void add_cpu_state(bool keep, double value_bytes);
+  void add_cpu_factors(double value_bytes);
+  void add_cpu_activations(bool keep, double value_bytes);
+  bool add_measured_activations(bool keep, double value_bytes);
   void add_cpu_time(bool keep, double value_bytes);
+  CpuStep cpu_step_of(const TokenFlops& flops, double value_bytes) const;
+  CpuStep cpu_step_as_measured(const MeasuredStep& measured, const TokenFlops& flops,
+                               double value_bytes) const;
   double kept_bytes(double value_bytes) const;
   /// Whether matrices in a format are turned into values before they are multiplied.
   bool dequantised(BaseFormat format) const;

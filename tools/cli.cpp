@@ -181,6 +181,9 @@ class CommandLine {
             "--on", plan.own.on,
             "Machine profiles to compare, by commas: a100-40gb,4xh100; auto is this machine")
         ->type_name("NAMES");
+    plan.app.add_flag("--probe", plan.own.probe,
+                      "Measure steps of the recipe's own layers and the disk on this machine "
+                      "first, for some seconds, and plan with that");
     plan.app.add_flag("--explain", plan.own.explain, "Show the working of every figure");
     plan.app.add_flag(
         "--data", plan.own.data,
@@ -889,6 +892,9 @@ class CommandLine {
         app_, "calibrate",
         "Measure what a training step reaches on this machine, for `tailor plan`",
         "tailor calibrate");
+    calibrate.app.add_option("RECIPE", calibrate.own.recipe,
+                             "Measure steps of this recipe's own layers");
+    calibrate.app.add_option("key=value", calibrate.own.overrides, kOverrides)->type_name("");
     with_json(calibrate);
   }
 

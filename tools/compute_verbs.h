@@ -105,11 +105,13 @@ struct ExpertsScanArguments {
 int run_experts_scan(const ExpertsScanArguments& arguments);
 
 struct CalibrateArguments {
+  std::string recipe;                  ///< path or name; empty: none
+  std::vector<std::string> overrides;  ///< key=value, of the recipe
   bool json = false;
 };
 /// Measures training steps and bare matrix products for a few seconds and writes
 /// <cache>/machine-calibration.json, which `plan` reads; one of a quiet machine is not replaced by
-/// one of a busy machine. With a recipe: steps of some of its layers, and nothing is kept.
+/// one of a busy machine. With a recipe: its own steps (measure_recipe_step), kept likewise.
 int run_calibrate(const CalibrateArguments& arguments);
 
 }  // namespace tailor

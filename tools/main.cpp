@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "tools/cli.h"
+#include "tools/compute_program.h"
 #include "tools/paths.h"
 #include "tools/program.h"
 
@@ -17,13 +18,7 @@ namespace {
 
 [[noreturn]] void hand_over(char* const* argv) {
   const fs::path program = sibling_program("tailor-compute");
-  // OpenMP threads spin at the end of every parallel loop, and where another process wants a core
-  // that takes it from the thread they wait for. Sleeping at once is slow on a quiet machine.
-  // Tokens/s of the dense demo model, two cores, alone and beside one busy process:
-  //   1,000 spins 1,679 and 931;  5,000 1,787 and 820;  20,000 1,825 and 588;  60,000 1,841 and 423
-  // (libgomp's own 300,000: 1,834 alone.) It reads this when it is loaded, so it is set here; a
-  // value the user gave stands.
-  setenv("GOMP_SPINCOUNT", "5000", 0);
+  prepare_compute_environment();
   execv(program.c_str(), argv);
   throw io_error(errno, "cannot start tailor-compute", program.string());
 }

@@ -1,21 +1,16 @@
 #include "tools/planning.h"
 
-#include <fcntl.h>
-#include <spawn.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstdlib>
 
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/text.h"
 #include "data/checkpoint/checkpoint.h"
 #include "recipes/advice.h"
+#include "tools/compute_program.h"
 #include "tools/data_memo.h"
 #include "tools/paths.h"
+#include "tools/step_memo.h"
 
 namespace tailor {
 namespace {
@@ -24,27 +19,12 @@ constexpr std::int64_t kReadBytesMax = 64'000'000;
 
 /// Runs `tailor-compute calibrate`, its result on our stderr. False when it could not.
 bool calibrate() {
-  fs::path program;
+  log_info("measuring what a training step reaches on this machine, once (a few seconds)");
   try {
-    program = sibling_program("tailor-compute");
+    return run_compute({"calibrate"}) == 0;
   } catch (const Error&) {
     return false;
   }
-  log_info("measuring what a training step reaches on this machine, once (a few seconds)");
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_adddup2(&actions, STDERR_FILENO, STDOUT_FILENO);
-  std::string name = program.string(), verb = "calibrate";
-  char* argv[] = {name.data(), verb.data(), nullptr};
-  pid_t child = 0;
-  const int failed = posix_spawn(&child, name.c_str(), &actions, nullptr, argv, environ);
-  posix_spawn_file_actions_destroy(&actions);
-  if (failed != 0) return false;
-  int status = 0;
-  while (waitpid(child, &status, 0) < 0) {
-    if (errno != EINTR) return false;
-  }
-  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
 std::int64_t bytes_of(const std::vector<DataSource>& sources) {
@@ -87,9 +67,14 @@ std::optional<MachineCalibration> MachineCalibration::read() {
   }
 }
 
-std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& machine,
-                                          Measure measure) {
+std::optional<Calibration> calibration_of(const Recipe& recipe, const ModelFacts& model,
+                                          const Machine& machine, Measure measure) {
   if (machine.kind != Machine::Kind::cpu || recipe.machine.profile) return std::nullopt;
+  if (std::optional<MeasuredStep> step = recall_step(recipe, model)) {
+    Calibration out{0, step->source(), step->busy_share > kBusyShare};
+    out.step = std::move(step);
+    return out;
+  }
   std::optional<MachineCalibration> found = MachineCalibration::read();
   if (!found && measure == Measure::once && calibrate()) found = MachineCalibration::read();
   if (!found) return std::nullopt;
@@ -133,7 +118,10 @@ PlannedRecipe plan_recipe(const ResolvedRecipe& resolved, const std::optional<Da
   PlannedRecipe out{recipe_machine(recipe), {}};
   PlanExtras extras;
   extras.data = data;
-  extras.calibration = calibration_of(recipe, out.machine, choices.measure);
+  extras.calibration = calibration_of(recipe, resolved.facts, out.machine, choices.measure);
+  if (extras.calibration && extras.calibration->step) {
+    out.machine.disk_bytes_per_second = extras.calibration->step->disk_bytes_per_second;
+  }
   extras.at_unix_ms = RealClock().unix_ms();
   extras.oracle_assumptions = choices.oracle_assumptions;
   if (!recipe.machine.profile) {  // of other machines nothing is known
@@ -155,10 +143,10 @@ PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<Data
   return plan_recipe(recipe, data, choices);
 }
 
-std::optional<DataStats> data_stats(const Recipe& recipe, bool always) {
+std::optional<DataStats> data_stats(const Recipe& recipe, CountData count) {
   if (const auto known = recall_data(recipe)) return known;
-  if (always) return stats_of(prepare_recipe_data(recipe));
-  if (recipe.training.max_steps) return std::nullopt;
+  if (count == CountData::always) return stats_of(prepare_recipe_data(recipe));
+  if (recipe.training.max_steps && count == CountData::for_steps) return std::nullopt;
   try {
     if (bytes_of(recipe.data.train) + bytes_of(recipe.data.validation) > kReadBytesMax) {
       log_info("the data is large: `tailor plan --data` reads it");

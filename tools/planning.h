@@ -26,9 +26,10 @@ struct MachineCalibration {
 /// Whether a calibration that is missing is measured, once, in a child process.
 enum class Measure { once, never };
 
-/// The calibration for a recipe: of this machine and only where the plan is for it.
-std::optional<Calibration> calibration_of(const Recipe& recipe, const Machine& machine,
-                                          Measure measure);
+/// The calibration for a recipe: of this machine and only where the plan is for it. What was
+/// measured of its own layers comes first.
+std::optional<Calibration> calibration_of(const Recipe& recipe, const ModelFacts& model,
+                                          const Machine& machine, Measure measure);
 
 /// The user's price books (prices.yaml and prices/*.yaml of the config folder), then the shipped
 /// one.
@@ -56,9 +57,13 @@ PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<Data
 PlannedRecipe plan_recipe(const ResolvedRecipe& recipe, const std::optional<DataStats>& data,
                           Measure measure);
 
-/// Rows of the recipe's data: of its prepared store where there is one, else tokenised where need
-/// be. Without `always` nothing is read where training.max_steps says how long the run is, and
-/// nothing above 64 MB.
-std::optional<DataStats> data_stats(const Recipe& recipe, bool always);
+/// When data that was not prepared yet is tokenised to be counted.
+enum class CountData {
+  for_steps,  ///< 64 MB or less, where training.max_steps does not say how long the run is
+  if_small,   ///< 64 MB or less
+  always,
+};
+/// Rows of the recipe's data: of its prepared store where there is one, else as `count` says.
+std::optional<DataStats> data_stats(const Recipe& recipe, CountData count);
 
 }  // namespace tailor

@@ -40,6 +40,7 @@ struct PlanArguments {
   std::string recipe;
   std::vector<std::string> overrides;  ///< words without '=' are further recipes
   bool explain = false;                ///< the working of every figure
+  bool probe = false;                  ///< measure the recipe's own steps first
   bool data = false;                   ///< tokenise the data if need be, whatever its size
   bool oracle_assumptions = false;     ///< leave out where our step departs from the oracle
   std::string on;                      ///< machine profiles to compare, by commas

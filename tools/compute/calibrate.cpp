@@ -2,23 +2,24 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
-#include <fstream>
 #include <limits>
 #include <optional>
 #include <string>
-#include <thread>
 
 #include "base/clock.h"
 #include "base/json.h"
 #include "base/log.h"
 #include "base/text.h"
 #include "recipes/model_facts.h"
+#include "recipes/plan_text.h"
 #include "recipes/step_cost.h"
+#include "tools/compute/measure_step.h"
+#include "tools/compute/others_busy.h"
 #include "tools/compute/setup.h"
 #include "tools/compute_verbs.h"
 #include "tools/planning.h"
+#include "tools/step_memo.h"
 #include "trainer/models/decoder.h"
 
 namespace tailor {
@@ -113,41 +114,51 @@ double step_gflops(at::ScalarType dtype) {
   return 1e-9 * flops / best;
 }
 
-struct CpuTimes {
-  double busy = 0, all = 0;  ///< of all cores together, in the kernel's ticks
-};
-CpuTimes cpu_times() {
-  std::ifstream stat("/proc/stat");
-  std::string label;
-  double user = 0, nice = 0, system = 0, idle = 0, io = 0;
-  stat >> label >> user >> nice >> system >> idle >> io;
-  return {user + nice + system, user + nice + system + idle + io};
-}
-
-/// Share of the machine's cores that others keep busy just now.
-double busy_share() {
-  const CpuTimes before = cpu_times();
-  std::this_thread::sleep_for(std::chrono::milliseconds(200));
-  const CpuTimes after = cpu_times();
-  return after.all > before.all ? (after.busy - before.busy) / (after.all - before.all) : 0;
-}
-
 /// What was measured before, where the machine was quiet then.
 bool quiet_before() {
   const std::optional<MachineCalibration> before = MachineCalibration::read();
   return before && before->busy_share <= kBusyShare;
 }
 
+int calibrate_recipe(const CalibrateArguments& arguments) {
+  const ResolvedRecipe resolved = resolve_recipe(arguments.recipe, arguments.overrides);
+  const Recipe& recipe = resolved.file.recipe;
+  const MeasuredStep step = measure_recipe_step(resolved);
+  const bool busy = step.busy_share > kBusyShare;
+  if (!remember_step(recipe, resolved.facts, step)) {
+    log_warning("others kept the machine busy: what was measured on a quiet machine stays (" +
+                step_memo_path(recipe, resolved.facts).string() + ")");
+  }
+  if (arguments.json) {
+    std::printf("%s\n", to_json(step).dump().c_str());
+    return 0;
+  }
+  std::printf("%s%s\n", step.source().c_str(),
+              busy ? "; others kept the machine busy: measure again later" : "");
+  std::printf("a step of %s tokens: layers %s forward, %s backward, head %s, update %s\n",
+              whole(step.tokens).c_str(), seconds_text(step.forward_seconds()).c_str(),
+              seconds_text(step.backward_seconds()).c_str(),
+              seconds_text(step.head_seconds).c_str(), seconds_text(step.update_seconds).c_str());
+  std::printf("the disk reads %s/s%s\n", gb(step.disk_bytes_per_second).c_str(),
+              step.stream
+                  ? (", and a step that reads takes " + number_text(step.stream->over(), 3) +
+                     " times the longer of computing and reading")
+                        .c_str()
+                  : "");
+  return 0;
+}
+
 }  // namespace
 
 int run_calibrate(const CalibrateArguments& arguments) {
-  const double busy_before = busy_share();
+  if (!arguments.recipe.empty()) return calibrate_recipe(arguments);
   const bool json = arguments.json;
   const int threads = set_threads(0);
+  const OthersBusy others;
   const double product_bf16 = product_gflops(at::kBFloat16),
                product_f32 = product_gflops(at::kFloat);
   const double step_bf16 = step_gflops(at::kBFloat16), step_f32 = step_gflops(at::kFloat);
-  const double busy = std::max(busy_before, busy_share());
+  const double busy = others.share();
   const Json out = {{"gflops_bfloat16", step_bf16},
                     {"gflops_float32", step_f32},
                     {"matmul_gflops_bfloat16", product_bf16},

@@ -319,7 +319,7 @@ class Scan {
   /// below. More experts never make a run cheaper, so halving finds it.
   ChosenExperts choose_by_cost(const ExpertLoad& load, ExpertScore by) {
     ResolvedRecipe planned = *resolved_;
-    const std::optional<DataStats> data = data_stats(planned.file.recipe, false);
+    const std::optional<DataStats> data = data_stats(planned.file.recipe, CountData::for_steps);
     const auto usd_micros = [&](const ChosenExperts& chosen) {
       double tokens = 0;
       for (std::size_t l = 0; l < chosen.size(); ++l) {

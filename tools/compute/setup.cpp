@@ -126,6 +126,13 @@ OpenedModel open_store(const fs::path& folder, const fs::path& path, at::ScalarT
 
 }  // namespace
 
+bool wants_store(const Recipe& recipe, const Plan& plan) {
+  const BaseRecipe& base = recipe.base;
+  return !recipe_store(recipe).empty() || base.format != BaseFormat::as_is ||
+         base.non_expert_format != BaseFormat::as_is || base.device_memory || base.host_memory ||
+         *plan.stream_bytes_per_step.value > 0;
+}
+
 void pack_base(const fs::path& folder, const BaseRequest& request) {
   if (request.pack && request.store.empty() && !Store::is_store(folder)) {
     cached_store(folder, request);

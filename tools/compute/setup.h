@@ -6,6 +6,7 @@
 #include <string>
 
 #include "data/store/store.h"
+#include "recipes/plan.h"
 #include "recipes/recipe.h"
 #include "trainer/models/decoder.h"
 #include "trainer/stream/store_weights.h"
@@ -39,6 +40,10 @@ struct BaseRequest {
   bool all_resident = false;  ///< the plan found that everything fits
   Ranks* ranks = nullptr;     ///< that share the store's tiles; opening is collective then
 };
+
+/// Whether a run's weights come from a store, packed where there is none: else the checkpoint is
+/// read into memory, in the blocks' dtype.
+bool wants_store(const Recipe& recipe, const Plan& plan);
 
 /// Packs the base that a request with `pack` means into the cache, if it is not there.
 void pack_base(const fs::path& folder, const BaseRequest& request);

@@ -363,9 +363,7 @@ class Run {
     out.formats = store_formats(base);
     const bool streams = *plan_.stream_bytes_per_step.value > 0;
     out.ranks = ranks_->sharing_weights();
-    out.pack = out.store.empty() && (out.ranks != nullptr || base.format != BaseFormat::as_is ||
-                                     base.non_expert_format != BaseFormat::as_is ||
-                                     base.device_memory || base.host_memory || streams);
+    out.pack = out.store.empty() && (out.ranks != nullptr || wants_store(recipe(), plan_));
     out.all_resident = !streams && !base.device_memory && !base.host_memory;
     if (base.device_memory && base.host_memory) {
       out.device_bytes = base.device_memory;

@@ -157,8 +157,8 @@ class JobMaker {
     together.disk_bytes_per_second *= job_.nodes;
     together.cores *= job_.nodes;
     PlanExtras extras;
-    extras.data = data_stats(recipe(), false);
-    extras.calibration = calibration_of(recipe(), machine_, Measure::never);
+    extras.data = data_stats(recipe(), CountData::for_steps);
+    extras.calibration = calibration_of(recipe(), resolved_.facts, machine_, Measure::never);
     extras.at_unix_ms = RealClock().unix_ms();
     plan_ = make_plan(recipe(), resolved_.facts, together, price_books(), extras);
     if (!arguments_.memory.empty()) {

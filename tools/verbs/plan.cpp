@@ -6,6 +6,7 @@
 #include "base/text.h"
 #include "tools/plan_words.h"
 #include "tools/planning.h"
+#include "tools/step_memo.h"
 #include "tools/table.h"
 #include "tools/terminal.h"
 #include "tools/verbs.h"
@@ -118,6 +119,25 @@ std::vector<std::string> split_recipes(const PlanArguments& arguments,
   return recipes;
 }
 
+void refuse_probe_of_other_machines(const PlanArguments& arguments) {
+  if (!arguments.probe || arguments.on.empty()) return;
+  throw Error(Fault::usage,
+              {"--probe measures this machine, --on asks for others", "the command line",
+               "Leave one of them out: what --probe measured stays known, and --on auto,a100-40gb "
+               "compares with it afterwards."});
+}
+
+/// Measures the recipe's own steps, where the plan of this machine says that it fits here at all.
+void probe(const std::string& name, const std::vector<std::string>& overrides,
+           const ResolvedRecipe& recipe, const std::optional<DataStats>& data) {
+  if (const auto& profile = recipe.file.recipe.machine.profile) {
+    throw Error(Fault::usage,
+                {"--probe measures this machine, the recipe is planned for " + *profile,
+                 "machine.profile", "Set machine.profile=auto, or leave --probe out."});
+  }
+  if (plan_recipe(recipe, data, Measure::never).plan.fits) measure_step(name, overrides);
+}
+
 std::vector<std::string> machines_of(const std::string& on) {
   if (on.empty()) return {};
   std::vector<std::string> names;
@@ -135,6 +155,7 @@ std::vector<std::string> machines_of(const std::string& on) {
 }  // namespace
 
 int run_plan(const PlanArguments& arguments) {
+  refuse_probe_of_other_machines(arguments);
   std::vector<std::string> overrides;
   const std::vector<std::string> recipes = split_recipes(arguments, overrides);
   const std::vector<std::string> machines = machines_of(arguments.on);
@@ -143,7 +164,11 @@ int run_plan(const PlanArguments& arguments) {
   std::optional<ResolvedRecipe> only;
   for (const std::string& name : recipes) {
     const ResolvedRecipe recipe = resolve_recipe(name, overrides);
-    const std::optional<DataStats> data = data_stats(recipe.file.recipe, arguments.data);
+    const std::optional<DataStats> data =
+        data_stats(recipe.file.recipe, arguments.data    ? CountData::always
+                                       : arguments.probe ? CountData::if_small
+                                                         : CountData::for_steps);
+    if (arguments.probe) probe(name, overrides, recipe, data);
     const auto add = [&](const ResolvedRecipe& on) {
       PlanChoices choices;
       choices.measure = Measure::once;
