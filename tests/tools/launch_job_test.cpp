@@ -164,6 +164,7 @@ TEST_F(LaunchJobTest, following_outlives_a_controller_that_is_away_and_ends_as_t
   fs::remove(box_.root() / "asked");
   fs::remove(log);
   const Outcome blind = run_tailor(box_, {"launch", "status", "7", "--follow"});
+  EXPECT_EQ(blind.code, 75);
   EXPECT_THAT(blind.err, HasSubstr("the log of job 7 is not to be seen from here: BOX/r1.7.log"));
 }
 

@@ -94,7 +94,7 @@ void add_cost(TextTable& table, const std::optional<JobCost>& cost) {
 }
 
 int slurm_status(const LaunchStatusArguments& arguments) {
-  if (arguments.follow) follow_slurm(arguments.job, arguments.json ? 2 : 1);
+  const int code = arguments.follow ? follow_slurm(arguments.job, arguments.json ? 2 : 1) : 0;
   const SlurmState state = slurm_state(arguments.job);
   const auto cost = cost_of(arguments.ledger, "slurm", arguments.job);
   double gpu_hours = 0;
@@ -124,7 +124,7 @@ int slurm_status(const LaunchStatusArguments& arguments) {
                       {"attempts", attempts},
                       {"run", cost_json(cost)}};
     std::cout << out.dump(2) << "\n";
-    return 0;
+    return code;
   }
   TextTable table({"", ""});
   table.add({"job", state.job + "  " + state.name});
@@ -140,7 +140,7 @@ int slurm_status(const LaunchStatusArguments& arguments) {
                                 (state.attempts.size() == 1 ? " attempt" : " attempts")
                           : "keeps no accounting: earlier attempts are not known to it"});
   std::cout << rows_text(table, "");
-  return 0;
+  return code;
 }
 
 int kubernetes_status(const LaunchStatusArguments& arguments) {
