@@ -207,16 +207,19 @@ std::optional<fs::path> shipped_config(const std::string& repository,
   return path;
 }
 
-ModelFacts read_model_facts(const std::string& base_model, const fs::path& models_folder) {
-  fs::path config_path;
+fs::path model_config_path(const std::string& base_model, const fs::path& models_folder) {
   try {
-    config_path = find_model_folder(base_model) / "config.json";
+    return find_model_folder(base_model) / "config.json";
   } catch (const Error&) {
     const std::optional<fs::path> shipped = shipped_config(base_model, models_folder);
     if (!shipped) throw;
-    config_path = *shipped;
+    return *shipped;
   }
-  return model_facts(read_json(config_path), config_path.string(), base_model);
+}
+
+ModelFacts read_model_facts(const std::string& base_model, const fs::path& models_folder) {
+  const fs::path path = model_config_path(base_model, models_folder);
+  return model_facts(read_json(path), path.string(), base_model);
 }
 
 }  // namespace tailor

@@ -97,9 +97,11 @@ ModelFacts model_facts(const Json& config, const std::string& where, const std::
 std::optional<fs::path> shipped_config(const std::string& repository,
                                        const fs::path& models_folder);
 
-/// Facts from the config.json of `base_model`: a folder or a repository in the local Hugging Face
-/// cache, else a published config shipped in `models_folder` (recipes/models), where "a/b" is
-/// a--b.json. Throws Error{usage} when it is in none of them.
+/// The config.json of `base_model`: of a folder or a repository in the local Hugging Face cache,
+/// else a published one shipped in `models_folder` (recipes/models), where "a/b" is a--b.json.
+/// Throws Error{usage} when it is in none of them.
+fs::path model_config_path(const std::string& base_model, const fs::path& models_folder);
+/// Facts from it.
 ModelFacts read_model_facts(const std::string& base_model, const fs::path& models_folder);
 
 }  // namespace tailor

@@ -1,10 +1,10 @@
 #include <sys/stat.h>
-#include <sys/statvfs.h>
 
 #include <algorithm>
 #include <cerrno>
 
 #include "base/error.h"
+#include "base/file.h"
 #include "base/file_lock.h"
 #include "base/log.h"
 #include "base/text.h"
@@ -116,9 +116,7 @@ class Unpacker {
 void check_space(const GgufModel& model, const fs::path& folder) {
   std::int64_t needed = std::int64_t{64} << 20U;
   for (const GgufMatrix& matrix : model.matrices()) needed += bytes_of(model, matrix);
-  struct statvfs facts {};
-  if (::statvfs(folder.c_str(), &facts) != 0) return;
-  const auto free_bytes = static_cast<std::int64_t>(facts.f_bavail * facts.f_frsize);
+  const std::int64_t free_bytes = free_disk_bytes(folder);
   if (free_bytes >= needed) return;
   throw Error(Fault::does_not_fit,
               {"unpacking this GGUF file takes " + bytes_text(needed) + " of disk, " +

@@ -1,10 +1,9 @@
 #include "data/runs/busy.h"
 
-#include <sys/resource.h>
-
 #include <algorithm>
 #include <utility>
 
+#include "base/processor_time.h"
 #include "data/runs/nvml.h"
 
 namespace tailor {
@@ -12,23 +11,16 @@ namespace {
 
 class Process final : public BusyMeter::Device {
  public:
-  explicit Process(int threads) : threads_(std::max(1, threads)), last_ms_(processor_ms()) {}
+  explicit Process(int threads)
+      : threads_(std::max(1, threads)), last_seconds_(processor_seconds()) {}
   std::optional<double> busy_ms() override {
-    const double now = processor_ms();
-    return (now - std::exchange(last_ms_, now)) / threads_;
+    const double now = processor_seconds();
+    return 1e3 * (now - std::exchange(last_seconds_, now)) / threads_;
   }
 
  private:
-  static double processor_ms() {
-    rusage used{};
-    ::getrusage(RUSAGE_SELF, &used);
-    const auto ms = [](const timeval& time) {
-      return static_cast<double>(time.tv_sec) * 1e3 + static_cast<double>(time.tv_usec) * 1e-3;
-    };
-    return ms(used.ru_utime) + ms(used.ru_stime);
-  }
   int threads_;
-  double last_ms_;
+  double last_seconds_;
 };
 
 class Gpu final : public BusyMeter::Device {

@@ -16,9 +16,9 @@ struct Nvml {
       unsigned long long longest;  ///< of nvmlValue_t
     } value{};
   };
-  static constexpr int kNotFound = 6;               ///< no sample since
-  static constexpr int kUtilizationSamples = 1;     ///< percent of the time a kernel ran
-  static constexpr int kDouble = 0, kUnsigned = 1;  ///< types of a sample's value
+  static constexpr int kNotFound = 6;            ///< no sample since
+  static constexpr int kUtilizationSamples = 1;  ///< percent of the time a kernel ran
+  static constexpr int kDouble = 0;              ///< type of a sample's value
 
   int (*init)() = nullptr;
   int (*shutdown)() = nullptr;

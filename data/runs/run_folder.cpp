@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <array>
@@ -10,6 +9,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/file.h"
 #include "base/json.h"
 #include "base/text.h"
 #include "data/runs/ledger.h"
@@ -170,9 +170,7 @@ std::string RunFolder::run_in(const fs::path& folder) {
 }
 
 void require_free_bytes(const fs::path& path, std::int64_t bytes, const std::string& purpose) {
-  struct statvfs info {};
-  if (::statvfs(path.c_str(), &info) != 0) throw io_error(errno, "cannot look at", path.string());
-  const auto free_bytes = static_cast<std::int64_t>(info.f_bavail * info.f_frsize);
+  const std::int64_t free_bytes = free_disk_bytes(path);
   if (free_bytes >= bytes) return;
   throw Error(Fault::does_not_fit,
               {bytes_text(bytes) + " of disk are needed for " + purpose + ", " +

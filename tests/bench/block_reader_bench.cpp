@@ -9,7 +9,6 @@
 // than 0.95 of fio, 69 where fio is missing or O_DIRECT is refused.
 
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,6 +24,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/json.h"
+#include "base/processor_time.h"
 
 namespace tailor {
 namespace {
@@ -35,15 +35,6 @@ constexpr double kNeeded = 0.95;
 struct Round {
   double bytes_per_second = 0, cpu_seconds = 0;
 };
-
-double cpu_seconds_now() {
-  rusage usage{};
-  ::getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& time) {
-    return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
-  };
-  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
-}
 
 /// Every block begins with its number, so that a read can be checked.
 void write_file(const fs::path& path, std::int64_t bytes) {
@@ -89,7 +80,7 @@ Round read_with(const Way& way, const fs::path& path, std::int64_t bytes, bool c
     throw Error(Fault::device, {"this is not the reader to measure: " + facts.why, path.string(),
                                 "Name a folder on a disk; raise ulimit -l."});
   }
-  const double start = seconds_now(), cpu_start = cpu_seconds_now();
+  const double start = seconds_now(), cpu_start = processor_seconds();
   std::int64_t next = 0;
   const auto submit = [&](std::int64_t slot) {
     reader->submit({file, next, extent_bytes, extent_bytes, memory.data() + slot * extent_bytes,
@@ -110,7 +101,7 @@ Round read_with(const Way& way, const fs::path& path, std::int64_t bytes, bool c
     if (next < bytes) submit(slot);
   }
   TAILOR_CHECK(reader->bytes_read() == bytes);
-  return {static_cast<double>(bytes) / (seconds_now() - start), cpu_seconds_now() - cpu_start};
+  return {static_cast<double>(bytes) / (seconds_now() - start), processor_seconds() - cpu_start};
 }
 
 Round read_with_fio(const fs::path& path) {

@@ -7,18 +7,12 @@
 #include "tests/bench/few_rows_bench.h"
 
 #include <cstdio>
-#include <ctime>
 
+#include "base/processor_time.h"
 #include "trainer/ops.h"
 
 namespace tailor {
 namespace {
-
-double cpu_seconds() {
-  timespec now{};
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
 
 struct Shape {
   const char* name;
@@ -117,13 +111,13 @@ void report_few_rows() {
       for (int round = -1; round < rounds; ++round) {
         for (const int which : {0, 1}) {
           const at::Tensor& weights = w[static_cast<std::size_t>(2 * round + 2 + which) % w.size()];
-          const double begin = cpu_seconds();
+          const double begin = processor_seconds();
           if (which == 0) {
             at::mm_out(theirs, x, weights);
           } else {
             ops::few_rows(x, weights, ours);
           }
-          if (round >= 0) best[which] = std::min(best[which], cpu_seconds() - begin);
+          if (round >= 0) best[which] = std::min(best[which], processor_seconds() - begin);
         }
       }
       std::printf("%-20s %6lld %6lld %5lld %9.3f %9.3f %8.2f%s\n", name, static_cast<long long>(K),

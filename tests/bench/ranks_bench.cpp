@@ -15,7 +15,6 @@
 #include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -31,20 +30,12 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include "base/clock.h"
+#include "base/processor_time.h"
 #include "tests/support/rank_processes.h"
 #include "trainer/ranks/c10d_ranks.h"
 
 namespace tailor {
 namespace {
-
-double cpu_seconds() {
-  rusage used{};
-  getrusage(RUSAGE_SELF, &used);
-  const auto seconds = [](const timeval& t) {
-    return static_cast<double>(t.tv_sec) + 1e-6 * static_cast<double>(t.tv_usec);
-  };
-  return seconds(used.ru_utime) + seconds(used.ru_stime);
-}
 
 std::int64_t wire_bytes() {
   std::ifstream file("/proc/net/dev");
@@ -217,11 +208,11 @@ void run_rank(const RankEnv& env, std::int64_t tile_bytes, int rounds, bool coun
       ranks->barrier();
       const std::int64_t wire = counted ? wire_bytes() : 0;
       ranks->barrier();
-      const double began = seconds_now(), cpu = cpu_seconds();
+      const double began = seconds_now(), cpu = processor_seconds();
       variants[v].run();
       Result& result = results[v];
       result.seconds = std::min(result.seconds, seconds_now() - began);
-      result.cpu = std::min(result.cpu, cpu_seconds() - cpu);
+      result.cpu = std::min(result.cpu, processor_seconds() - cpu);
       ranks->barrier();
       if (counted) result.wire = std::min(result.wire, wire_bytes() - wire);
       ranks->barrier();

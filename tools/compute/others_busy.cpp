@@ -1,11 +1,12 @@
 #include "tools/compute/others_busy.h"
 
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
 #include <string>
+
+#include "base/processor_time.h"
 
 namespace tailor {
 
@@ -16,12 +17,7 @@ OthersBusy::Times OthersBusy::now() {
   stat >> label >> user >> nice >> system >> idle >> io;
   const auto ticks = static_cast<double>(std::max(1L, ::sysconf(_SC_CLK_TCK)));
   const double busy = (user + nice + system) / ticks;
-  rusage used{};
-  ::getrusage(RUSAGE_SELF, &used);
-  const auto seconds = [](const timeval& time) {
-    return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) * 1e-6;
-  };
-  return {busy, busy + (idle + io) / ticks, seconds(used.ru_utime) + seconds(used.ru_stime)};
+  return {busy, busy + (idle + io) / ticks, processor_seconds()};
 }
 
 OthersBusy::OthersBusy() : began_(now()) {}
