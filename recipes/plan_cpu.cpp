@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/units.h"
 #include "data/store/layout.h"
 #include "recipes/plan_text.h"
 #include "recipes/planner.h"
@@ -147,9 +148,12 @@ void Planner::add_cpu_activations(bool keep, double value_bytes) {
        whole(micro) + " tokens through one block");
   const double head_rows = std::min(
       as_double(head_chunk_rows(model_.vocab, static_cast<std::int64_t>(value_bytes))), tokens_);
+  const double trained = tokens_ * fill_ * loss_share_;
   item(Home::host, "head chunk",
-       head_rows * as_double(model_.vocab + 3 * model_.hidden) * value_bytes * ranks_,
-       "logits of " + whole(head_rows) + " tokens, which become their gradient");
+       head_rows * as_double(model_.vocab) * value_bytes * ranks_ +
+           trained * as_double(model_.hidden) * (4 * value_bytes + 4),
+       "logits of " + whole(head_rows) + " tokens, which become their weights, and five rows for " +
+           "each of the " + whole(trained) + " that carry loss");
   item(Home::host, "dequantise scratch", scratch_parameters() * value_bytes * ranks_,
        "the largest piece of a layer that is packed, its values");
 }
@@ -192,9 +196,12 @@ void Planner::add_cpu_memory(bool keep, double value_bytes) {
                               ? weights
                               : std::min(tiles, static_cast<double>(share.resident_bytes) * ranks_);
   streamed_bytes_ = budget >= weights ? 0 : tiles - resident;
+  // Tiles of layers stay first, since they are wanted twice a step.
+  streamed_head_bytes_ = std::min(streamed_bytes_, base_.head);
   plan.resident_fraction = tiles > 0 ? 1 - streamed_bytes_ / tiles : 1;
   item(Home::host, "weights", resident,
-       streamed_bytes_ > 0 ? gb(streamed_bytes_) + " more come from disk on each pass"
+       streamed_bytes_ > 0 ? gb(streamed_bytes_) +
+                                 " more come from disk, the head once a step, the rest on each pass"
                            : "all of the frozen model");
   add_cpu_ring();
   plan.device_tile_bytes = std::llround(resident);
@@ -239,9 +246,8 @@ void Planner::add_cpu_ring() {
   const std::int64_t of_layer =
       model_.experts == 0
           ? 0
-          : (model_.experts +
-             experts_per_tile(static_cast<std::int64_t>(base_.expert), model_.experts) - 1) /
-                experts_per_tile(static_cast<std::int64_t>(base_.expert), model_.experts);
+          : div_ceil(model_.experts,
+                     experts_per_tile(static_cast<std::int64_t>(base_.expert), model_.experts));
   const std::int64_t expert_slots =
       std::min(ring_slots(static_cast<std::int64_t>(experts / ranks_), rank_ring_bytes_),
                (kLayerSlots + 1) * of_layer);
@@ -274,10 +280,11 @@ Planner::CpuStep Planner::cpu_step_of(const TokenFlops& flops, double value_byte
   const double a_pass = unpacked / machine_.memory_bytes_per_second;
   CpuStep out;
   out.unpacking = 2 * a_pass;
-  const double forward = (flops.forward_other + flops.forward_expert + flops.head) / (gflops * 1e9);
-  out.forward = forward * computed + a_pass;
-  out.backward = seconds - forward * computed + a_pass;
-  out.forward_per_token = forward;
+  const double layers = (flops.forward_other + flops.forward_expert) / (gflops * 1e9);
+  const double head = flops.head / (gflops * 1e9);
+  out.forward = (layers + 2 * head) * computed + a_pass;
+  out.backward = seconds - (layers + 2 * head) * computed + a_pass;
+  out.forward_per_token = layers + head;
   out.working =
       short_text(flops.total() / 1e9) + " GFLOP x " + whole(computed) + " tokens / " +
       short_text(gflops) + " GFLOP/s = " + short_text(seconds) +
@@ -302,8 +309,8 @@ Planner::CpuStep Planner::cpu_step_as_measured(const MeasuredStep& measured,
   const double a_pass = unpacked / machine_.memory_bytes_per_second;
   CpuStep out;
   out.unpacking = 2 * a_pass;
-  out.forward = layers * measured.forward_seconds() + head / 2 + a_pass;
-  out.backward = layers * measured.backward_seconds() + head / 2 + a_pass;
+  out.forward = layers * measured.forward_seconds() + head + a_pass;
+  out.backward = layers * measured.backward_seconds() + a_pass;
   out.update = measured.update_seconds * as_double(lora_.total()) / measured.parameters;
   out.over = streamed_bytes_ > 0 && measured.stream ? measured.stream->over() : 1;
   out.forward_per_token = (layers * measured.forward_seconds() + head / 2) / computed;
@@ -335,24 +342,29 @@ void Planner::add_cpu_time(bool keep, double value_bytes) {
   forward_seconds_per_token_ = step.forward_per_token;
   const double passes = step.forward + step.backward;
   const double weights = base_.all();
-  const double from_disk = 2 * streamed_bytes_;
-  const double a_pass = streamed_bytes_ / machine_.disk_bytes_per_second;
+  const double from_disk = 2 * streamed_bytes_ - streamed_head_bytes_;
+  const double read_forward = streamed_bytes_ / machine_.disk_bytes_per_second;
+  const double read_backward =
+      (streamed_bytes_ - streamed_head_bytes_) / machine_.disk_bytes_per_second;
+  const double reading = read_forward + read_backward;
   add_scratch(value_bytes, kept_on_disk_);
   const double scratch = *plan.scratch_bytes_per_step.value / machine_.disk_bytes_per_second;
-  const double disk = 2 * a_pass + scratch;
-  plan.stream_bytes_per_step = {
-      from_disk, "bytes",
-      from_disk > 0 ? "2 passes x " + gb(from_disk / 2) + " from disk" : "all weights are in RAM"};
+  const double disk = reading + scratch;
+  plan.stream_bytes_per_step = {from_disk, "bytes",
+                                from_disk > 0 ? gb(streamed_bytes_) + " forward + " +
+                                                    gb(streamed_bytes_ - streamed_head_bytes_) +
+                                                    " backward, without the head, from disk"
+                                              : "all weights are in RAM"};
   if (as_measured) {
     // A pass waits for its own reading: what the other pass has to spare does not help it.
-    const double forward = std::max(step.forward, a_pass);
-    const double backward = std::max(step.backward, a_pass + scratch);
+    const double forward = std::max(step.forward, read_forward);
+    const double backward = std::max(step.backward, read_backward + scratch);
     plan.seconds_per_step = {
         (forward + backward) * step.over + step.update, "seconds",
         step.working +
             (disk > 0 ? "; of a pass the longer: forward " + short_text(step.forward) + ", disk " +
-                            short_text(a_pass) + "; backward " + short_text(step.backward) +
-                            ", disk " + short_text(a_pass + scratch) +
+                            short_text(read_forward) + "; backward " + short_text(step.backward) +
+                            ", disk " + short_text(read_backward + scratch) +
                             (step.over != 1 ? "; both x " + number_text(step.over, 4) +
                                                   ", measured, for reading beside computing"
                                             : "")
@@ -371,8 +383,8 @@ void Planner::add_cpu_time(bool keep, double value_bytes) {
   const double per_token = (passes - step.unpacking) / (tokens_ * fill_);
   if (from_disk > 0) {
     plan.crossover_tokens_per_step = {
-        std::max(1.0, std::ceil((2 * a_pass - step.unpacking) / per_token)), "tokens",
-        short_text(2 * a_pass) + " s of reading" +
+        std::max(1.0, std::ceil((reading - step.unpacking) / per_token)), "tokens",
+        short_text(reading) + " s of reading" +
             (step.unpacking > 0 ? " - " + short_text(step.unpacking) + " s of dequantising" : "") +
             " / " + short_text(per_token * 1e3) + " ms a token"};
   } else {

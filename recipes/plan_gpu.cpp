@@ -252,9 +252,9 @@ void Planner::add_differences(const GpuStep& ours) {
                " % full and padding is not computed; the oracle takes full rows");
   }
   if (options.stream_head) {
-    differ("streamed vocabulary head", &StepSchedule::head_may_stream, "seconds", seconds,
-           "2 reads of " + gb(ours.geometry.base.head) +
-               ", and the logits formed twice; resident the device would not hold it");
+    differ(
+        "streamed vocabulary head", &StepSchedule::head_may_stream, "seconds", seconds,
+        "one read of " + gb(ours.geometry.base.head) + "; resident the device would not hold it");
   }
   if (ours.experts_beyond_ram) {
     differ("experts beyond RAM", &StepSchedule::host_memory_limit, "seconds", seconds,

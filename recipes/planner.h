@@ -42,7 +42,7 @@ class Planner {
 
   /// What a step computes on the CPU, and how that was worked out.
   struct CpuStep {
-    double forward = 0, backward = 0;  ///< seconds, the head half each, unpacking included
+    double forward = 0, backward = 0;  ///< seconds, the head with forward, unpacking included
     double update = 0;                 ///< beside which nothing is read
     double unpacking = 0;              ///< of forward and backward, where it was reckoned apart
     double over = 1;                   ///< what reading beside it costs, as a factor
@@ -101,7 +101,8 @@ class Planner {
   double fill_ = 1;          ///< share of a step's tokens that are no padding
   double kept_on_disk_ = 0;  ///< bytes of layer inputs and activations
   double load_bytes_ = 0, forward_seconds_per_token_ = 0;
-  double streamed_bytes_ = 0;         ///< a pass, from disk, on the CPU
+  double streamed_bytes_ = 0;         ///< a forward pass, from disk, on the CPU
+  double streamed_head_bytes_ = 0;    ///< of them the head's, which a step needs once
   std::int64_t rank_ring_bytes_ = 0;  ///< of a rank's slots of experts
 };
 

@@ -198,9 +198,7 @@ StreamEstimate estimate(const Geometry& geometry, const Node& node, const StepOp
   const StepSchedule& schedule = options.schedule;
   const double ranks = node.ranks, tokens = options.tokens / ranks;
   const double rate = node.flops_per_second;
-  TokenFlops flops = geometry.flops;
-  // In runs the logits are formed twice: once for their log-sum-exp, once for their gradient.
-  if (options.stream_head) flops.backward_other += flops.head;
+  const TokenFlops& flops = geometry.flops;
 
   StreamEstimate out;
   out.tokens = options.tokens;
@@ -212,11 +210,11 @@ StreamEstimate estimate(const Geometry& geometry, const Node& node, const StepOp
   const double streamed = base.routed * (1 - out.resident_fraction) * crossing;    // all ranks
   const double factors = as_double(geometry.lora.experts) * 2 * crossing / ranks;  // bf16
   const double gradients = as_double(geometry.lora.experts) * 4 * touched / ranks;
-  const double head = options.stream_head ? base.head : 0;  // both its reads fall to the backward
+  const double head = options.stream_head ? base.head : 0;  // its read falls to the backward
   const double kept = tokens * as_double(model.layers * model.hidden) * 2;
   const double kept_crosses = options.kept_inputs == ActivationHome::device ? 0 : kept;
 
-  out.stream_bytes = 2 * (streamed + head);
+  out.stream_bytes = 2 * streamed + head;
   const double read =
       options.host_tile_bytes ? std::max(0.0, streamed - *options.host_tile_bytes * crossing) : 0;
   const bool kept_read =
@@ -235,7 +233,7 @@ StreamEstimate estimate(const Geometry& geometry, const Node& node, const StepOp
                               kept_crosses / node.from_device_rate);
   // Backward the kept inputs come back, and the float32 gradients of the experts' factors leave.
   out.link_backward =
-      std::max((streamed / ranks + factors + kept_crosses + 2 * head / ranks) / node.to_device_rate,
+      std::max((streamed / ranks + factors + kept_crosses + head / ranks) / node.to_device_rate,
                gradients / node.from_device_rate);
 
   // Every rank dequantises all experts it gets: packed tiles are gathered, tokens stay.
@@ -251,7 +249,7 @@ StreamEstimate estimate(const Geometry& geometry, const Node& node, const StepOp
   if (ranks > 1 && node.between_devices_rate > 0) {
     const double share = (ranks - 1) / ranks / node.between_devices_rate;
     out.network_forward = base.routed * crossing * share;
-    out.network_backward = out.network_forward + 2 * head * share;
+    out.network_backward = out.network_forward + head * share;
   }
   out.exposed = kExposedSeconds;
   const double flop_seconds = tokens / out.seconds() / node.peak_flops;

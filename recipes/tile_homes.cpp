@@ -10,23 +10,23 @@ namespace tailor {
 namespace {
 
 std::int64_t sum_of(const std::vector<PassTile>& tiles, const std::vector<TileHome>& homes,
-                    TileHome home) {
+                    TileHome home, bool all = true) {
   std::int64_t bytes = 0;
   for (std::size_t i = 0; i < tiles.size(); ++i) {
-    if (homes[i] == home) bytes += tiles[i].bytes;
+    if (homes[i] == home && (all || tiles[i].once)) bytes += tiles[i].bytes;
   }
   return bytes;
 }
 
-/// Moves tiles from disk to `home` as the placement says, until no tile that is left fits.
-void keep(const std::vector<PassTile>& tiles, TileHome home, std::int64_t budget,
+/// Moves tiles that a step needs once, or those that it needs twice, from disk to `home` as the
+/// placement says, until none that is left fits.
+void keep(const std::vector<PassTile>& tiles, TileHome home, bool once, std::int64_t& room,
           TilePlacement placement, std::vector<TileHome>& homes) {
-  std::int64_t room = budget;
   for (;;) {
     std::vector<std::size_t> open;
     double open_bytes = 0;
     for (std::size_t i = 0; i < tiles.size(); ++i) {
-      if (homes[i] != TileHome::disk || tiles[i].bytes > room) continue;
+      if (tiles[i].once != once || homes[i] != TileHome::disk || tiles[i].bytes > room) continue;
       open.push_back(i);
       open_bytes += static_cast<double>(tiles[i].bytes);
     }
@@ -86,11 +86,13 @@ std::variant<TileHomes, BudgetTooSmall> choose_homes(const std::vector<PassTile>
                                                        {TileHome::host, host_budget_bytes}};
   for (const auto& [home, budget] : budgets) {
     if (const auto problem = too_small(tiles, out.homes, home, budget)) return *problem;
-    keep(tiles, home, budget, placement, out.homes);
+    std::int64_t room = budget;
+    for (const bool once : {false, true}) keep(tiles, home, once, room, placement, out.homes);
   }
   out.device_bytes = sum_of(tiles, out.homes, TileHome::device);
   out.host_bytes = sum_of(tiles, out.homes, TileHome::host);
   out.disk_bytes = sum_of(tiles, out.homes, TileHome::disk);
+  out.disk_once_bytes = sum_of(tiles, out.homes, TileHome::disk, false);
   return out;
 }
 
@@ -109,7 +111,7 @@ double simulate_pass(const std::vector<PassTile>& tiles, const std::vector<TileH
     const std::size_t i = forward ? use : 2 * tiles.size() - 1 - use;
     const PassTile& tile = tiles[i];
     const double work = forward ? tile.forward_seconds : tile.backward_seconds;
-    if (homes[i] == TileHome::device) {
+    if (homes[i] == TileHome::device || (tile.once && !forward)) {
       computed += work;
       continue;
     }

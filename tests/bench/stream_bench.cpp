@@ -242,8 +242,10 @@ int run(const Options& options) {
     return (seconds_now() - began) / options.steps;
   };
   std::printf(
-      "%lld tokens a step, %.2f GB read a pass, resident %.0f MB, ring %.0f MB, %lld factors, %s\n",
-      static_cast<long long>(options.tokens), static_cast<double>(facts.streamed_bytes) / 1e9,
+      "%lld tokens a step, %.2f GB read forward and %.2f GB backward, resident %.0f MB, ring %.0f "
+      "MB, %lld factors, %s\n",
+      static_cast<long long>(options.tokens), static_cast<double>(facts.streamed.forward) / 1e9,
+      static_cast<double>(facts.streamed.forward - facts.streamed.head) / 1e9,
       static_cast<double>(facts.resident_bytes) / 1e6, static_cast<double>(facts.ring_bytes) / 1e6,
       static_cast<long long>(adapter.parameter_count()), name_of(facts.reader.engine));
   std::vector<double> computing, reading, both, ratio;
@@ -272,8 +274,8 @@ int run(const Options& options) {
         "  %s compute only %.2f s, read only %.2f s (%.2f GB/s), step %.2f s: %.3f x the "
         "longer; stalled %.2f s; /proc/self/io %s (%lld of %lld bytes)\n",
         round == 0 ? "warm-up" : "round  ", compute, read,
-        static_cast<double>(2 * facts.streamed_bytes) / read / 1e9, step_seconds,
-        step_seconds / limit, (after.stall_seconds - before.stall_seconds) / options.steps,
+        static_cast<double>(facts.streamed.step()) / read / 1e9, step_seconds, step_seconds / limit,
+        (after.stall_seconds - before.stall_seconds) / options.steps,
         disk == counted ? "agrees" : "DISAGREES", static_cast<long long>(disk),
         static_cast<long long>(counted));
     std::fflush(stdout);

@@ -319,7 +319,7 @@ TEST(StepSchedule, a_slot_holds_a_tile_with_its_header) {
   EXPECT_DOUBLE_EQ(ours - oracle, 16 * 4096);
 }
 
-TEST(StepSchedule, a_streamed_head_leaves_the_device_and_is_read_twice) {
+TEST(StepSchedule, a_streamed_head_leaves_the_device_and_is_read_once) {
   Setting setting = setting_of(golden().at("rows").front());
   setting.options.resident_fraction = 0;
   const GpuMemory held = device_memory(setting.geometry, setting.node, setting.options);
@@ -332,11 +332,10 @@ TEST(StepSchedule, a_streamed_head_leaves_the_device_and_is_read_twice) {
   EXPECT_NEAR(host_memory(setting.geometry, setting.node, setting.options).used,
               host_without.used + head, 1);
   const StreamEstimate slower = estimate(setting.geometry, setting.node, setting.options);
-  EXPECT_NEAR(slower.stream_bytes - step.stream_bytes, 2 * head, 1e3);
-  EXPECT_NEAR(slower.link_backward - step.link_backward, 2 * head / 25e9, 1e-9);
+  EXPECT_NEAR(slower.stream_bytes - step.stream_bytes, head, 1e3);
+  EXPECT_NEAR(slower.link_backward - step.link_backward, head / 25e9, 1e-9);
   EXPECT_EQ(slower.link_forward, step.link_forward);
-  EXPECT_NEAR(slower.compute_backward - step.compute_backward,
-              setting.geometry.flops.head * 2048 / 156e12, 1e-9);
+  EXPECT_EQ(slower.compute_backward, step.compute_backward);
 }
 
 TEST(StepSchedule, kept_inputs_on_disk_pass_over_it_twice) {

@@ -57,6 +57,21 @@ TEST(TileHomes, in_ram_are_spread_over_what_streams) {
   EXPECT_EQ(homes.streamed_bytes(), 400);
 }
 
+TEST(TileHomes, what_a_step_needs_once_is_kept_last) {
+  std::vector<PassTile> tiles = alike(8);
+  for (std::size_t i = 6; i < 8; ++i) tiles[i].once = true;
+  const TileHomes few = homes_of(tiles, 300);
+  EXPECT_EQ(picture(few), "d.d.d...");
+  EXPECT_EQ(few.disk_bytes, 500);
+  EXPECT_EQ(few.disk_once_bytes, 200);
+  const TileHomes most = homes_of(tiles, 400, 300);
+  EXPECT_EQ(picture(most), "dhddhdh.");
+  EXPECT_EQ(most.disk_once_bytes, 100);
+  // Nothing of it crosses the link on the way back.
+  const std::vector<PassTile> head = {{100, 0, 0, true}};
+  EXPECT_DOUBLE_EQ(simulate_pass(head, {TileHome::host}, 100, 100), 1);
+}
+
 TEST(TileHomes, a_budget_of_all_streams_nothing_and_none_streams_all) {
   for (const TilePlacement placement : {TilePlacement::even, TilePlacement::turn}) {
     EXPECT_EQ(picture(homes_of(alike(5), 500, 0, placement)), "ddddd");

@@ -563,42 +563,51 @@ TYPED_TEST(KernelsOf, cross_entropy) {
               << how << ", row " << row << " of width " << V;
         }
       };
-      this->check(n, logits, gradient, 100, [&](auto begin, auto end, S* z) {
-        kernels.softmax_run(begin, end, V, 0, z, target.data(), state.data());
-        kernels.softmax_gradient(begin, end, V, 0, z, target.data(), 0.37, state.data());
-      });
-      check_state("one run");
-      // The classes in runs, as a streamed head has them.
-      for (const std::int64_t run : {std::int64_t{1}, std::int64_t{7}, std::int64_t{64}}) {
-        const auto each_run = [&](const auto& use) {
+      for (const std::int64_t run : {V, std::int64_t{1}, std::int64_t{7}, std::int64_t{64}}) {
+        // The classes in runs, as a streamed head has them.
+        const auto each_run = [&](std::int64_t begin, std::int64_t end, const auto& use) {
           for (std::int64_t first = 0; first < V; first += run) {
             const std::int64_t width = std::min(run, V - first);
-            std::vector<S> part;
-            for (std::int64_t row = 0; row < n; ++row) {
-              const auto from = logits.begin() + row * V + first;
-              part.insert(part.end(), from, from + width);
+            std::vector<S> part(at(n * width));
+            for (std::int64_t row = begin; row < end; ++row) {
+              std::copy_n(logits.begin() + row * V + first, width, part.begin() + row * width);
             }
             use(first, width, part);
           }
         };
         state.assign(at(n), {});
-        each_run([&](std::int64_t first, std::int64_t width, std::vector<S>& part) {
+        each_run(0, n, [&](std::int64_t first, std::int64_t width, std::vector<S>& part) {
           kernels.softmax_run(0, n, width, first, part.data(), target.data(), state.data());
         });
         check_state("runs of " + std::to_string(run));
-        std::vector<S> whole(logits.size());
-        each_run([&](std::int64_t first, std::int64_t width, std::vector<S>& part) {
-          kernels.softmax_gradient(0, n, width, first, part.data(), target.data(), 0.37,
-                                   state.data());
-          for (std::int64_t row = 0; row < n; ++row) {
-            std::copy_n(part.begin() + row * width, width, whole.begin() + row * V + first);
-          }
-        });
-        // Each run's sum is added with a rounding of its own.
-        const auto steps = static_cast<double>(100 + V / run);
-        this->check(n, logits, gradient, steps, [&](auto begin, auto end, S* z) {
-          std::copy(whole.begin() + begin * V, whole.begin() + end * V, z + begin * V);
-        });
+        const auto losses = state;
+        // The gradient, for a head that is the identity: class v's vector is the v-th unit vector.
+        std::vector<S> units(at(n * V));
+        for (std::int64_t row = 0; row < n; ++row) {
+          units[at(row * V + target[at(row)])] = stored<S>(1.0);
+        }
+        // Each run's sum is rescaled and added with a rounding of its own; weights and result are
+        // stored.
+        const auto steps = static_cast<double>(100 + 2 * V / run);
+        const auto run_all = [&](std::int64_t begin, std::int64_t end, S* out) {
+          std::vector<AccumOf<S>> sum(at(n * V)), rescale(at(n));
+          each_run(begin, end, [&](std::int64_t first, std::int64_t width, std::vector<S>& part) {
+            kernels.softmax_weights(begin, end, width, first, part.data(), target.data(),
+                                    state.data(), rescale.data());
+            std::vector<S> product(at(n * V));
+            for (std::int64_t row = begin; row < end; ++row) {
+              std::copy_n(part.begin() + row * width, width, product.begin() + row * V + first);
+            }
+            kernels.softmax_sum(begin, end, V, product.data(), rescale.data(), sum.data());
+          });
+          std::copy_n(units.begin() + begin * V, (end - begin) * V, out + begin * V);
+          kernels.softmax_gradient(begin, end, V, sum.data(), out, 0.37, state.data(), out);
+        };
+        this->check(n, std::vector<S>(at(n * V)), gradient, steps, run_all, 2);
+        for (std::size_t row = 0; row < losses.size(); ++row) {
+          EXPECT_EQ(state[row].sum, losses[row].sum) << "the losses are those of softmax_run";
+          EXPECT_EQ(state[row].loss(), losses[row].loss());
+        }
       }
     });
   }

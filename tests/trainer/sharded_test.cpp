@@ -267,21 +267,21 @@ TEST_F(Sharded, ranks_together_read_every_tile_twice_a_step_and_each_holds_its_p
       EXPECT_EQ(record.expert_rows, expert_rows);
       facts[at] = now->facts;
       tile_bytes[at] = counters.streamed_bytes - counters.row_bytes;
-      EXPECT_EQ(tile_bytes[at], 2 * now->facts.streamed_bytes);
-      EXPECT_EQ(counters.gathered_bytes, 2 * now->facts.gathered_bytes);
-      EXPECT_EQ(record.exchange_weight_bytes, 2 * (N - 1) * now->facts.tile_bytes);
+      EXPECT_EQ(tile_bytes[at], now->facts.streamed.step());
+      EXPECT_EQ(counters.gathered_bytes, now->facts.gathered.step());
+      EXPECT_EQ(record.exchange_weight_bytes, (N - 1) * now->facts.tile_bytes.step());
       EXPECT_GT(record.exchange_factor_bytes, 0);
       EXPECT_GT(record.exchange_gradient_bytes, 0);
     });
     std::int64_t read = 0, received = 0;
     for (std::size_t r = 0; r < facts.size(); ++r) {
-      EXPECT_EQ(facts[r].tile_bytes, facts[0].tile_bytes);
-      EXPECT_LE(facts[r].streamed_bytes, facts[0].tile_bytes / N + 4096 * facts[0].tiles);
-      read += facts[r].streamed_bytes;
-      received += facts[r].gathered_bytes;
+      EXPECT_EQ(facts[r].tile_bytes.forward, facts[0].tile_bytes.forward);
+      EXPECT_LE(facts[r].streamed.forward, facts[0].tile_bytes.forward / N + 4096 * facts[0].tiles);
+      read += facts[r].streamed.forward;
+      received += facts[r].gathered.forward;
     }
-    EXPECT_EQ(read, facts[0].tile_bytes);
-    EXPECT_EQ(received, (N - 1) * facts[0].tile_bytes);
+    EXPECT_EQ(read, facts[0].tile_bytes.forward);
+    EXPECT_EQ(received, (N - 1) * facts[0].tile_bytes.forward);
     // All parts in memory: nothing is read, and a rank holds its part alone.
     course.resident_bytes.reset();
     on_ranks(N, [&](Ranks& ranks) {
@@ -290,7 +290,7 @@ TEST_F(Sharded, ranks_together_read_every_tile_twice_a_step_and_each_holds_its_p
       const RingCounters counters = now->decoder->weights().counters();
       EXPECT_EQ(counters.streamed_bytes, counters.row_bytes);
       EXPECT_EQ(now->facts.resident_bytes,
-                facts[static_cast<std::size_t>(ranks.rank())].streamed_bytes);
+                facts[static_cast<std::size_t>(ranks.rank())].streamed.forward);
       // Beside the slots a rank's part, and rows of the embedding up to its part of that.
       EXPECT_EQ(now->decoder->weights().memory_bytes(),
                 now->facts.resident_bytes + now->facts.ring_bytes + now->facts.kept_row_bytes);
@@ -383,7 +383,7 @@ TEST_F(Sharded, a_rank_holds_its_part_of_every_tile_and_slots_and_not_a_byte_mor
         const auto memory_bytes = [&] {
           const auto weights = StoreWeights::open(of, at::kFloat, options);
           EXPECT_EQ(weights->facts().tiles, want.tiles());
-          EXPECT_EQ(weights->facts().tile_bytes, want.total());
+          EXPECT_EQ(weights->facts().tile_bytes.forward, want.total());
           weights->read_through(StoreWeights::Pass::train_recompute);
           return weights->memory_bytes();
         };

@@ -63,15 +63,6 @@ struct Scratch {
   }
 };
 
-Json config_of(const std::string& base_model) {
-  std::error_code error;
-  if (const auto shipped = shipped_config(base_model, recipes_folder() / "models");
-      shipped && !fs::exists(fs::path(base_model) / "config.json", error)) {
-    return read_json(*shipped);
-  }
-  return read_json(find_model_folder(base_model) / "config.json");
-}
-
 /// The formats of the recipe's base; what is published in a packed form stays in it.
 StoreFormats formats_of(const Recipe& recipe, const ModelFacts& model) {
   BaseRecipe base = recipe.base;
@@ -183,7 +174,8 @@ class Measurement {
   }
 
   MeasuredStep run() {
-    const Json config = config_of(recipe_.base_model);
+    const Json config =
+        read_json(model_config_path(recipe_.base_model, recipes_folder() / "models"));
     spec_ = model_spec_from_config(config, recipe_.base_model);
     choice_ = choose(resolved_, spec_, plan_);
     log_info("measuring steps of " + std::to_string(choice_.layers.size()) + " of the model's " +
@@ -363,7 +355,9 @@ class Measurement {
   }
 
   MeasuredStep::Stream streamed_step(const StepParts& parts) const {
-    Trained trained(*this, std::make_unique<TimedWeights>(open_streamed()));
+    auto weights = open_streamed();
+    const double head = as_double(weights->facts().streamed.head);
+    Trained trained(*this, std::make_unique<TimedWeights>(std::move(weights)));
     std::vector<double> seconds;
     double bytes = 0;
     steps(trained, [&](const StepRecord& record, double) {
@@ -371,14 +365,15 @@ class Measurement {
                         as_double(record.tokens));
       bytes = as_double(record.stream_bytes);
     });
-    const double a_pass = bytes / 2 / disk_bytes_per_second_;
+    const double backward = (bytes - head) / 2;
     const auto sum = [](const std::vector<double>& values) {
       double total = 0;
       for (const double value : values) total += value;
       return total;
     };
-    return {median(seconds), std::max(sum(parts.forward) + parts.head / 2, a_pass) +
-                                 std::max(sum(parts.backward) + parts.head / 2, a_pass)};
+    return {median(seconds),
+            std::max(sum(parts.forward) + parts.head, (backward + head) / disk_bytes_per_second_) +
+                std::max(sum(parts.backward), backward / disk_bytes_per_second_)};
   }
 
   /// Chunked attention tells layers apart where rows are long enough for it.

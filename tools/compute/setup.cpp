@@ -185,15 +185,15 @@ Adapter open_adapter(const fs::path& folder, const OpenedModel& model) {
 }
 
 std::string stream_text(const StreamFacts& facts) {
-  const std::int64_t all = facts.resident_bytes + facts.streamed_bytes;
+  const std::int64_t all = facts.resident_bytes + facts.streamed.forward;
   if (facts.ranks > 1) {
-    std::string out = bytes_text(facts.tile_bytes) + " over " + std::to_string(facts.ranks) +
-                      " ranks, a rank's part " + bytes_text(all) + ": " +
-                      bytes_text(facts.resident_bytes) + " in memory";
-    if (facts.streamed_bytes > 0) out += ", the rest is read from disk on each pass";
+    std::string out = bytes_text(facts.tile_bytes.forward) + " over " +
+                      std::to_string(facts.ranks) + " ranks, a rank's part " + bytes_text(all) +
+                      ": " + bytes_text(facts.resident_bytes) + " in memory";
+    if (facts.streamed.forward > 0) out += ", the rest is read from disk on each pass";
     return out + "; gathered into " + bytes_text(facts.ring_bytes) + " of slots";
   }
-  if (facts.streamed_bytes == 0) return "all " + bytes_text(all) + " in memory";
+  if (facts.streamed.forward == 0) return "all " + bytes_text(all) + " in memory";
   std::string out = bytes_text(facts.resident_bytes) + " of " + bytes_text(all) +
                     " in memory, the rest is read from disk on each pass (" +
                     name_of(facts.reader.engine) +

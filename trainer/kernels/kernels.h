@@ -177,10 +177,20 @@ struct Kernels {
   /// of classes [first, first + V). The run from class 0 begins a row's state, the others go on.
   void (*softmax_run)(std::int64_t begin, std::int64_t end, std::int64_t V, std::int64_t first,
                       const S* logits, const std::int32_t* target, SoftmaxRow<A>* rows);
-  /// Turns a run's logits into the gradient of their rows' losses times gradient_scale.
-  void (*softmax_gradient)(std::int64_t begin, std::int64_t end, std::int64_t V, std::int64_t first,
-                           S* logits, const std::int32_t* target, double gradient_scale,
-                           const SoftmaxRow<A>* rows);
+  /// The same, to the bit, and turns the run's logits into exp(logit - top), the target's into 0:
+  /// what their classes' vectors weigh in the gradient, before it is divided by the sum. What was
+  /// weighed in earlier runs counts `rescale[row]` as much from here on.
+  void (*softmax_weights)(std::int64_t begin, std::int64_t end, std::int64_t V, std::int64_t first,
+                          S* logits, const std::int32_t* target, SoftmaxRow<A>* rows, A* rescale);
+  /// sum[row] = sum[row] * rescale[row] + part[row], rows [begin, end) of [n, D].
+  void (*softmax_sum)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* part,
+                      const A* rescale, A* sum);
+  /// After all runs: the gradient of the losses times gradient_scale by what the logits are linear
+  /// in, out = (sum / state.sum + (p - 1) * target) * gradient_scale, p the target's probability
+  /// and `target` [n, D] its class's vectors. out may be `target`.
+  void (*softmax_gradient)(std::int64_t begin, std::int64_t end, std::int64_t D, const A* sum,
+                           const S* target, double gradient_scale, const SoftmaxRow<A>* rows,
+                           S* out);
 
   /// out = x * keep / (1 - p), keep from Philox of (key, token id, feature).
   void (*dropout)(std::int64_t begin, std::int64_t end, std::int64_t D, const S* x,

@@ -21,11 +21,12 @@ struct LossResult {
 };
 
 /// Final norm, vocabulary head and cross-entropy, only at positions that carry a loss. The head
-/// comes in runs of vocabulary rows, once for the losses and once more for their gradient; logits
-/// of a run are made in chunks of rows and kept for the gradient only where all of them are small,
-/// so that [T, V] logits never exist (Cut Cross-Entropy's point, arXiv 2411.09009). The order of
-/// all sums follows from the model's vocabulary runs. dx_TD, if defined, is overwritten with the
-/// gradient of x_TD times `gradient_scale` per token.
+/// comes once, in runs of vocabulary rows: a run's logits, made in chunks of rows, become weights
+/// of its classes' vectors, whose sum is rescaled whenever a larger logit is met, as FlashAttention
+/// does with keys and values (arXiv 2205.14135); here both are the head. So [T, V] logits never
+/// exist (Cut Cross-Entropy's point, arXiv 2411.09009), and neither are they made nor the head read
+/// a second time for the gradient. The order of all sums follows from the model's vocabulary runs.
+/// dx_TD, if defined, is overwritten with the gradient of x_TD times `gradient_scale` per token.
 template <class S>
 LossResult head_loss(FrozenWeights& weights, const at::Tensor& x_TD,
                      std::span<const std::int32_t> target, double gradient_scale,

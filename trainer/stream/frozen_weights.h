@@ -30,7 +30,7 @@ class FrozenWeights {
  public:
   enum class Pass {
     forward,          ///< layers up, then the head once
-    train_kept,       ///< and the head again, then per layer down: feed-forward, experts, attention
+    train_kept,       ///< then per layer down: feed-forward, experts, attention
     train_recompute,  ///< as train_kept, but attention first
     generate,         ///< as forward; the head may be left out
     layers,           ///< layers up, and no head

@@ -318,8 +318,9 @@ class StoreStream final : public StoreWeights {
     const int rank = ranks == nullptr ? 0 : ranks->rank();
     for (std::size_t t = 0; t < map_.tiles.size(); ++t) {
       const TileShare share = tile_share(map_.tiles[t].bytes, rank, facts_.ranks);
-      facts_.tile_bytes += map_.tiles[t].bytes;
-      facts_.gathered_bytes += map_.tiles[t].bytes - share.bytes;
+      const bool of_head = map_.tiles[t].pool == kHeadPool;
+      facts_.tile_bytes.add(map_.tiles[t].bytes, of_head);
+      facts_.gathered.add(map_.tiles[t].bytes - share.bytes, of_head);
       part_of_tile_.push_back(share.bytes == 0 ? -1 : narrow<int>(std::ssize(parts_)));
       if (share.bytes == 0) continue;
       tile_of_part_.push_back(narrow<int>(narrow<std::int64_t>(t)));
@@ -349,7 +350,7 @@ class StoreStream final : public StoreWeights {
     std::int64_t total = 0;
     facts_.smallest_budget = parts_.front().bytes;
     for (const RingTile& tile : parts_) {
-      pass.push_back({tile.bytes});
+      pass.push_back({.bytes = tile.bytes, .once = tile.pool == kHeadPool});
       total += tile.bytes;
       facts_.smallest_budget = std::min(facts_.smallest_budget, tile.bytes);
     }
@@ -375,7 +376,7 @@ class StoreStream final : public StoreWeights {
       parts_[t].home = homes.homes[t];
       facts_.tiles_resident += homes.homes[t] == TileHome::disk ? 0 : 1;
     }
-    facts_.streamed_bytes = homes.disk_bytes;
+    facts_.streamed = {homes.disk_bytes, homes.disk_once_bytes};
     facts_.resident_bytes = homes.device_bytes + homes.host_bytes;
     facts_.tiles = narrow<std::int64_t>(map_.tiles.size());
     room_left_ = device + host - facts_.resident_bytes;
@@ -441,7 +442,6 @@ class StoreStream final : public StoreWeights {
     if (pass == Pass::layers) return order;
     order.insert(order.end(), map_.head.begin(), map_.head.end());
     if (pass == Pass::forward || pass == Pass::generate) return order;
-    order.insert(order.end(), map_.head.begin(), map_.head.end());
     for (std::size_t l = map_.attention.size(); l-- > 0;) {
       if (pass == Pass::train_recompute) order.push_back(map_.attention[l]);
       order.push_back(map_.feed_forward[l]);
@@ -541,7 +541,7 @@ class StoreStream final : public StoreWeights {
     const bool unlimited = !options.device_bytes && !options.host_bytes;
     facts_.embedding_bytes = file.bytes;
     if (facts_.ranks > 1) return keep_rows(unlimited);
-    if (facts_.streamed_bytes > 0 || (!unlimited && room_left_ < file.bytes)) return;
+    if (facts_.streamed.forward > 0 || (!unlimited && room_left_ < file.bytes)) return;
     embedding_ = AlignedMemory(file.bytes);
     for (const StoredUnit& unit : store_->layout().units) {
       if (unit.id.kind != UnitKind::embedding) continue;

@@ -34,14 +34,24 @@ struct StreamOptions {
   std::function<std::unique_ptr<BlockReader>(std::unique_ptr<BlockReader>)> wrap_reader;
 };
 
+/// Bytes of tiles. The backward pass does without the head's.
+struct PassBytes {
+  std::int64_t forward = 0, head = 0;  ///< of a forward pass; of these the head's
+  std::int64_t step() const { return 2 * forward - head; }
+  void add(std::int64_t bytes, bool of_head) {
+    forward += bytes;
+    head += of_head ? bytes : 0;
+  }
+};
+
 /// What a stream does, for people.
 struct StreamFacts {
   std::int64_t tiles = 0, tiles_resident = 0;
   int ranks = 1;                     ///< that share them; the bytes below are this one's
-  std::int64_t tile_bytes = 0;       ///< of all tiles, whosoever holds them
+  PassBytes tile_bytes;              ///< of all tiles, whosoever holds them
   std::int64_t resident_bytes = 0;   ///< of tiles that stay in memory
-  std::int64_t streamed_bytes = 0;   ///< that one pass over all tiles reads from disk
-  std::int64_t gathered_bytes = 0;   ///< that one pass receives from other ranks
+  PassBytes streamed;                ///< read from disk
+  PassBytes gathered;                ///< received from other ranks
   std::int64_t ring_bytes = 0;       ///< of all slots
   std::int64_t embedding_bytes = 0;  ///< of its file
   std::int64_t kept_row_bytes =

@@ -44,7 +44,7 @@ TEST(RingShare, memory_is_the_budget_and_what_comes_on_top) {
     options.host_bytes = budget;
     auto weights = StoreWeights::open(store, at::kBFloat16, options);
     const StreamFacts facts = weights->facts();
-    EXPECT_GT(facts.streamed_bytes, std::int64_t{2'500'000'000});
+    EXPECT_GT(facts.streamed.forward, std::int64_t{2'500'000'000});
     // Beside the slots of experts: two of attention and two of the rest of a layer, and the head's.
     const std::int64_t rest = std::int64_t{700} << 20;
     EXPECT_LE(weights->memory_bytes(), budget + kRingBytes + rest);

@@ -237,73 +237,111 @@ void gate_gradient(std::int64_t begin, std::int64_t end, std::int64_t D, const S
   }
 }
 
+/// Takes a run of a row's classes into `state` and calls use(i, count, e) with the exponentials of
+/// its logits above the largest so far, lanes beyond `count` 0. What was summed before counts the
+/// returned factor as much.
+template <class S, class Use>
+AccumOf<S> softmax_step(std::int64_t V, std::int64_t first, const S* z, std::int32_t target,
+                        SoftmaxRow<AccumOf<S>>& state, const Use& use) {
+  using A = AccumOf<S>;
+  const std::int64_t wanted = target - first;
+  if (wanted >= 0 && wanted < V) state.target_logit = scalar(z[wanted]);
+  const std::int64_t whole = V / kLanes<A> * kLanes<A>;
+  A top = scalar(z[0]);
+  Vec<A> tops = splat(top);
+  for (std::int64_t i = 0; i < whole; i += kLanes<A>) {
+    const Vec<A> v = load(z + i);
+    tops = v > tops ? v : tops;
+  }
+  top = max_lanes<A>(tops);
+  for (std::int64_t i = whole; i < V; ++i) top = scalar(z[i]) > top ? scalar(z[i]) : top;
+  double rescale = 1;
+  if (first == 0 || top > state.top) {
+    std::int64_t at = 0;
+    while (at + 1 < V && !(scalar(z[at]) == top)) ++at;  // stops at the end when top is NaN
+    state.best = static_cast<std::int32_t>(first + at);
+    const A before = state.top;
+    state.top = top;
+    const bool fresh = first == 0 || std::isinf(before);
+    rescale = fresh ? 0 : std::exp(static_cast<double>(before - top));
+    state.sum = fresh ? 0 : state.sum * rescale;
+  }
+  top = state.top;
+  // Sums of blocks in A, blocks in double: V is 200,000 in the models this is for.
+  constexpr std::int64_t kPart = 1024;
+  double total = 0;
+  for (std::int64_t block = 0; block < V; block += kPart) {
+    const std::int64_t stop = block + kPart < V ? block + kPart : V;
+    Vec<A> part{};
+    for (std::int64_t i = block; i < stop; i += kLanes<A>) {
+      Vec<A> e = exp_vec(load_up_to(z + i, stop - i) - top);
+      if (stop - i < kLanes<A>) {  // the padding lanes are not logits
+        A lanes[kLanes<A>];
+        store(lanes, e);
+        for (std::int64_t j = stop - i; j < kLanes<A>; ++j) lanes[j] = 0;
+        e = load(lanes);
+      }
+      use(i, stop - i, e);
+      part += e;
+    }
+    total += static_cast<double>(sum_lanes<A>(part));
+  }
+  state.sum += total;
+  return static_cast<A>(rescale);
+}
+
 template <class S>
 void softmax_run(std::int64_t begin, std::int64_t end, std::int64_t V, std::int64_t first,
                  const S* logits, const std::int32_t* target, SoftmaxRow<AccumOf<S>>* rows) {
-  using A = AccumOf<S>;
+  const auto nothing = [](std::int64_t, std::int64_t, const Vec<AccumOf<S>>&) {};
   for (std::int64_t row = begin; row < end; ++row) {
-    const S* z = logits + row * V;
-    SoftmaxRow<A>& state = rows[row];
-    const std::int64_t whole = V / kLanes<A> * kLanes<A>;
-    A top = scalar(z[0]);
-    Vec<A> tops = splat(top);
-    for (std::int64_t i = 0; i < whole; i += kLanes<A>) {
-      const Vec<A> v = load(z + i);
-      tops = v > tops ? v : tops;
-    }
-    top = max_lanes<A>(tops);
-    for (std::int64_t i = whole; i < V; ++i) top = scalar(z[i]) > top ? scalar(z[i]) : top;
-    if (first == 0 || top > state.top) {
-      std::int64_t at = 0;
-      while (at + 1 < V && !(scalar(z[at]) == top)) ++at;  // stops at the end when top is NaN
-      state.best = static_cast<std::int32_t>(first + at);
-      const A before = state.top;
-      state.top = top;
-      const bool fresh = first == 0 || std::isinf(before);
-      state.sum = fresh ? 0 : state.sum * std::exp(static_cast<double>(before - top));
-    }
-    top = state.top;
-    // Sums of blocks in A, blocks in double: V is 200,000 in the models this is for.
-    constexpr std::int64_t kPart = 1024;
-    double total = 0;
-    for (std::int64_t block = 0; block < V; block += kPart) {
-      const std::int64_t stop = block + kPart < V ? block + kPart : V;
-      Vec<A> part{};
-      for (std::int64_t i = block; i < stop; i += kLanes<A>) {
-        Vec<A> e = exp_vec(load_up_to(z + i, stop - i) - top);
-        if (stop - i < kLanes<A>) {  // the padding lanes are not logits
-          A lanes[kLanes<A>];
-          store(lanes, e);
-          for (std::int64_t j = stop - i; j < kLanes<A>; ++j) lanes[j] = 0;
-          e = load(lanes);
-        }
-        part += e;
-      }
-      total += static_cast<double>(sum_lanes<A>(part));
-    }
-    state.sum += total;
-    const std::int64_t wanted = target[row] - first;
-    if (wanted >= 0 && wanted < V) state.target_logit = scalar(z[wanted]);
+    softmax_step(V, first, logits + row * V, target[row], rows[row], nothing);
   }
 }
 
 template <class S>
-void softmax_gradient(std::int64_t begin, std::int64_t end, std::int64_t V, std::int64_t first,
-                      S* logits, const std::int32_t* target, double gradient_scale,
-                      const SoftmaxRow<AccumOf<S>>* rows) {
+void softmax_weights(std::int64_t begin, std::int64_t end, std::int64_t V, std::int64_t first,
+                     S* logits, const std::int32_t* target, SoftmaxRow<AccumOf<S>>* rows,
+                     AccumOf<S>* rescale) {
   using A = AccumOf<S>;
   for (std::int64_t row = begin; row < end; ++row) {
     S* z = logits + row * V;
-    const SoftmaxRow<A>& state = rows[row];
-    const A top = state.top;
-    const A scale_each = static_cast<A>(gradient_scale / state.sum);
-    for (std::int64_t i = 0; i < V; i += kLanes<A>) {
-      store_up_to(z + i, exp_vec(load_up_to(z + i, V - i) - top) * scale_each, V - i);
-    }
+    rescale[row] = softmax_step(
+        V, first, z, target[row], rows[row],
+        [z](std::int64_t i, std::int64_t count, const Vec<A>& e) { store_up_to(z + i, e, count); });
+    // The target's own weight is p - 1: formed exactly once p is known, not from a rounded p.
     const std::int64_t wanted = target[row] - first;
-    if (wanted < 0 || wanted >= V) continue;
-    const A probability = static_cast<A>(std::exp(-state.loss()));
-    put(z + wanted, (probability - A{1}) * static_cast<A>(gradient_scale));
+    if (wanted >= 0 && wanted < V) put(z + wanted, A{0});
+  }
+}
+
+template <class S>
+void softmax_sum(std::int64_t begin, std::int64_t end, std::int64_t D, const S* part,
+                 const AccumOf<S>* rescale, AccumOf<S>* sum) {
+  using A = AccumOf<S>;
+  for (std::int64_t row = begin; row < end; ++row) {
+    A* const to = sum + row * D;
+    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+      const Vec<A> more = load_up_to(part + row * D + i, D - i);
+      store_up_to(to + i, load_up_to(to + i, D - i) * rescale[row] + more, D - i);
+    }
+  }
+}
+
+template <class S>
+void softmax_gradient(std::int64_t begin, std::int64_t end, std::int64_t D, const AccumOf<S>* sum,
+                      const S* target, double gradient_scale, const SoftmaxRow<AccumOf<S>>* rows,
+                      S* out) {
+  using A = AccumOf<S>;
+  for (std::int64_t row = begin; row < end; ++row) {
+    const auto of_sum = static_cast<A>(gradient_scale / rows[row].sum);
+    const auto of_target = static_cast<A>(std::expm1(-rows[row].loss()) * gradient_scale);
+    for (std::int64_t i = 0; i < D; i += kLanes<A>) {
+      const std::int64_t at = row * D + i;
+      store_up_to(out + at,
+                  load_up_to(sum + at, D - i) * of_sum + load_up_to(target + at, D - i) * of_target,
+                  D - i);
+    }
   }
 }
 
