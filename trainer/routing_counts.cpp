@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "trainer/filled_batch.h"
 #include "trainer/trainer.h"
 
 namespace tailor {
@@ -27,15 +28,17 @@ void count_routing(Decoder& decoder, const Batch& batch, CountedTokens counted,
   std::int64_t tokens = 0;
   for (std::size_t t = 0; t < batch.ids.size(); ++t) tokens += counts(t) ? 1 : 0;
   const auto K = static_cast<std::size_t>(load.experts_per_token);
+  const FilledBatch filled(batch);
   decoder.observe_routing(
-      token_input(batch),
+      filled.input(),
       [&](int layer, std::span<const std::int32_t> expert, std::span<const double> gate) {
         const auto mine = std::find_if(load.layers.begin(), load.layers.end(),
                                        [&](const LayerLoad& l) { return l.layer == layer; });
-        TAILOR_CHECK(mine != load.layers.end() && expert.size() == batch.ids.size() * K &&
+        TAILOR_CHECK(mine != load.layers.end() && expert.size() == filled.token().size() * K &&
                      gate.size() == expert.size());
         for (std::size_t slot = 0; slot < expert.size(); ++slot) {
-          if (!counts(slot / K)) continue;
+          const std::int32_t token = filled.token()[slot / K];
+          if (token < 0 || !counts(static_cast<std::size_t>(token))) continue;
           const auto e = static_cast<std::size_t>(expert[slot]);
           ++mine->tokens[e];
           mine->gate[e] += gate[slot];

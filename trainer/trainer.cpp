@@ -8,6 +8,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/text.h"
+#include "trainer/filled_batch.h"
 
 namespace tailor {
 
@@ -116,8 +117,9 @@ StepRecord Trainer::step(std::int64_t index, bool another_follows) {
   const ShardedFactors::Times waited = sharded_ ? sharded_->times() : ShardedFactors::Times{};
   const RankTraffic sent = sharded_ ? sharded_->traffic() : RankTraffic{};
   const std::span<const float> gradients = gradients_.as<float>();
+  const FilledBatch filled(batch);
   const LossResult result = decoder_.forward_backward(
-      token_input(batch), pass,
+      filled.input(), pass,
       at::from_blob(gradients_.data(), {adapter_.parameter_count()}, at::kFloat));
   record.loss = result.loss_sum * pass.gradient_scale;
   const RingCounters after = decoder_.weights().counters();
@@ -174,7 +176,8 @@ std::optional<Evaluation> evaluate(Decoder& decoder, const EvaluationSource& sou
     if (stop()) return std::nullopt;
     const Batch batch = ranks == nullptr ? source.batch_at(s, 0, 1)
                                          : source.batch_at(s, ranks->rank(), ranks->size());
-    const LossResult result = decoder.evaluate(token_input(batch), s + 1 < source.steps());
+    const FilledBatch filled(batch);
+    const LossResult result = decoder.evaluate(filled.input(), s + 1 < source.steps());
     sum += result.loss_sum;
     out.tokens += result.tokens;
     out.correct += result.correct;

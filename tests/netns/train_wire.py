@@ -4,7 +4,7 @@
 usage: train_wire.py TAILOR     exits with 77 where two_hosts.sh cannot make hosts
 
 A run of few steps and one of more: the difference is that of steps alone. A frozen weight crosses
-packed, (N - 1) / N of it on a pass, forward and backward; metrics.jsonl counts it apart from factors
+packed, (N - 1) / N of it on a pass, forward and backward, the head's once; metrics.jsonl counts it apart from factors
 and gradients.
 """
 import json
@@ -70,7 +70,7 @@ def main():
         more, lines = train(tailor, work, MORE)
         # Of the head's file all but the final norm, which every rank reads for itself.
         packed = sum(file.stat().st_size for file in (work / "store/layers").iterdir())
-        packed += (work / "store/head.tiles").stat().st_size - 8192
+        head = (work / "store/head.tiles").stat().st_size - 8192
     finally:
         shutil.rmtree(work)
     count = MORE - FEW
@@ -79,10 +79,10 @@ def main():
         return sum(line[f"exchange_{what}_bytes"] for line in of)
     each = {what: (counted(lines, what) - counted(before, what)) / count / 2 for what in ("weight", "factor", "gradient")}
     wire = [(b - a) / count for a, b in zip(few, more)]
-    print(f"packed {packed} bytes; a step and rank: " +
+    print(f"packed {packed} + {head} bytes; a step and rank: " +
           ", ".join(f"{what}s {size:.0f}" for what, size in each.items()) +
           f"; on the wire {wire[0]:.0f} and {wire[1]:.0f}")
-    should = 2 * packed / 2  # forward and backward, half of it
+    should = (2 * packed + head) / 2  # forward and backward, and the head in between; half of it
     for what, got, want, tolerance in (
             ("the counted weights are not those of the store", each["weight"], should, 0.001),
             *(("the wire does not carry what was counted", got, sum(each.values()), 0.02) for got in wire),

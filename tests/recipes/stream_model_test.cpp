@@ -494,7 +494,8 @@ TEST(Plan, streams_the_head_only_where_the_device_is_too_small_for_it) {
   EXPECT_FALSE(small.stream_head) << *small.device_bytes_peak.value;
   EXPECT_TRUE(large.stream_head) << *large.device_bytes_peak.value;
   EXPECT_TRUE(small.fits && large.fits) << large.fits_working;
-  EXPECT_GT(differences_of(large).at("streamed vocabulary head").value, 0);
+  // It crosses once, and the room it leaves keeps experts that would cross twice.
+  EXPECT_LT(differences_of(large).at("streamed vocabulary head").value, 0);
   EXPECT_EQ(differences_of(small).count("streamed vocabulary head"), 0U);
 }
 

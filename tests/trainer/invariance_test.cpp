@@ -6,6 +6,7 @@
 
 #include "base/random.h"
 #include "tests/support/fixture.h"
+#include "trainer/filled_batch.h"
 #include "trainer/optim/adamw.h"
 
 namespace tailor {
@@ -82,6 +83,42 @@ INSTANTIATE_TEST_SUITE_P(Models, EveryModel,
                          testing::Values("llama_tiny", "qwen2_tiny", "llama4_maverick_tiny",
                                          "llama4_scout_tiny", "deepseek_v3_tiny"),
                          [](const auto& parameter) { return parameter.param; });
+
+/// What fills micro-batches up changes no loss, no gradient and no count.
+TEST_P(EveryModel, filled_micro_batches_train_as_they_are) {
+  TinyModel model = load_tiny(folder(), at::kDouble);
+  const Adapter adapter = random_adapter(model.spec);
+  const Tokens tokens = random_documents(model.spec.vocab, {13, 9, 5, 18}, {1, 2, 1});
+  const Batch batch{tokens.ids,
+                    tokens.position,
+                    tokens.target,
+                    tokens.document_start,
+                    tokens.micro_batch_start,
+                    tokens.token_id,
+                    4,
+                    tokens.trained};
+  const FilledBatch filled(batch);
+  ASSERT_GT(filled.input().ids.size(), tokens.ids.size());
+  model.decoder->set_adapter(&adapter);
+  const auto pass_of = [&](const TokenInput& input, std::vector<std::int64_t>& rows) {
+    Pass out{{}, at::zeros({adapter.parameter_count()}, at::kDouble)};
+    TrainPass pass;
+    pass.dropout = 0.2;
+    pass.gradient_scale = 1 / static_cast<double>(tokens.trained);
+    pass.expert_rows = &rows;
+    out.loss = model.decoder->forward_backward(input, pass, out.gradients);
+    return out;
+  };
+  std::vector<std::int64_t> rows, filled_rows;
+  const Pass plain = pass_of(tokens.input(), rows), full = pass_of(filled.input(), filled_rows);
+  EXPECT_EQ(filled_rows, rows);
+  EXPECT_EQ(rows.empty(), model.spec.experts == 0);
+  ASSERT_EQ(full.loss.losses.size(), plain.loss.losses.size());
+  for (std::size_t i = 0; i < plain.loss.losses.size(); ++i) {
+    EXPECT_NEAR(full.loss.losses[i], plain.loss.losses[i], 1e-12);
+  }
+  EXPECT_LT(relative_norm(full.gradients, plain.gradients), 1e-12);
+}
 
 TEST_P(EveryModel, gradients_agree_with_finite_differences_in_float64) {
   TinyModel model = load_tiny(folder(), at::kDouble);

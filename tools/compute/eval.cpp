@@ -11,6 +11,7 @@
 #include "tools/compute/setup.h"
 #include "tools/compute_verbs.h"
 #include "tools/recipe_inputs.h"
+#include "trainer/filled_batch.h"
 #include "trainer/trainer.h"
 
 namespace tailor {
@@ -79,7 +80,8 @@ int run_eval(const EvalArguments& arguments) {
   for (std::int64_t s = 0; s < source.steps() && static_cast<std::int64_t>(rows.size()) < wanted;
        ++s) {
     const Batch batch = source.batch_at(s, 0, 1);
-    score_rows(batch, model.decoder->evaluate(token_input(batch)), rows);
+    const FilledBatch filled(batch);
+    score_rows(batch, model.decoder->evaluate(filled.input()), rows);
     if (seconds_now() - said > 10) {
       said = seconds_now();
       log_info("evaluated " +

@@ -139,8 +139,7 @@ class ProcessGrowth {
  public:
   /// After a timed step: what it holds beyond what is accounted for.
   void step(const Batch& batch, double bytes) {
-    for (std::size_t m = 0; m + 1 < batch.micro_batch_start.size(); ++m)
-      met_.insert(batch.micro_batch_start[m + 1] - batch.micro_batch_start[m]);
+    add_row_counts(batch, met_);
     if (!first_) first_ = {bytes, std::ssize(met_)};
     last_ = {bytes, std::ssize(met_)};
   }
@@ -151,7 +150,7 @@ class ProcessGrowth {
   }
 
  private:
-  std::set<std::int32_t> met_;
+  std::set<std::int64_t> met_;
   std::optional<std::pair<double, std::int64_t>> first_;
   std::pair<double, std::int64_t> last_;
 };

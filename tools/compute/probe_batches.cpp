@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <set>
 
+#include "trainer/filled_batch.h"
+
 namespace tailor {
 namespace {
 
@@ -49,22 +51,24 @@ SamplerOptions sampler(const Recipe& recipe) {
           static_cast<std::uint64_t>(recipe.seed)};
 }
 
-void add_counts(const Batch& batch, std::set<std::int32_t>& counts) {
-  const std::vector<std::int32_t>& start = batch.micro_batch_start;
-  for (std::size_t m = 0; m + 1 < start.size(); ++m) counts.insert(start[m + 1] - start[m]);
-}
-
 }  // namespace
+
+void add_row_counts(const Batch& batch, std::set<std::int64_t>& counts) {
+  const std::vector<std::int32_t>& start = batch.micro_batch_start;
+  for (std::size_t m = 0; m + 1 < start.size(); ++m) {
+    counts.insert(filled_tokens(start[m + 1] - start[m]));
+  }
+}
 
 RowCounts row_counts(const Recipe& recipe, const std::shared_ptr<const TokenStore>& training,
                      const std::shared_ptr<const TokenStore>& validation) {
   constexpr std::int64_t kStepsMax = 4096;
   RowCounts out;
-  std::set<std::int32_t> counts;
+  std::set<std::int64_t> counts;
   const StoreTokenSource source(training, sampler(recipe));
   const std::int64_t epoch = steps_of(source.rows(), 1, source.rows_per_step());
   for (std::int64_t step = 0, told = 1; step < std::min(kStepsMax, epoch); ++step) {
-    add_counts(source.batch_at(step, 0, 1), counts);
+    add_row_counts(source.batch_at(step, 0, 1), counts);
     if (step + 1 != told) continue;
     out.after.push_back(std::ssize(counts));
     told *= 2;
@@ -74,7 +78,7 @@ RowCounts row_counts(const Recipe& recipe, const std::shared_ptr<const TokenStor
   const EvaluationSource rows(validation, recipe.training.micro_batch_size,
                               recipe.training.micro_batch_size);
   for (std::int64_t step = 0; step < std::min(kStepsMax, rows.steps()); ++step)
-    add_counts(rows.batch_at(step, 0, 1), counts);
+    add_row_counts(rows.batch_at(step, 0, 1), counts);
   out.evaluation = std::ssize(counts) - trained;
   return out;
 }

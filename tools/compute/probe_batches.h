@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "data/tokens/token_source.h"
@@ -15,6 +16,8 @@ struct RowCounts {
   std::vector<std::int64_t> after;
   std::int64_t evaluation = 0;
 };
+/// Adds the numbers of rows in a batch's micro-batches, as they are filled (FilledBatch).
+void add_row_counts(const Batch& batch, std::set<std::int64_t>& counts);
 /// `validation` may be null.
 RowCounts row_counts(const Recipe& recipe, const std::shared_ptr<const TokenStore>& training,
                      const std::shared_ptr<const TokenStore>& validation);

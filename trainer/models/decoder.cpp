@@ -52,6 +52,22 @@ at::Tensor rows_of(const at::Tensor& tensor, TokenRange range) {
   return tensor.defined() ? tensor.narrow(0, range.begin, range.size()) : tensor;
 }
 
+/// Appends the rows that each expert was given, of tokens that are not filler.
+template <class A>
+void count_rows(const Routing<A>& routing, const TokenInput& input,
+                std::vector<std::int64_t>& rows) {
+  const std::size_t first = rows.size();
+  for (std::size_t e = 0; e + 1 < routing.expert_begin.size(); ++e) {
+    rows.push_back(routing.expert_begin[e + 1] - routing.expert_begin[e]);
+  }
+  for (std::size_t m = 0; m < input.filler.size(); ++m) {
+    const std::int64_t end = input.micro_batch_start[m + 1];
+    for (std::int64_t i = (end - input.filler[m]) * routing.K; i < end * routing.K; ++i) {
+      --rows[first + static_cast<std::size_t>(routing.expert[static_cast<std::size_t>(i)])];
+    }
+  }
+}
+
 template <class S>
 class DecoderOf final : public Decoder {
   using A = AccumOf<S>;
@@ -301,10 +317,7 @@ class DecoderOf final : public Decoder {
       x_TD = take_kept(x_TD.sizes());
       feed_forward(layer, layout.micro_batches(), mine, x_TD, keep);
       if (pass.expert_rows != nullptr && layer.moe) {
-        const std::vector<std::int64_t>& begin = mine.routing.expert_begin;
-        for (std::size_t e = 0; e + 1 < begin.size(); ++e) {
-          pass.expert_rows->push_back(begin[e + 1] - begin[e]);
-        }
+        count_rows(mine.routing, input, *pass.expert_rows);
       }
       if (!keep) mine.attention = {};
       // The last layer is the first on the way back.

@@ -20,6 +20,9 @@ struct TokenInput {
   std::span<const std::int32_t> document_start;     ///< document offsets, then T
   std::span<const std::int32_t> micro_batch_start;  ///< micro-batch offsets, then T
   std::span<const std::uint64_t> token_id;          ///< [T] for dropout; may be empty without it
+  /// Of each micro-batch, how many of its last tokens only fill it up (see FilledBatch); empty:
+  /// none do. They are computed like others and not counted.
+  std::span<const std::int32_t> filler = {};
 };
 
 /// A contiguous run of tokens that pass a block together.
