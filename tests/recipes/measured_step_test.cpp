@@ -163,12 +163,12 @@ TEST(MeasuredStep, that_streams_waits_pass_by_pass_and_pays_for_reading_beside_c
   step.stream = MeasuredStep::Stream{0.44, 0.4};
   const double more = 1024.0 / 800, head = 1024.0 / 400 * 0.05;
   const double forward = more * 0.075 + head, backward = more * 0.165;
-  const Planned planned = plan_with(step, overrides, std::nullopt, 1.5e9);
-  const double of_head = base_bytes(planned.file.recipe, demo()).head;
+  const Planned planned = plan_with(step, overrides, std::nullopt, 1.3e9);
+  const double of_head = base_bytes(planned.recipe, demo()).head;
   const double bytes = *planned.plan.stream_bytes_per_step.value;
-  const double read_forward = (bytes + of_head) / 2 / 1.5e9;
+  const double read_forward = (bytes + of_head) / 2 / 1.3e9;
   ASSERT_GT(read_forward, forward);
-  ASSERT_LT((bytes - of_head) / 2 / 1.5e9, backward);
+  ASSERT_LT((bytes - of_head) / 2 / 1.3e9, backward);
   EXPECT_NEAR(*planned.plan.seconds_per_step.value, (read_forward + backward) * 1.1 + 0.01, 1e-9);
   EXPECT_THAT(planned.plan.seconds_per_step.working, HasSubstr("x 1.100, measured"));
   EXPECT_THAT(planned.plan.seconds_per_step.working, testing::Not(HasSubstr("dequantise")));
