@@ -628,7 +628,7 @@ std::vector<RecipeKey> make_keys() {
           [](R& r) -> std::optional<std::int64_t>& { return r.base.device_memory; },
           "Weights kept on the device; the first 320 MiB of slots come on top. More: less to "
           "stream. With "
-          "host_memory 0 too, every tile comes from disk on each pass."),
+          "host_memory 0 too, every tile comes from disk whenever it is used."),
       bytes_or_auto_key(
           "base.host_memory",
           [](R& r) -> std::optional<std::int64_t>& { return r.base.host_memory; },

@@ -15,7 +15,8 @@
 namespace tailor {
 namespace {
 
-constexpr int kMemoVersion = 1;
+/// 2: the head once a step, micro-batches filled up.
+constexpr int kMemoVersion = 2;
 
 Json numbers(std::initializer_list<std::int64_t> values) { return Json(values); }
 

@@ -25,7 +25,6 @@ FilledBatch::FilledBatch(const Batch& batch) {
     const auto copy = [&](const auto& from, auto& to) {
       if (!from.empty()) to.insert(to.end(), from.begin() + begin, from.begin() + end);
     };
-    for (std::int32_t t = begin; t < end; ++t) token_.push_back(t);
     copy(batch.ids, ids_);
     copy(batch.position, position_);
     copy(batch.target, target_);
@@ -36,7 +35,6 @@ FilledBatch::FilledBatch(const Batch& batch) {
     document_start_.push_back(static_cast<std::int32_t>(ids_.size()));
     const std::int32_t known = ids_.back();  // a row of the embedding that is read anyway
     for (std::int64_t i = 0; i < more; ++i) {
-      token_.push_back(-1);
       ids_.push_back(known);
       position_.push_back(static_cast<std::int32_t>(i));
       if (!batch.target.empty()) target_.push_back(-1);

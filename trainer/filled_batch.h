@@ -1,7 +1,6 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include "data/tokens/token_source.h"
@@ -21,12 +20,9 @@ class FilledBatch {
   explicit FilledBatch(const Batch& batch);
   /// Valid while this lives.
   TokenInput input() const;
-  /// [tokens of input()]: which token of the batch it is; -1: it fills.
-  std::span<const std::int32_t> token() const { return token_; }
 
  private:
-  std::vector<std::int32_t> token_, ids_, position_, target_, document_start_, micro_batch_start_,
-      filler_;
+  std::vector<std::int32_t> ids_, position_, target_, document_start_, micro_batch_start_, filler_;
   std::vector<std::uint64_t> token_id_;
 };
 

@@ -34,11 +34,10 @@ void count_routing(Decoder& decoder, const Batch& batch, CountedTokens counted,
       [&](int layer, std::span<const std::int32_t> expert, std::span<const double> gate) {
         const auto mine = std::find_if(load.layers.begin(), load.layers.end(),
                                        [&](const LayerLoad& l) { return l.layer == layer; });
-        TAILOR_CHECK(mine != load.layers.end() && expert.size() == filled.token().size() * K &&
+        TAILOR_CHECK(mine != load.layers.end() && expert.size() == batch.ids.size() * K &&
                      gate.size() == expert.size());
         for (std::size_t slot = 0; slot < expert.size(); ++slot) {
-          const std::int32_t token = filled.token()[slot / K];
-          if (token < 0 || !counts(static_cast<std::size_t>(token))) continue;
+          if (!counts(slot / K)) continue;
           const auto e = static_cast<std::size_t>(expert[slot]);
           ++mine->tokens[e];
           mine->gate[e] += gate[slot];

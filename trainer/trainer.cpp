@@ -12,12 +12,6 @@
 
 namespace tailor {
 
-TokenInput token_input(const Batch& batch) {
-  return {
-      batch.ids,     batch.position, batch.target, batch.document_start, batch.micro_batch_start,
-      batch.token_id};
-}
-
 Trainer::Trainer(Decoder& decoder, Adapter& adapter, AdamW& optimizer, const TokenSource& source,
                  TrainerOptions options)
     : decoder_(decoder),

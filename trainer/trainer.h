@@ -107,8 +107,6 @@ class Trainer {
   std::optional<RingCounters> counted_;
 };
 
-TokenInput token_input(const Batch& batch);
-
 /// Loss and accuracy over all of a source's steps, with the decoder's present adapter. Nothing when
 /// `stop` said so between two of them. With `ranks` each takes its rows, all get the same result,
 /// and `stop` must say the same on all.

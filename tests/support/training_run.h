@@ -13,6 +13,13 @@
 
 namespace tailor::testing_support {
 
+/// A batch as it is, not filled up (see FilledBatch).
+inline TokenInput token_input(const Batch& batch) {
+  return {
+      batch.ids,     batch.position, batch.target, batch.document_start, batch.micro_batch_start,
+      batch.token_id};
+}
+
 /// Random documents, the same micro-batches in every step, every few tokens one without loss.
 class RandomSource final : public TokenSource {
  public:

@@ -244,7 +244,7 @@ TEST_F(Sharded, two_runs_give_the_same_bits_streamed_resident_or_with_the_state_
   }
 }
 
-TEST_F(Sharded, ranks_together_read_every_tile_twice_a_step_and_each_holds_its_part) {
+TEST_F(Sharded, ranks_together_read_layers_twice_and_the_head_once_a_step_and_each_holds_its_part) {
   Course course;
   course.as_is = false;
   course.kind = WeightKind::int4;

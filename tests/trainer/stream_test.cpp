@@ -471,7 +471,7 @@ std::int64_t tile_bytes(const Store& store) {
 
 std::int64_t embedding_bytes(const RingCounters& counters) { return counters.row_bytes; }
 
-TEST(Stream, a_step_reads_every_streamed_tile_exactly_twice_whatever_the_micro_batches) {
+TEST(Stream, a_step_reads_layers_exactly_twice_and_the_head_once_whatever_the_micro_batches) {
   for (const char* model : {"llama4_maverick_tiny", "llama_tiny"}) {
     const Packed packed(model, formats_of(WeightKind::int4));
     const Adapter adapter = random_adapter(packed.store->spec());

@@ -190,12 +190,12 @@ std::string stream_text(const StreamFacts& facts) {
     std::string out = bytes_text(facts.tile_bytes.forward) + " over " +
                       std::to_string(facts.ranks) + " ranks, a rank's part " + bytes_text(all) +
                       ": " + bytes_text(facts.resident_bytes) + " in memory";
-    if (facts.streamed.forward > 0) out += ", the rest is read from disk on each pass";
+    if (facts.streamed.forward > 0) out += ", the rest is read from disk as it is used";
     return out + "; gathered into " + bytes_text(facts.ring_bytes) + " of slots";
   }
   if (facts.streamed.forward == 0) return "all " + bytes_text(all) + " in memory";
   std::string out = bytes_text(facts.resident_bytes) + " of " + bytes_text(all) +
-                    " in memory, the rest is read from disk on each pass (" +
+                    " in memory, the rest is read from disk as it is used (" +
                     name_of(facts.reader.engine) +
                     (facts.reader.direct ? ", past the page cache" : ", through the page cache") +
                     ") into " + bytes_text(facts.ring_bytes) + " of slots";

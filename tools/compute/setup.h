@@ -67,7 +67,7 @@ OpenedModel open_model(const fs::path& folder, at::ScalarType dtype,
 /// A PEFT adapter for an opened model. Warns where it says that it was trained on another base.
 Adapter open_adapter(const fs::path& folder, const OpenedModel& model);
 
-/// "62 MB of 371 MB in memory, the rest is read from disk on each pass (io_uring, direct)".
+/// "62 MB of 371 MB in memory, the rest is read from disk as it is used (io_uring, direct)".
 std::string stream_text(const StreamFacts& facts);
 
 }  // namespace tailor

@@ -52,20 +52,39 @@ at::Tensor rows_of(const at::Tensor& tensor, TokenRange range) {
   return tensor.defined() ? tensor.narrow(0, range.begin, range.size()) : tensor;
 }
 
-/// Appends the rows that each expert was given, of tokens that are not filler.
+/// use(slot) for every slot of every token that is not filler, in order.
+template <class Use>
+void each_slot(const TokenInput& input, std::int64_t K, const Use& use) {
+  for (std::size_t m = 0; m + 1 < input.micro_batch_start.size(); ++m) {
+    const std::int64_t filler = input.filler.empty() ? 0 : input.filler[m];
+    const std::int64_t end = input.micro_batch_start[m + 1] - filler;
+    for (std::int64_t i = input.micro_batch_start[m] * K; i < end * K; ++i) {
+      use(static_cast<std::size_t>(i));
+    }
+  }
+}
+
+/// Appends the rows that each of a layer's experts was given.
 template <class A>
 void count_rows(const Routing<A>& routing, const TokenInput& input,
                 std::vector<std::int64_t>& rows) {
   const std::size_t first = rows.size();
-  for (std::size_t e = 0; e + 1 < routing.expert_begin.size(); ++e) {
-    rows.push_back(routing.expert_begin[e + 1] - routing.expert_begin[e]);
-  }
-  for (std::size_t m = 0; m < input.filler.size(); ++m) {
-    const std::int64_t end = input.micro_batch_start[m + 1];
-    for (std::int64_t i = (end - input.filler[m]) * routing.K; i < end * routing.K; ++i) {
-      --rows[first + static_cast<std::size_t>(routing.expert[static_cast<std::size_t>(i)])];
-    }
-  }
+  rows.resize(first + routing.expert_begin.size() - 1);
+  each_slot(input, routing.K, [&](std::size_t slot) {
+    ++rows[first + static_cast<std::size_t>(routing.expert[slot])];
+  });
+}
+
+template <class A>
+void tell(const RoutingObserver& observer, std::size_t layer, const Routing<A>& routing,
+          const TokenInput& input) {
+  std::vector<std::int32_t> expert;
+  std::vector<double> gate;
+  each_slot(input, routing.K, [&](std::size_t slot) {
+    expert.push_back(routing.expert[slot]);
+    gate.push_back(static_cast<double>(routing.gate[slot]));
+  });
+  observer(static_cast<int>(layer), expert, gate);
 }
 
 template <class S>
@@ -130,7 +149,7 @@ class DecoderOf final : public Decoder {
   LossResult evaluate(const TokenInput& input, bool another_follows) override {
     const Frame kept(workspace_.kept), scratch(workspace_.scratch);
     weights_->begin(Pass::forward, another_follows);
-    const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, nullptr, nullptr);
+    const at::Tensor x_TD = run_forward(input, nullptr, nullptr);
     return head_loss<S>(*weights_, x_TD, input.target, 0, at::Tensor(), workspace_.scratch);
   }
 
@@ -138,7 +157,7 @@ class DecoderOf final : public Decoder {
     Trace out;
     const Frame kept_frame(workspace_.kept), scratch_frame(workspace_.scratch);
     weights_->begin(Pass::forward, false);
-    const at::Tensor x_TD = run_forward(Layout(spec_, input), input.ids, &out, nullptr);
+    const at::Tensor x_TD = run_forward(input, &out, nullptr);
     const at::Tensor n_TD = at::empty_like(x_TD);
     ops::rms_norm<S>(x_TD, weights_->final_norm_D(), spec_.norm_eps, n_TD);
     out.hidden_TD.push_back(n_TD);
@@ -150,7 +169,7 @@ class DecoderOf final : public Decoder {
                        bool another_follows) override {
     const Frame kept(workspace_.kept), scratch(workspace_.scratch);
     weights_->begin(Pass::layers, another_follows);
-    run_forward(Layout(spec_, input), input.ids, nullptr, &observer);
+    run_forward(input, nullptr, &observer);
   }
 
   std::int64_t pass_bytes_peak() const override {
@@ -264,10 +283,10 @@ class DecoderOf final : public Decoder {
   }
 
   /// Forward through all layers keeping nothing but, if asked, a trace.
-  at::Tensor run_forward(const Layout& layout, std::span<const std::int32_t> ids, Trace* trace,
-                         const RoutingObserver* observer) {
+  at::Tensor run_forward(const TokenInput& input, Trace* trace, const RoutingObserver* observer) {
+    const Layout layout(spec_, input);
     LayerKept<S> kept;
-    kept.x_TD = embed(ids);
+    kept.x_TD = embed(input.ids);
     kept.h_TD = take_kept(kept.x_TD.sizes());
     for (std::size_t l = 0; l < spec_.layers.size(); ++l) {
       const Frame of_layer(workspace_.kept), scratch(workspace_.scratch);
@@ -277,10 +296,7 @@ class DecoderOf final : public Decoder {
       if (trace != nullptr) trace->hidden_TD.push_back(kept.x_TD.clone());
       attention_forward(layer, layout, kept);
       feed_forward(layer, layout.micro_batches(), kept, kept.x_TD, false);
-      if (observer != nullptr && layer.moe) {
-        const std::vector<double> gate(kept.routing.gate.begin(), kept.routing.gate.end());
-        (*observer)(static_cast<int>(l), kept.routing.expert, gate);
-      }
+      if (observer != nullptr && layer.moe) tell(*observer, l, kept.routing, input);
       if (trace != nullptr) {
         trace->expert.push_back(layer.moe ? kept.routing.expert : std::vector<std::int32_t>());
         trace->gate.emplace_back();

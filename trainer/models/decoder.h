@@ -46,7 +46,7 @@ struct Trace {
 };
 
 /// Told how a layer's tokens were routed: experts and the router's weights, both [T * K], of token
-/// t's slot k at t * K + k. Valid during the call.
+/// t's slot k at t * K + k, filler left out. Valid during the call.
 using RoutingObserver = std::function<void(int layer, std::span<const std::int32_t> expert,
                                            std::span<const double> gate)>;
 

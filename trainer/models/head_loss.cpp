@@ -42,10 +42,10 @@ class HeadGradient {
   using A = AccumOf<S>;
 
  public:
-  HeadGradient(std::int64_t n, std::int64_t rows_at_once, std::int64_t D, TensorStack& scratch)
+  HeadGradient(std::int64_t n, std::int64_t D, TensorStack& scratch)
       : sum_nD_(scratch.take({n, D}, kDtype<A>).zero_()),
         target_nD_(scratch.take({n, D}, kDtype<S>)),
-        part_nD_(scratch.take({rows_at_once, D}, kDtype<S>)),
+        part_nD_(scratch.take({n, D}, kDtype<S>)),
         rescale_(static_cast<std::size_t>(n)) {}
 
   /// Rows [begin, ...) of logits of a run. They are overwritten.
@@ -109,7 +109,7 @@ LossResult head_loss(FrozenWeights& weights, const at::Tensor& x_TD,
       std::min(head_chunk_rows(V, static_cast<std::int64_t>(sizeof(S))), n) * V;
   const at::Tensor logits_scratch = scratch.take({logits_at_once}, kDtype<S>);
   std::optional<HeadGradient<S>> gradient;
-  if (dx_TD.defined()) gradient.emplace(n, n, D, scratch);
+  if (dx_TD.defined()) gradient.emplace(n, D, scratch);
   for (std::int64_t r = 0; r < weights.head_runs(); ++r) {
     const Frame of_run(scratch);
     const FrozenWeights::HeadRun run = weights.head(r, scratch);

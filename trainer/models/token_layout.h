@@ -21,7 +21,7 @@ struct TokenInput {
   std::span<const std::int32_t> micro_batch_start;  ///< micro-batch offsets, then T
   std::span<const std::uint64_t> token_id;          ///< [T] for dropout; may be empty without it
   /// Of each micro-batch, how many of its last tokens only fill it up (see FilledBatch); empty:
-  /// none do. They are computed like others and not counted.
+  /// none do. They are computed like others; neither counts nor observers of routing have them.
   std::span<const std::int32_t> filler = {};
 };
 

@@ -12,10 +12,10 @@
 namespace tailor {
 
 struct StreamOptions {
-  /// Budgets of resident tiles, bytes; what they do not hold comes from disk in every pass. On the
-  /// CPU both are RAM. Unset: everything is resident. Where tiles stream, the slots they are read
-  /// into come on top, and beyond the first 320 MiB of experts' slots from the budget for RAM: see
-  /// share_budget().
+  /// Budgets of resident tiles, bytes; what they do not hold comes from disk whenever it is used.
+  /// On the CPU both are RAM. Unset: everything is resident. Where tiles stream, the slots they are
+  /// read into come on top, and beyond the first 320 MiB of experts' slots from the budget for RAM:
+  /// see share_budget().
   std::optional<std::int64_t> device_bytes, host_bytes;
   /// Of the slots experts are read into, and on top of the budgets; 0: as share_budget() says.
   std::int64_t ring_bytes = 0;
